@@ -1,0 +1,82 @@
+"""The FastAPI application: routers, error shape, health, and the dispatcher beside them."""
+
+import logging
+import re
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import errors, health
+from service.artifacts import ArtifactStore
+from service.database import make_engine, make_sessions
+from service.datasets.router import router as datasets
+from service.dispatch import Dispatcher
+from service.jobs.router import router as jobs
+from service.results.router import router as results
+from service.settings import ApiSettings, api_settings
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """
+Which samples of a pool help a target most, and how much: upload a pool and a target, post a selection job, poll it, fetch one
+weight a sample. Every call but the health checks takes `Authorization: Bearer wnw_...`. Errors are RFC 9457 problem details.
+"""
+
+
+class RequestId:
+    """Gives every request an id, the caller's `X-Request-Id` where it sent a sensible one; it comes back in the answer."""
+
+    _sensible = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if self._sensible.fullmatch(sent) else f"req_{secrets.token_hex(8)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+def create_app(settings: ApiSettings | None = None) -> FastAPI:
+    """Makes the application; reads its settings from the environment where none are given.
+
+    Raises:
+        pydantic.ValidationError: a setting is missing or wrong; it names the variable.
+    """
+    settings = settings or api_settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        dispatcher = Dispatcher(settings)
+        dispatcher.start()
+        app.state.dispatcher = dispatcher
+        yield
+        dispatcher.stop()
+        engine.dispose()
+
+    engine = make_engine(settings.database)
+    app = FastAPI(title="Winnow", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    app.state.settings = settings
+    app.state.engine = engine
+    app.state.sessions = make_sessions(engine)
+    app.state.store = ArtifactStore(settings.artifacts.url)
+    app.add_middleware(RequestId)
+    errors.install(app)
+    app.include_router(health.router)
+    for router in (datasets, jobs, results):
+        app.include_router(router, prefix="/v1")
+    return app

@@ -1,0 +1,52 @@
+"""Engine, sessions and the declarative base. Tables stand in `tables.py` beside the domain that owns them."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from sqlalchemy import DateTime, Engine, MetaData, create_engine, func
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from service.settings import DatabaseSettings
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: DateTime(timezone=True), dict[str, Any]: JSONB}  # noqa: RUF012
+
+
+class CreatedAt:
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+Sessions = sessionmaker[Session]
+
+
+def make_engine(settings: DatabaseSettings) -> Engine:
+    return create_engine(
+        settings.url, pool_size=settings.pool_size, max_overflow=settings.pool_size, pool_pre_ping=True
+    )
+
+
+def make_sessions(engine: Engine) -> Sessions:
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+def _request_session(request: Request) -> Iterator[Session]:
+    sessions: Sessions = request.app.state.sessions
+    with sessions.begin() as session:
+        yield session
+
+
+# Commits when the route function returns and before the answer is sent: a client never hears of what was not kept.
+SessionDep = Annotated[Session, Depends(_request_session, scope="function")]

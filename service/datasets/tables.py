@@ -1,0 +1,30 @@
+"""Uploaded datasets: what is known of them. Their rows are in the artifact store, named by the fingerprint."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from service.database import Base, CreatedAt
+
+
+class Dataset(CreatedAt, Base):
+    """`fingerprint` is the sha256 of the canonical rows in order: equal content has equal artifacts."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (
+        CheckConstraint("row_count > 0", name="has_rows"),
+        CheckConstraint("length(fingerprint) = 64", name="fingerprint_is_sha256"),
+        Index("ix_datasets_tenant_id_id", "tenant_id", "id"),
+        Index("ix_datasets_fingerprint", "fingerprint"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str]
+    fingerprint: Mapped[str]
+    row_count: Mapped[int] = mapped_column(BigInteger)
+    byte_count: Mapped[int] = mapped_column(BigInteger)
+    sources: Mapped[dict[str, Any]]
+    deleted_at: Mapped[datetime | None]

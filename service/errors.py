@@ -1,0 +1,147 @@
+"""Errors as the client sees them: RFC 9457 problem details (application/problem+json) with a stable `code`.
+
+Raise a subclass of `ApiError` anywhere below a router; the handlers turn it, validation errors and everything unforeseen
+into the same shape: {type, title, status, code, detail, param?, errors?, request_id}.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class ApiError(Exception):
+    """An error with a place in the API. `param` names the field, parameter or line at fault; `detail` says what to do."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        param: str | None = None,
+        errors: Sequence[Mapping[str, Any]] | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.param = param
+        self.errors = errors
+        self.problem_code = code or self.code
+        self.headers = dict(headers or {})
+
+
+class BadRequest(ApiError):
+    status, code, title = 400, "bad_request", "Bad request"
+
+
+class Unauthorized(ApiError):
+    status, code, title = 401, "unauthorized", "Unauthorized"
+
+
+class NotFound(ApiError):
+    status, code, title = 404, "not_found", "Not found"
+
+
+class Conflict(ApiError):
+    status, code, title = 409, "conflict", "Conflict"
+
+
+class TooLarge(ApiError):
+    status, code, title = 413, "too_large", "Content too large"
+
+
+class Unprocessable(ApiError):
+    status, code, title = 422, "invalid_request", "Invalid request"
+
+
+class Unavailable(ApiError):
+    status, code, title = 503, "unavailable", "Service unavailable"
+
+
+class FieldError(BaseModel):
+    param: str = Field(description="The field, parameter or line at fault", examples=["line 17"])
+    message: str
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str = "about:blank"
+    title: str = Field(examples=["Invalid request"])
+    status: int = Field(examples=[422])
+    code: str = Field(examples=["invalid_request"])
+    detail: str
+    param: str | None = None
+    errors: list[FieldError] | None = None
+    request_id: str
+
+
+def problem_response(request: Request, error: ApiError) -> JSONResponse:
+    problem = Problem(
+        title=error.title,
+        status=error.status,
+        code=error.problem_code,
+        detail=error.detail,
+        param=error.param,
+        errors=None if error.errors is None else [FieldError.model_validate(e) for e in error.errors],
+        request_id=getattr(request.state, "request_id", ""),
+    )
+    return JSONResponse(
+        problem.model_dump(exclude_none=True), status_code=error.status, media_type=MEDIA_TYPE, headers=error.headers
+    )
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """('body', 'embedding', 'blocks') -> 'embedding.blocks': the name by which the client knows the field."""
+    parts = [str(part) for part in location]
+    return ".".join(parts[1:] if parts and parts[0] in ("body", "query", "path", "header") else parts) or "body"
+
+
+def install(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+        return problem_response(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [{"param": _path(e["loc"]), "message": e["msg"]} for e in error.errors()]
+        first = errors[0]
+        return problem_response(
+            request, Unprocessable(f"{first['param']}: {first['message']}", param=first["param"], errors=errors)
+        )
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        kinds: dict[int, type[ApiError]] = {404: NotFound, 401: Unauthorized, 413: TooLarge}
+        kind = kinds.get(error.status_code)
+        if kind is None:
+            kind = type("HttpError", (ApiError,), {"status": error.status_code, "code": "http_error", "title": "Error"})
+        return problem_response(request, kind(str(error.detail), headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+        log.exception("unforeseen error in %s %s", request.method, request.url.path, exc_info=error)
+        return problem_response(
+            request, ApiError("Something went wrong on our side; it is logged under this request_id.")
+        )
+
+
+def responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route: each error it can answer with, as problem+json in the OpenAPI document."""
+    return {
+        kind.status: {"description": kind.title, "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
+        for kind in kinds
+    }

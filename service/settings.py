@@ -1,0 +1,101 @@
+"""Settings, read from the environment (`WINNOW_DATABASE__URL`, `WINNOW_LEDGER__LEASE_SECONDS`, ...), grouped and frozen.
+
+Nothing secret has a default: the API refuses to start without `WINNOW_SECRET_KEY`.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatabaseSettings(_Group):
+    url: str = Field(description="SQLAlchemy URL of a PostgreSQL 15+ database: postgresql+psycopg://...")
+    pool_size: int = Field(default=10, ge=1)
+
+    @field_validator("url")
+    @classmethod
+    def _postgres_only(cls, url: str) -> str:
+        if url.startswith("postgresql://"):
+            return "postgresql+psycopg://" + url.removeprefix("postgresql://")
+        if not url.startswith("postgresql+psycopg://"):
+            raise ValueError("must be a postgresql:// URL; PostgreSQL is the only database that is supported")
+        return url
+
+
+class BrokerSettings(_Group):
+    url: str = Field(description="Redis protocol URL: redis://...")
+
+
+class ArtifactSettings(_Group):
+    url: str = Field(description="A folder, or any fsspec URL (s3://bucket/prefix)")
+
+
+class ModelSettings(_Group):
+    folder: Path = Field(description="Every folder in it that holds a config.json is a model registered by its name")
+    hub: bool = Field(default=True, description="Whether a job may name a model of the Hugging Face Hub")
+
+
+class LedgerSettings(_Group):
+    """How long a claim holds. A worker that does not beat for `lease_seconds` loses its unit to another one."""
+
+    lease_seconds: float = Field(default=60.0, gt=0)
+    beat_seconds: float = Field(default=10.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    sweep_seconds: float = Field(default=5.0, gt=0, description="How often the dispatcher looks without being notified")
+
+
+class UploadSettings(_Group):
+    max_bytes: int = Field(default=8 * 2**30, description="Largest upload, and largest content once decompressed")
+    max_rows: int = Field(default=10_000_000)
+    max_row_bytes: int = Field(default=2**20)
+
+
+class WorkerSettings(_Group):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=0, ge=0, description="CPU threads of the compute child; 0: what torch chooses")
+    token_budget: int = Field(default=0, ge=0, description="Padded tokens a batch; 0: the default of the device")
+    cancel_grace_seconds: float = Field(default=10.0, gt=0, description="From a cancel to SIGTERM, and on to SIGKILL")
+
+
+class Settings(BaseSettings):
+    """What the API and the workers share."""
+
+    model_config = SettingsConfigDict(env_prefix="WINNOW_", env_nested_delimiter="__", frozen=True, extra="ignore")
+
+    database: DatabaseSettings
+    broker: BrokerSettings
+    artifacts: ArtifactSettings
+    models: ModelSettings
+    ledger: LedgerSettings = LedgerSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+
+class ApiSettings(Settings):
+    """The API's settings: the shared ones, and what only the API may know."""
+
+    secret_key: SecretStr = Field(description="At least 32 characters; API keys are stored as HMAC under it")
+    uploads: UploadSettings = UploadSettings()
+
+    @field_validator("secret_key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr) -> SecretStr:
+        if len(key.get_secret_value()) < 32:
+            raise ValueError("must have at least 32 characters; make one with: openssl rand -hex 32")
+        return key
+
+
+@lru_cache(maxsize=1)
+def api_settings() -> ApiSettings:
+    return ApiSettings()  # type: ignore[call-arg]  # filled from the environment
+
+
+@lru_cache(maxsize=1)
+def worker_settings() -> Settings:
+    return Settings()  # type: ignore[call-arg]  # filled from the environment
