@@ -1,0 +1,1 @@
+"""The sample kinds of the example data, grouped by flavour."""
