@@ -16,6 +16,7 @@ from service.database import make_engine, make_sessions
 from service.datasets.router import router as datasets
 from service.dispatch import Dispatcher
 from service.jobs.router import router as jobs
+from service.models import router as models
 from service.results.router import router as results
 from service.settings import ApiSettings, api_settings
 
@@ -77,6 +78,6 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.add_middleware(RequestId)
     errors.install(app)
     app.include_router(health.router)
-    for router in (datasets, jobs, results):
+    for router in (models, datasets, jobs, results):
         app.include_router(router, prefix="/v1")
     return app

@@ -93,9 +93,9 @@ class ApiSettings(Settings):
 
 @lru_cache(maxsize=1)
 def api_settings() -> ApiSettings:
-    return ApiSettings()  # type: ignore[call-arg]  # filled from the environment
+    return ApiSettings()
 
 
 @lru_cache(maxsize=1)
 def worker_settings() -> Settings:
-    return Settings()  # type: ignore[call-arg]  # filled from the environment
+    return Settings()

@@ -54,6 +54,7 @@ class JobUnit(CreatedAt, Base):
     """A piece of a stage that one worker does. Its output is the artifact `artifact_key`; where that exists, it is done.
 
     `attempt` counts the claims and is the fence: a worker writes only while the row is running under its own attempt.
+    `failures` counts the attempts that failed (not those given back in good order); at the limit the job fails.
     """
 
     __tablename__ = "job_units"
@@ -80,6 +81,7 @@ class JobUnit(CreatedAt, Base):
     spec: Mapped[dict[str, Any]]
     state: Mapped[UnitState] = mapped_column(_enum(UnitState, "unit_state"))
     attempt: Mapped[int] = mapped_column(server_default="0")
+    failures: Mapped[int] = mapped_column(server_default="0")
     worker_id: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
     progress_done: Mapped[int] = mapped_column(BigInteger, server_default="0")

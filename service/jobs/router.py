@@ -1,0 +1,76 @@
+"""`/v1/selection-jobs`: post, poll, list, cancel, and what happened."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response, status
+
+from service.database import SessionDep
+from service.errors import NotFound, Unauthorized, Unavailable, Unprocessable, responses
+from service.jobs import repository, service
+from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut
+from service.jobs.state import TERMINAL, JobStatus
+from service.pages import After, Limit, Page
+from service.settings import ApiSettings
+from service.tenants.service import CallerDep
+
+router = APIRouter(prefix="/selection-jobs", tags=["selection jobs"], responses=responses(Unauthorized))
+
+RETRY_AFTER_SECONDS = "2"
+
+
+@router.post(
+    "",
+    status_code=status.HTTP_202_ACCEPTED,
+    summary="Post a selection job",
+    responses=responses(Unprocessable, Unavailable),
+)
+def create_job(
+    body: JobRequest, request: Request, response: Response, session: SessionDep, caller: CallerDep
+) -> SelectionJobOut:
+    """Answers at once; the job is computed by the workers. Poll `Location` until `status` is succeeded, failed or cancelled."""
+    settings: ApiSettings = request.app.state.settings
+    job = service.create(session, caller, body, settings.models)
+    response.headers["Location"] = f"/v1/selection-jobs/{job.id}"
+    response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    return service.describe(session, [job])[0]
+
+
+@router.get("", summary="Your jobs, newest first")
+def list_jobs(
+    session: SessionDep,
+    caller: CallerDep,
+    limit: Limit = 20,
+    after: After = None,
+    status: Annotated[JobStatus | None, Query(description="Only jobs in this state")] = None,
+) -> Page[SelectionJobOut]:
+    jobs = repository.page(session, caller.tenant_id, after=after, status=status, limit=limit)
+    data = service.describe(session, jobs[:limit])
+    return Page(data=data, has_more=len(jobs) > limit, last_id=data[-1].id if data else None)
+
+
+@router.get("/{job_id}", summary="One job: status, phase and progress", responses=responses(NotFound))
+def get_job(job_id: str, response: Response, session: SessionDep, caller: CallerDep) -> SelectionJobOut:
+    job = service.require(session, caller.tenant_id, job_id)
+    if job.status not in TERMINAL:
+        response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    return service.describe(session, [job])[0]
+
+
+@router.post("/{job_id}/cancel", summary="Cancel a job", responses=responses(NotFound))
+def cancel_job(job_id: str, session: SessionDep, caller: CallerDep) -> SelectionJobOut:
+    """Running units stop at their next batch; a job that has ended stays as it is. Safe to repeat."""
+    return service.describe(session, [service.cancel(session, caller.tenant_id, job_id)])[0]
+
+
+@router.get("/{job_id}/events", summary="What happened to a job, oldest first", responses=responses(NotFound))
+def list_events(
+    job_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    limit: Limit = 100,
+    after: Annotated[int, Query(ge=0, description="`last_id` of the page before")] = 0,
+) -> EventPage:
+    service.require(session, caller.tenant_id, job_id)
+    events = repository.events(session, job_id, after=after, limit=limit)
+    data = [EventOut(id=e.id, type=e.type, created_at=e.created_at, data=e.data) for e in events[:limit]]
+    return EventPage(data=data, has_more=len(events) > limit, last_id=data[-1].id if data else None)

@@ -1,0 +1,136 @@
+"""Making, describing and cancelling jobs."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row
+from sqlalchemy.orm import Session
+
+from service import models
+from service.datasets import service as datasets
+from service.errors import NotFound, Unprocessable
+from service.ids import new_id
+from service.jobs import ledger, repository
+from service.jobs.schemas import JobError, JobRequest, Parameters, Progress, SelectionJobOut, StageReport
+from service.jobs.state import TERMINAL, JobStatus, Stage
+from service.jobs.tables import SelectionJob
+from service.settings import ModelSettings
+from service.tenants.service import Caller
+
+
+def create(session: Session, caller: Caller, request: JobRequest, settings: ModelSettings) -> SelectionJob:
+    """Writes the job, its first unit and its first event. Never touches the broker: the dispatcher hears of the unit.
+
+    Raises:
+        Unprocessable: names the field that cannot be honoured.
+    """
+    pool = datasets.require(session, caller.tenant_id, request.pool, "pool")
+    target = datasets.require(session, caller.tenant_id, request.target, "target")
+    model = models.resolve(settings, request.model, blocks=request.embedding.blocks)
+    job = SelectionJob(
+        id=new_id("job"),
+        tenant_id=caller.tenant_id,
+        key_id=caller.key_id,
+        status=JobStatus.QUEUED,
+        pool_id=pool.id,
+        target_id=target.id,
+        model=model,
+        budget=_budget(request.budget, pool.row_count),
+        parameters=request.parameters(),
+        request=request.model_dump(mode="json", exclude_unset=True),
+        job_metadata=request.metadata,
+    )
+    prepare = ledger.UnitSpec(
+        stage=Stage.PREPARE,
+        shard=0,
+        artifact_key=f"prepare/{job.id}",
+        spec={},
+        total=pool.row_count + target.row_count,
+    )
+    ledger.create_job(session, job, [prepare])
+    session.refresh(job)
+    return job
+
+
+def _budget(budget: int | float, row_count: int) -> int:
+    count = max(1, round(budget * row_count)) if isinstance(budget, float) else budget
+    if count > row_count:
+        raise Unprocessable(f"budget is {count}, but the pool has {row_count} samples.", param="budget")
+    return count
+
+
+def require(session: Session, tenant_id: str, job_id: str) -> SelectionJob:
+    """The tenant's job.
+
+    Raises:
+        NotFound: there is none by this id, or it is another tenant's.
+    """
+    job = repository.get(session, tenant_id, job_id)
+    if job is None:
+        raise NotFound(f"No selection job {job_id!r}.", param="id")
+    return job
+
+
+def cancel(session: Session, tenant_id: str, job_id: str) -> SelectionJob:
+    job = require(session, tenant_id, job_id)
+    ledger.request_cancel(session, job)
+    session.flush()
+    session.refresh(job)
+    return job
+
+
+def describe(session: Session, jobs: Sequence[SelectionJob]) -> list[SelectionJobOut]:
+    """The jobs with their stages and progress, by one query for all of them."""
+    rows: dict[str, list[Row[Any]]] = defaultdict(list)
+    for row in repository.stage_rows(session, [job.id for job in jobs]):
+        rows[row.job_id].append(row)
+    return [_describe(job, rows[job.id]) for job in jobs]
+
+
+def _describe(job: SelectionJob, rows: Sequence[Row[Any]]) -> SelectionJobOut:
+    current = next((row for row in rows if row.units_done < row.units), None)
+    if job.status in TERMINAL or job.status == JobStatus.QUEUED:
+        current = None
+    return SelectionJobOut(
+        id=job.id,
+        status=job.status,
+        phase=None if current is None else current.stage,
+        progress=None if current is None else _progress(current),
+        stages=[_stage(row) for row in rows],
+        model=job.model,
+        pool=job.pool_id,
+        target=job.target_id,
+        budget=job.budget,
+        parameters=Parameters.model_validate(job.parameters),
+        metadata=job.job_metadata,
+        error=None if job.error is None else JobError.model_validate(job.error),
+        created_at=job.created_at,
+        started_at=job.started_at,
+        cancel_requested_at=job.cancel_requested_at,
+        finished_at=job.finished_at,
+    )
+
+
+def _progress(row: Row[Any]) -> Progress:
+    seconds_left = None
+    if row.started_at is not None and 0 < row.done < row.total:
+        elapsed = (row.now - row.started_at).total_seconds()
+        seconds_left = round(elapsed / row.done * (row.total - row.done), 1)
+    return Progress(phase=row.stage, done=row.done, total=row.total, seconds_left=seconds_left)
+
+
+def _stage(row: Row[Any]) -> StageReport:
+    is_done = row.units_done == row.units
+    seconds = (row.finished_at - row.started_at).total_seconds() if is_done else None
+    return StageReport(
+        stage=row.stage,
+        units=row.units,
+        units_done=row.units_done,
+        units_reused=row.units_reused,
+        done=row.done,
+        total=row.total,
+        started_at=row.started_at,
+        finished_at=row.finished_at if is_done else None,
+        seconds=seconds,
+    )
