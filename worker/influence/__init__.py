@@ -1,0 +1,38 @@
+"""The numerical core: tensors in, tensors out (METHOD sections 1 to 5; arXiv 2505.19051).
+
+It knows no job, file or database, and imports nothing else of the project.
+"""
+
+from .batching import Progress
+from .embeddings import EmbeddingOptions, embed
+from .flops import Operations, embedding_flops, gradient_flops, measured_matmul_rate
+from .gradients import Gradients, per_sample_gradients
+from .influence import cosine_influence
+from .projection import FactoredProjection
+from .propagation import Fidelity, KernelRidge, fidelity
+from .samples import Samples, token_batches
+from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, top_k
+
+__all__ = [
+    "EmbeddingOptions",
+    "FactoredProjection",
+    "Fidelity",
+    "FirstOrderWeights",
+    "Gradients",
+    "KernelRidge",
+    "Operations",
+    "Progress",
+    "Samples",
+    "cosine_influence",
+    "embed",
+    "embedding_flops",
+    "fidelity",
+    "first_order_weights",
+    "gradient_flops",
+    "mean_one_over_selected",
+    "measured_matmul_rate",
+    "per_sample_gradients",
+    "round_robin",
+    "token_batches",
+    "top_k",
+]

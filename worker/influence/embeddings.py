@@ -1,0 +1,173 @@
+"""Cheap sample embeddings: JVP and hidden states of the first blocks (METHOD 4; arXiv 2505.19051, section 4).
+
+Shape suffixes: n samples, e embedding size, B samples of a batch, T tokens, D hidden size, R pooled positions,
+S stacked copies (the primal and k tangents), F = S B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batching import Progress, marked_positions, padded, run_batches
+from .dual import check_dual, dual_forward, random_tangents, replaced_forward
+from .models import accumulation_dtype, block_list, check_samples, first_blocks, frozen, hidden_states
+from .models import parameter_device as device_of
+from .models import parameter_dtype as dtype_of
+from .projection import seeded_generator
+from .samples import BoolArray, IntArray, Samples, last_marked
+
+POSITIONWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj", "attention.dense")
+"""Parts of a block whose output at one position matters to no other position of the same block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingOptions:
+    """How to embed (METHOD 4).
+
+    kind: `jvp`, the derivative of the block-b hidden state along random directions in the first b blocks' parameters, or
+        `hidden`, that state itself; both after the model's final norm.
+    pooling: `last` token, or mean over the `response` tokens.
+    blocks: how many blocks are run.  tangents: how many directions.  seed: of the directions and of the reduction.
+    max_dim: longer embeddings are reduced to this size by a seeded random projection.
+    """
+
+    kind: Literal["jvp", "hidden"] = "jvp"
+    pooling: Literal["last", "response"] = "response"
+    blocks: int = 4
+    tangents: int = 2
+    seed: int = 0
+    max_dim: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("jvp", "hidden"):
+            raise ValueError(f"kind must be jvp or hidden, not {self.kind!r}")
+        if self.pooling not in ("last", "response"):
+            raise ValueError(f"pooling must be last or response, not {self.pooling!r}")
+        for name in ("blocks", "tangents", "max_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def embed(
+    model: Any,
+    samples: Samples,
+    *,
+    options: EmbeddingOptions,
+    token_budget: int = 2048,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Embeddings (n, e) on the CPU, float32 (float64 from a float64 model), each row of unit length (METHOD 4).
+
+    e is the hidden size, times the number of tangents for `jvp`, at most `max_dim`. A sample with nothing to pool (no token,
+    or no response token under `response`) has a zero row. Dropout is off; a row depends on its own sample only, beyond
+    rounding. `progress` is called after each batch.
+
+    Raises ValueError where `blocks` exceeds the model's layers, where samples do not fit the model, and, for `jvp`, where the
+    derivative of a part of the architecture is not known; torch.OutOfMemoryError where one sample does not fit.
+    """
+    check_samples(model, samples)
+    base = first_blocks(model.base_model, options.blocks)
+    pooled = _pooled_tokens(samples, options.pooling)
+    lengths = last_marked(pooled, samples.offsets) + 1
+    active = np.flatnonzero(lengths)
+    streams = options.tangents if options.kind == "jvp" else 1
+    size = streams * model.get_input_embeddings().weight.shape[1]
+    reduction_eE = _reduction(size, options, dtype_of(model), device_of(model))
+    dtype = accumulation_dtype(dtype_of(model))
+    embeddings_ne = torch.zeros(len(samples), min(size, options.max_dim), dtype=dtype)
+
+    with torch.no_grad(), frozen(model), ExitStack() as stack:
+        copies = 1
+        if options.kind == "jvp":
+            tangents = random_tangents(base, options.blocks, options.tangents, options.seed)
+            check_dual(model, base, tangents)
+            stack.enter_context(dual_forward(base, tangents))
+            copies = options.tangents + 1
+        positions = stack.enter_context(_only_at_positions(base, copies))
+
+        def run(batch: IntArray) -> None:
+            indices = active[batch]
+            pooled_BE = _batch_embeddings(model, base, samples, pooled, indices, lengths, positions, copies)
+            reduced_Be = pooled_BE if reduction_eE is None else pooled_BE @ reduction_eE.T
+            embeddings_ne[torch.from_numpy(indices)] = nn.functional.normalize(reduced_Be, dim=1).cpu()
+
+        run_batches(lengths[active], token_budget, run, progress)
+    return embeddings_ne
+
+
+def _pooled_tokens(samples: Samples, pooling: str) -> BoolArray:
+    """The tokens whose hidden states are averaged, bool (N,)."""
+    if pooling == "response":
+        return samples.response
+    last = np.zeros_like(samples.response)
+    last[samples.offsets[1:][samples.lengths > 0] - 1] = True
+    return last
+
+
+def _reduction(size: int, options: EmbeddingOptions, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Gaussian projection (e, E) of embeddings longer than `max_dim`, None for shorter ones."""
+    if size <= options.max_dim:
+        return None
+    generator = seeded_generator(options.seed, "embedding reduction")
+    values = generator.standard_normal((options.max_dim, size), dtype=np.float32)
+    return torch.from_numpy(values).to(device, accumulation_dtype(dtype)) * float(options.max_dim**-0.5)
+
+
+def _batch_embeddings(
+    model: Any,
+    base: Any,
+    samples: Samples,
+    pooled: BoolArray,
+    indices: IntArray,
+    lengths: IntArray,
+    positions: Callable[[Tensor], None],
+    copies: int,
+) -> Tensor:
+    """Pooled states, or tangents one after the other, of one batch: (B, E)."""
+    device = device_of(model)
+    ids_BT = padded(samples, indices, lengths, device)
+    rows, places = marked_positions(pooled, samples, indices)
+    flat_R = torch.from_numpy(rows * ids_BT.shape[1] + places).to(device)
+    positions(flat_R)
+    states_FTD = hidden_states(model, base, ids_BT)
+    states_SND = states_FTD.view(copies, ids_BT.numel(), -1)
+    wanted_SRD = states_SND[min(copies - 1, 1) :, flat_R].to(accumulation_dtype(states_FTD.dtype))
+    shape = (wanted_SRD.shape[0], indices.size, wanted_SRD.shape[2])
+    row_R = torch.from_numpy(rows).to(device)
+    sums_SBD = wanted_SRD.new_zeros(shape).index_add_(1, row_R, wanted_SRD)
+    counts_B = torch.from_numpy(np.bincount(rows, minlength=indices.size)).to(device)
+    return (sums_SBD / counts_B[:, None]).transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def _only_at_positions(base: Any, copies: int) -> Iterator[Callable[[Tensor], None]]:
+    """In the last block, run what is positionwise at the pooled positions only; zero elsewhere, where nothing reads it.
+
+    Yields a function that sets the positions (R,), as row * T + token of the batch to come.
+    """
+    current: list[Tensor] = []
+
+    def positionwise(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x_FTD: Tensor) -> Tensor:
+            x_SND = x_FTD.reshape(copies, -1, x_FTD.shape[-1])
+            y_SRO = inner(x_SND[:, current[0]])
+            y_SNO = y_SRO.new_zeros(copies, x_SND.shape[1], y_SRO.shape[-1])
+            y_SNO[:, current[0]] = y_SRO
+            return y_SNO.view(*x_FTD.shape[:-1], -1)
+
+        return forward
+
+    def set_positions(flat_R: Tensor) -> None:
+        current[:] = [flat_R]
+
+    last = block_list(base)[1][-1]
+    parts = {module: positionwise(module.forward) for name, module in last.named_modules() if name in POSITIONWISE}
+    with replaced_forward(parts):
+        yield set_positions

@@ -1,0 +1,113 @@
+"""How many operations the stages need, and how many a second the machine can do (METHOD 3).
+
+Only what the method needs is counted: matrix products, causal attention as half of its square, the output head on predicted
+positions. Padding, norms and elementwise work are not, so that a share of the machine's rate shows what they cost.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .embeddings import EmbeddingOptions
+from .models import block_list, linear_layers, linear_size
+from .projection import FactoredProjection
+from .samples import Samples, last_marked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operations:
+    """Floating-point operations by kind; a multiply-add is two."""
+
+    linear: float
+    attention: float
+    head: float
+    projection: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.head + self.projection
+
+
+def _weights(module: Any, ends: tuple[str, ...] = ("",)) -> int:
+    """Weights of the linear layers in a module, those whose name ends with one of `ends`."""
+    sizes = [linear_size(layer) for name, layer in module.named_modules() if name.endswith(ends)]
+    return sum(size[0] * size[1] for size in sizes if size is not None)
+
+
+def _attention_width(model: Any) -> int:
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head * config.num_attention_heads)
+
+
+def gradient_flops(
+    model: Any, samples: Samples, *, modules: str = "down_proj", projection: FactoredProjection | None
+) -> Operations:
+    """Operations of `per_sample_gradients`: 4 N T for the N block weights, less the backward before the first hooked layer."""
+    _, blocks = block_list(model.base_model)
+    used_n = np.maximum(last_marked(samples.predictable(), samples.offsets), 0).astype(np.float64)
+    tokens, squares = used_n.sum(), np.square(used_n).sum()
+    layers = linear_layers(model, modules)
+    first = int(next(iter(layers)).split(".")[1])
+    forward = sum(_weights(block) for block in blocks)
+    backward = sum(_weights(block) for block in blocks[first + 1 :])
+    outer = 0.0
+    for layer in layers.values():
+        out_features, in_features = linear_size(layer) or (0, 0)
+        p, q = projection.size(len(layers), out_features, in_features) if projection else (out_features, in_features)
+        outer += 2 * tokens * p * q
+        outer += 2 * tokens * (out_features * p + in_features * q) if projection else 0.0
+    head = model.get_output_embeddings().weight.numel()
+    # Forward: scores and values, 4 T^2 a head width, half of it causal; backward twice that.
+    attention = 2 * squares * _attention_width(model) * (len(blocks) + 2 * len(blocks[first + 1 :]))
+    return Operations(
+        linear=2 * tokens * (forward + backward),
+        attention=float(attention),
+        head=4.0 * float(samples.predicted().sum()) * head,
+        projection=float(outer),
+    )
+
+
+def embedding_flops(model: Any, samples: Samples, *, options: EmbeddingOptions) -> Operations:
+    """Operations of `embed`: 1 + 2 k forward passes of the first blocks, k = 0 for `hidden`.
+
+    The MLP of the last block is counted at pooled positions only.
+    """
+    blocks = block_list(model.base_model)[1][: options.blocks]
+    lengths_n = samples.lengths.astype(np.float64)
+    pooled = float((lengths_n > 0).sum())
+    if options.pooling == "response":
+        lengths_n = (last_marked(samples.response, samples.offsets) + 1).astype(np.float64)
+        pooled = float(samples.response.sum())
+    passes = 1 + 2 * options.tangents if options.kind == "jvp" else 1
+    saved = _weights(getattr(blocks[-1], "mlp", blocks[-1]))
+    everywhere = sum(_weights(block) for block in blocks) - saved
+    attention = 2 * np.square(lengths_n).sum() * _attention_width(model) * len(blocks)
+    return Operations(
+        linear=passes * 2 * (float(lengths_n.sum()) * everywhere + pooled * saved),
+        attention=float(passes * attention),
+        head=0.0,
+        projection=0.0,
+    )
+
+
+def measured_matmul_rate(
+    dtype: torch.dtype, device: torch.device | str = "cpu", *, size: int = 2048, seconds: float = 0.5
+) -> float:
+    """Operations a second of a square matrix product, the best of those that fit in `seconds` (at least three)."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    best, spent, runs = float("inf"), 0.0, 0
+    while runs < 3 or spent < seconds:
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        if out.is_cuda:
+            torch.cuda.synchronize(out.device)
+        taken = time.perf_counter() - start
+        best, spent, runs = min(best, taken), spent + taken, runs + 1
+    return float(2 * size**3 / best)

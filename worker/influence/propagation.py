@@ -1,0 +1,193 @@
+"""Propagation of landmark influence by kernel ridge regression, and how good it is (METHOD 2; arXiv 2505.19051, section 4).
+
+Shape suffixes: l landmarks, m samples, t targets, e embedding size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Kernel = Literal["rbf", "linear"]
+
+ROWS = 4096
+"""Rows of the kernel matrix K(S, L) that exist at a time; it is never stored whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """Leave-one-out agreement of propagated with exact influence over the landmarks; None where a side is constant.
+
+    r2, spearman: one figure a target.  mean_r2, mean_spearman: of the mean over targets.
+    """
+
+    r2: tuple[float | None, ...]
+    spearman: tuple[float | None, ...]
+    mean_r2: float | None
+    mean_spearman: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KernelRidge:
+    """P = K(., L) (K(L, L) + delta I)^-1 P_L, one Cholesky factor for all targets. Made by `fit`; float64 inside.
+
+    sigma: width of the Gaussian kernel, None for the linear one.  delta: ridge that was added to the diagonal.
+    """
+
+    kernel: Kernel
+    sigma: float | None
+    delta: float
+    E_L: Tensor
+    P_L: Tensor
+    coefficients_lt: Tensor
+    cholesky_ll: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        E_L: Tensor,
+        P_L: Tensor,
+        *,
+        kernel: Kernel = "rbf",
+        ridge: float = 0.01,
+        bandwidth: float | None = None,
+    ) -> KernelRidge:
+        """Fit landmark embeddings (l, e) to exact influence (l, t).
+
+        kernel: `rbf`, exp(-|x - y|^2 / 2 sigma^2), or `linear`, x.y.  ridge: delta as a share of the mean of the
+        kernel's diagonal.
+        bandwidth: sigma; None is the median distance between landmarks that differ (1 where none do).
+        Raises ValueError for shapes that do not fit, values that are not finite, and a matrix that is singular because
+        landmarks coincide while the ridge is 0.
+        """
+        E_le, P_lt = E_L.double(), P_L.double()
+        _check_fit(E_le, P_lt, kernel, ridge, bandwidth)
+        sigma = None
+        if kernel == "rbf":
+            sigma = _median_distance(E_le) if bandwidth is None else bandwidth
+        K_ll = _kernel(E_le, E_le, sigma)
+        if kernel == "rbf":
+            K_ll.fill_diagonal_(1.0)
+        delta = ridge * float(K_ll.diagonal().mean())
+        K_ll.diagonal().add_(delta)
+        cholesky_ll, failed = torch.linalg.cholesky_ex(K_ll)
+        pivots_l = cholesky_ll.diagonal().square()
+        smallest = torch.finfo(torch.float64).eps * len(K_ll) * float(K_ll.diagonal().max())
+        if int(failed) or not bool((pivots_l > smallest).all()):
+            raise ValueError(
+                f"the kernel matrix of {len(K_ll)} landmarks is singular with ridge={ridge}: landmarks coincide or outnumber the "
+                "embedding's dimensions; raise ridge"
+            )
+        return cls(
+            kernel=kernel,
+            sigma=sigma,
+            delta=delta,
+            E_L=E_le,
+            P_L=P_lt,
+            coefficients_lt=torch.cholesky_solve(P_lt, cholesky_ll),
+            cholesky_ll=cholesky_ll,
+        )
+
+    def predict(self, E: Tensor) -> Tensor:
+        """Propagated influence float64 (m, t) of samples with embeddings (m, e)."""
+        if E.ndim != 2 or E.shape[1] != self.E_L.shape[1]:
+            raise ValueError(f"embeddings must be (m, {self.E_L.shape[1]}), not {tuple(E.shape)}")
+        P_mt = self.P_L.new_empty(E.shape[0], self.P_L.shape[1])
+        for start in range(0, E.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            E_re = E[rows].to(self.E_L.device, torch.float64)
+            P_mt[rows] = _kernel(E_re, self.E_L, self.sigma) @ self.coefficients_lt
+        return P_mt
+
+    def leave_one_out(self) -> Tensor:
+        """What each landmark would be given if it were left out of the fit, float64 (l, t), sigma and delta kept.
+
+        P_ij - [A P_L]_ij / A_ii with A = (K + delta I)^-1: no refitting.
+        """
+        inverse_ll = torch.cholesky_inverse(self.cholesky_ll)
+        return self.P_L - self.coefficients_lt / inverse_ll.diagonal()[:, None]
+
+
+def _check_fit(E_le: Tensor, P_lt: Tensor, kernel: str, ridge: float, bandwidth: float | None) -> None:
+    if E_le.ndim != 2 or P_lt.ndim != 2 or E_le.shape[0] != P_lt.shape[0] or not E_le.shape[0]:
+        raise ValueError(
+            f"E_L must be (l, e) and P_L (l, t) with l >= 1, not {tuple(E_le.shape)} and {tuple(P_lt.shape)}"
+        )
+    if kernel not in ("rbf", "linear"):
+        raise ValueError(f"kernel must be rbf or linear, not {kernel!r}")
+    if ridge < 0:
+        raise ValueError(f"ridge must not be negative, but is {ridge}")
+    if bandwidth is not None and bandwidth <= 0:
+        raise ValueError(f"bandwidth must be positive, not {bandwidth}")
+    for name, values in (("E_L", E_le), ("P_L", P_lt)):
+        wrong = torch.nonzero(~torch.isfinite(values).all(dim=1)).flatten()
+        if len(wrong):
+            raise ValueError(
+                f"{name} is not finite in {len(wrong)} rows, the first {wrong[:5].tolist()}: leave them out"
+            )
+
+
+def _kernel(X_me: Tensor, Y_le: Tensor, sigma: float | None) -> Tensor:
+    """Gaussian kernel of width sigma, the linear one without: (m, e), (l, e) -> (m, l)."""
+    if sigma is None:
+        return X_me @ Y_le.T
+    return _squared_distances(X_me, Y_le).mul_(-0.5 / sigma**2).exp_()
+
+
+def _squared_distances(X_me: Tensor, Y_le: Tensor) -> Tensor:
+    norms_ml = X_me.square().sum(dim=1)[:, None] + Y_le.square().sum(dim=1)
+    return norms_ml.addmm_(X_me, Y_le.T, alpha=-2.0).clamp_min_(0.0)
+
+
+def _median_distance(E_le: Tensor) -> float:
+    squared = _squared_distances(E_le, E_le)[*torch.triu_indices(len(E_le), len(E_le), 1)]
+    # Below this a difference is the rounding of |x|^2 + |y|^2 - 2 x.y, not a distance.
+    noise = 64 * torch.finfo(torch.float64).eps * float(E_le.square().sum(dim=1).max())
+    apart = squared[squared > noise].numpy(force=True)
+    return float(np.sqrt(np.median(apart))) if apart.size else 1.0
+
+
+def fidelity(P_L: Tensor, loo: Tensor) -> Fidelity:
+    """Agreement of exact influence (l, t) with its leave-one-out prediction (l, t): R^2 and Spearman rank correlation."""
+    if P_L.ndim != 2 or P_L.shape != loo.shape:
+        raise ValueError(f"P_L and loo must both be (l, t), not {tuple(P_L.shape)} and {tuple(loo.shape)}")
+    exact_lt, predicted_lt = P_L.double().numpy(force=True), loo.double().numpy(force=True)
+    pairs = list(zip(exact_lt.T, predicted_lt.T, strict=True))
+    mean = (exact_lt.mean(axis=1), predicted_lt.mean(axis=1)) if pairs else (np.zeros(0), np.zeros(0))
+    return Fidelity(
+        r2=tuple(_r2(*pair) for pair in pairs),
+        spearman=tuple(_correlation(_ranks(a), _ranks(b)) for a, b in pairs),
+        mean_r2=_r2(*mean),
+        mean_spearman=_correlation(_ranks(mean[0]), _ranks(mean[1])),
+    )
+
+
+Vector = npt.NDArray[np.float64]
+
+
+def _varies(x: Vector) -> bool:
+    return bool(x.size) and bool(np.isfinite(x).all()) and bool((x != x[0]).any())
+
+
+def _r2(exact: Vector, predicted: Vector) -> float | None:
+    if not _varies(exact) or not np.isfinite(predicted).all():
+        return None
+    return float(1 - np.square(exact - predicted).sum() / np.square(exact - exact.mean()).sum())
+
+
+def _ranks(x: Vector) -> Vector:
+    """Ranks from 0, equal values sharing their mean rank."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+
+
+def _correlation(x: Vector, y: Vector) -> float | None:
+    if not _varies(x) or not _varies(y):
+        return None
+    dx, dy = x - x.mean(), y - y.mean()
+    return float((dx @ dy) / np.sqrt((dx @ dx) * (dy @ dy)))

@@ -1,0 +1,148 @@
+"""Choice of samples, and their weights, from influence (METHOD 1 and 5; arXiv 2505.19051, sections 3 and 5).
+
+Shape suffixes: n samples, t targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from .samples import BoolArray, IntArray
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FirstOrderWeights:
+    """Weights w = max(0, (p - threshold) / ridge) of exactly k samples, float64 (n,), summing to n.
+
+    ridge: lambda, and threshold: tau, of METHOD 1. Where the chosen samples cannot be told apart, ridge is 0, the limit.
+    """
+
+    weights: npt.NDArray[np.float64]
+    ridge: float
+    threshold: float
+
+
+def top_k(p: Tensor | FloatArray, budget: int, eligible: npt.ArrayLike | None = None) -> IntArray:
+    """Indices of the `budget` highest p (n,), best first, of equal ones the lower index first.
+
+    eligible: bool (n,), the samples that may be chosen; None is all. Raises ValueError for p that is not finite where eligible,
+    and a budget above the number of eligible samples.
+    """
+    p_n = _array(p, "p", 1)
+    candidates = _candidates(p_n, budget, eligible)
+    return candidates[_best(p_n[candidates], budget)]
+
+
+def round_robin(P: Tensor | FloatArray, budget: int, *, seed: int, eligible: npt.ArrayLike | None = None) -> IntArray:
+    """Targets take turns, each taking its best sample not yet taken: P (n, t) -> indices (budget,) in the order taken.
+
+    The order of the targets is drawn once from the seed and kept in every round. Of equal influence the lower index goes first.
+    eligible and errors are as in `top_k`.
+    """
+    P_nt = _array(P, "P", 2)
+    if not P_nt.shape[1]:
+        raise ValueError("P has no targets")
+    candidates = _candidates(P_nt, budget, eligible)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(P_nt.shape[1])
+    queues = [_Queue(P_nt[candidates, target], budget // len(order) + 1) for target in order]
+    taken = np.zeros(candidates.size, dtype=bool)
+    chosen = np.empty(budget, dtype=np.int64)
+    for turn in range(budget):
+        chosen[turn] = queues[turn % len(queues)].take(taken)
+    return candidates[chosen]
+
+
+class _Queue:
+    """One target's candidates from best to worst, sorted only as far as they were asked for."""
+
+    def __init__(self, p: FloatArray, expected: int) -> None:
+        self.p = p
+        self.ranked = _best(p, min(2 * expected, p.size))
+        self.next = 0
+
+    def take(self, taken: BoolArray) -> int:
+        while True:
+            if self.next == self.ranked.size:  # everything sorted so far is gone: sort twice as far
+                self.ranked = _best(self.p, min(2 * self.ranked.size, self.p.size))
+            index = int(self.ranked[self.next])
+            self.next += 1
+            if not taken[index]:
+                taken[index] = True
+                return index
+
+
+def _best(p: FloatArray, count: int) -> IntArray:
+    """Indices of the `count` highest values, best first, of equal ones the lower index first."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    smallest = np.partition(p, p.size - count)[p.size - count]
+    reaching = np.flatnonzero(p >= smallest)
+    best: IntArray = reaching[np.argsort(-p[reaching], kind="stable")][:count]
+    return best
+
+
+def first_order_weights(p: Tensor | FloatArray, k: int) -> FirstOrderWeights:
+    """Closed form of argmin -p.w + (lambda/2) |w|^2, w >= 0, sum w = n, with lambda such that exactly k weights are positive.
+
+    With p sorted downwards, tau is p_(k+1), lambda = sum_{i<=k} (p_i - tau) / n and w_i = (p_i - tau) / lambda (METHOD 1). Adding
+    a constant to p changes nothing, so p may be all negative. Where that rule does not define the answer:
+    * several samples equal to the k-th: the lower indices are kept and the others are treated as absent, so that tau is
+      the highest value below the k-th;
+    * nothing lies below the k-th (k = n, or only ties): tau is the k-th less the mean step (p_1 - p_k) / (k - 1);
+    * all k equal and nothing below: equal weights n / k, lambda = 0.
+
+    p: (n,), k: 1 to n. Raises ValueError for k outside of that and p that is not finite.
+    """
+    p_n = _array(p, "p", 1).astype(np.float64)
+    if not 1 <= k <= p_n.size:
+        raise ValueError(f"k must be from 1 to the number of samples, {p_n.size}, not {k}")
+    kept = top_k(p_n, k)
+    lowest = p_n[kept[-1]]
+    below = p_n[p_n < lowest]
+    step = (p_n[kept[0]] - lowest) / max(k - 1, 1)
+    threshold = float(below.max() if below.size else lowest - step)
+    gaps = p_n[kept] - threshold
+    weights = np.zeros_like(p_n)
+    weights[kept] = p_n.size * gaps / gaps.sum() if gaps.sum() > 0 else p_n.size / k
+    return FirstOrderWeights(weights=weights, ridge=float(gaps.sum() / p_n.size), threshold=threshold)
+
+
+def mean_one_over_selected(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Rescale weights (n,) so that the positive ones have mean 1 (METHOD 5); raises ValueError where none is positive."""
+    selected = weights > 0
+    if not selected.any():
+        raise ValueError("no weight is positive, so nothing is selected")
+    rescaled: npt.NDArray[np.float64] = weights * (selected.sum() / weights.sum())
+    return rescaled
+
+
+def _array(values: Tensor | FloatArray, name: str, ndim: int) -> FloatArray:
+    array: FloatArray = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, not shape {array.shape}")
+    return array
+
+
+def _candidates(values: FloatArray, budget: int, eligible: npt.ArrayLike | None) -> IntArray:
+    """Indices of the eligible samples, checked: enough of them for the budget, all finite."""
+    n = values.shape[0]
+    mask = np.ones(n, dtype=bool) if eligible is None else np.asarray(eligible)
+    if mask.dtype != np.bool_ or mask.shape != (n,):
+        raise ValueError(f"eligible must be a bool array of shape ({n},), not {mask.dtype} of shape {mask.shape}")
+    candidates = np.flatnonzero(mask)
+    if not 0 <= budget <= candidates.size:
+        raise ValueError(f"budget must be from 0 to the number of eligible samples, {candidates.size}, not {budget}")
+    rows = values.reshape(n, -1)
+    wrong = np.flatnonzero(mask & ~np.isfinite(rows).all(axis=1))
+    if wrong.size:
+        raise ValueError(
+            f"influence is not finite for {wrong.size} samples, the first at {wrong[:5].tolist()}: make them ineligible"
+        )
+    return candidates
