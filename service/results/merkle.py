@@ -1,0 +1,35 @@
+"""Hashes of the published weights, so that a download can be verified against the audit record."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def chunk_sha256(
+    influence: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], exact: npt.NDArray[np.bool_]
+) -> bytes:
+    """sha256 of the three arrays' bytes in a row: float32, float32, uint8 (0 or 1), little-endian."""
+    digest = hashlib.sha256()
+    for array, dtype in ((influence, "<f4"), (weight, "<f4"), (exact, "u1")):
+        digest.update(array.astype(dtype).tobytes())
+    return digest.digest()
+
+
+def merkle_root(leaves: Sequence[bytes]) -> bytes:
+    """The Merkle root over the chunks' hashes in chunk order.
+
+    A leaf is a chunk's `chunk_sha256`, as it is. A level is made from the one below by pairing from the left:
+    node = sha256(0x01 || left || right); the last node of an odd level is promoted unchanged. One leaf is its own root.
+
+    Raises:
+        ValueError: there is no leaf.
+    """
+    if not leaves:
+        raise ValueError("leaves: a Merkle root needs at least one")
+    level = list(leaves)
+    while len(level) > 1:
+        pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[len(pairs) * 2 :]
+    return level[0]

@@ -1,0 +1,147 @@
+"""`/v1/selection-jobs/{job_id}/...`: what a succeeded job found, in pages, streams and files."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import StreamingResponse
+
+from service.database import SessionDep
+from service.datasets import storage
+from service.errors import Conflict, NotFound, Unauthorized, Unprocessable, responses
+from service.results import repository
+from service.results.export import ResultStream, Rows, weight_columns
+from service.results.formats import ENCODERS, MEDIA_TYPES, Format, jsonl
+from service.results.schemas import ProvenanceOut, SelectedOut, SelectedPage, SelectionResult, WeightOut, WeightsPage
+from service.results.service import Gone, finished_job
+from service.tenants.service import CallerDep
+
+router = APIRouter(
+    prefix="/selection-jobs", tags=["results"], responses=responses(Unauthorized, NotFound, Conflict, Unprocessable)
+)
+
+DEFAULT_LIMIT = 1000
+PageLimit = Annotated[int, Query(ge=1, le=10_000, description="Most samples of one page")]
+
+
+@router.get("/{job_id}/results", summary="The summary of a succeeded job")
+def get_results(job_id: str, session: SessionDep, caller: CallerDep) -> SelectionResult:
+    job = finished_job(session, caller.tenant_id, job_id)
+    result = repository.result(session, job.id)
+    return SelectionResult(
+        job_id=job.id, created_at=result.created_at, sample_count=result.sample_count, **result.summary
+    )
+
+
+@router.get(
+    "/{job_id}/weights",
+    summary="One weight a sample, in pool order",
+    response_model=WeightsPage,
+    responses={
+        200: {"content": {MEDIA_TYPES[Format.JSONL]: {}}, "description": "A page, or with `stream` all as lines"}
+    },
+)
+def get_weights(
+    job_id: str,
+    request: Request,
+    session: SessionDep,
+    caller: CallerDep,
+    start: Annotated[int, Query(ge=0, description="Index of the first sample; continues a stream that broke off")] = 0,
+    limit: PageLimit = DEFAULT_LIMIT,
+    stream: Annotated[bool, Query(description="Everything from `start` on, one JSON object a line")] = False,
+) -> Any:
+    job = finished_job(session, caller.tenant_id, job_id)
+    if stream:
+        if "limit" in request.query_params:
+            raise Unprocessable("limit goes with pages; leave it out, or leave out stream.", param="limit")
+        rows = Rows(request.app.state.sessions, request.app.state.store, job)
+        return ResultStream(jsonl(rows.weights(start)), media_type=MEDIA_TYPES[Format.JSONL])
+    stop = min(start + limit, job.pool.row_count)
+    if start >= stop:
+        return WeightsPage(data=[], has_more=False, next_start=None)
+    ids, sources = storage.read_ids(request.app.state.store, job.pool.fingerprint, start, stop)
+    columns = weight_columns(repository.weights(session, job.id, start, stop), ids, sources)
+    has_more = stop < job.pool.row_count
+    data = [WeightOut(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    return WeightsPage(data=data, has_more=has_more, next_start=stop if has_more else None)
+
+
+@router.get("/{job_id}/selected", summary="The selected samples, in rank order")
+def get_selected(
+    job_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    after_rank: Annotated[int, Query(ge=-1, description="`last_rank` of the page before")] = -1,
+    limit: PageLimit = DEFAULT_LIMIT,
+) -> SelectedPage:
+    job = finished_job(session, caller.tenant_id, job_id)
+    found = repository.selected_after(session, job.id, after_rank, limit + 1)
+    data = [
+        SelectedOut(
+            rank=row.rank,
+            index=row.sample_index,
+            id=row.sample_id,
+            source=row.source,
+            influence=row.influence,
+            weight=row.weight,
+            exact=row.exact,
+        )
+        for row in found[:limit]
+    ]
+    return SelectedPage(data=data, has_more=len(found) > limit, last_rank=data[-1].rank if data else None)
+
+
+@router.get(
+    "/{job_id}/export",
+    summary="All samples or the selection, as a file",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}, "description": "The file, streamed"},
+        **responses(Gone),
+    },
+)
+def export(
+    job_id: str,
+    request: Request,
+    session: SessionDep,
+    caller: CallerDep,
+    format: Annotated[Format, Query(description="Of the file")] = Format.PARQUET,
+    selected_only: Annotated[
+        bool, Query(description="Only the selection, by rank; else all samples, by index")
+    ] = False,
+    include: Annotated[
+        Literal["messages"] | None, Query(description="The samples' content too: ready to train on; not in CSV")
+    ] = None,
+) -> StreamingResponse:
+    """Columns: index, id, source, influence, weight, exact, selected, rank, and with `include` messages (or text)."""
+    job = finished_job(session, caller.tenant_id, job_id)
+    rows = Rows(request.app.state.sessions, request.app.state.store, job)
+    if include is None:
+        batches = rows.selected() if selected_only else rows.all()
+    else:
+        _require_content(job, format)
+        batches = rows.selected_with_content() if selected_only else rows.all_with_content()
+    return ResultStream(
+        ENCODERS[format](batches),
+        media_type=MEDIA_TYPES[format],
+        headers={"Content-Disposition": f'attachment; filename="{job.id}.{format}"'},
+    )
+
+
+def _require_content(job: repository.Job, format: Format) -> None:
+    if format is Format.CSV:
+        raise Unprocessable("include=messages needs format=jsonl or format=parquet; CSV has no lists.", param="include")
+    if job.pool.deleted:
+        raise Gone(
+            f"The pool {job.pool.id} has been deleted, and its text with it; export without include.",
+            param="include",
+            code="pool_deleted",
+        )
+
+
+@router.get("/{job_id}/provenance", summary="The audit record")
+def get_provenance(job_id: str, session: SessionDep, caller: CallerDep) -> ProvenanceOut:
+    job = finished_job(session, caller.tenant_id, job_id)
+    row = repository.provenance(session, job.id)
+    return ProvenanceOut(
+        job_id=job.id, created_at=row.created_at, weights_root=row.weights_root.hex(), record=row.record
+    )
