@@ -1,0 +1,139 @@
+"""Datasets over HTTP."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from fastapi import APIRouter, BackgroundTasks, Request, Response, status
+
+from service.artifacts import ArtifactStore
+from service.database import SessionDep, Sessions
+from service.datasets import service
+from service.datasets.convert import convert
+from service.datasets.formats import Form
+from service.datasets.schemas import DatasetObject, DatasetPage, DatasetRow, FormQuery, Name, RowLimit, RowPage, Start
+from service.datasets.upload import received
+from service.errors import BadRequest, Conflict, NotFound, TooLarge, Unauthorized, Unprocessable, responses
+from service.pages import After, Limit
+from service.settings import ApiSettings
+from service.tenants.service import CallerDep
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+# Apart from the threads that answer other requests, which a few long uploads would otherwise use up.
+_converters = ThreadPoolExecutor(max_workers=2, thread_name_prefix="dataset-converter")
+
+_ROW = '{"id": "flan-17", "source": "flan", "prompt": "Name a prime.", "completion": "Seven."}\n'
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "JSONL, gzipped JSONL or Parquet, told apart by the content; the media type does not matter.",
+        "content": {
+            "application/jsonl": {"schema": {"type": "string"}, "example": _ROW},
+            "application/gzip": _BINARY,
+            "application/vnd.apache.parquet": _BINARY,
+            "multipart/form-data": {
+                "schema": {"type": "object", "required": ["file"], "properties": {"file": _BINARY["schema"]}}
+            },
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=status.HTTP_201_CREATED,
+    summary="Upload a dataset",
+    responses=responses(BadRequest, Unauthorized, TooLarge, Unprocessable),
+    openapi_extra=_UPLOAD_BODY,
+)
+async def upload(
+    request: Request,
+    response: Response,
+    caller: CallerDep,
+    session: SessionDep,
+    name: Name,
+    form: FormQuery = Form.AUTO,
+) -> DatasetObject:
+    """Keeps the file's rows, in order, as a dataset; all of them or none.
+
+    A row has `messages` (`[{"role", "content"}]`, the last from the assistant), or `prompt` and `completion`, or
+    `instruction`, `output` and perhaps `input`, or `text`; and perhaps an `id`, unique in the dataset, and a `source`, by
+    which results are counted. A null counts as absent; other fields are ignored. Where rows cannot be used, the error
+    `invalid_rows` names the first 20 by line (in Parquet by row), from 1.
+    """
+    # An upload may last for hours: the connection that told the caller goes back before it starts.
+    await asyncio.to_thread(session.commit)
+    state = request.app.state
+    settings: ApiSettings = state.settings
+    async with received(request, settings.uploads.max_bytes) as file:
+        keep = partial(_keep, file, state.sessions, state.store, settings, caller.tenant_id, name, form)
+        dataset = await asyncio.get_running_loop().run_in_executor(_converters, keep)
+    response.headers["Location"] = f"{request.url.path}/{dataset.id}"
+    return dataset
+
+
+def _keep(
+    file: IO[bytes],
+    sessions: Sessions,
+    store: ArtifactStore,
+    settings: ApiSettings,
+    tenant_id: str,
+    name: str,
+    form: Form,
+) -> DatasetObject:
+    with TemporaryDirectory(prefix="winnow-") as folder:
+        content = convert(file, form, settings.uploads, Path(folder))
+        with sessions.begin() as session:
+            dataset = service.register(session, store, tenant_id=tenant_id, name=name, content=content)
+    return DatasetObject.model_validate(dataset)
+
+
+@router.get("", summary="List datasets, newest first", responses=responses(BadRequest, Unauthorized, Unprocessable))
+def list_datasets(caller: CallerDep, session: SessionDep, limit: Limit = 20, after: After = None) -> DatasetPage:
+    datasets, has_more = service.page(session, caller.tenant_id, after, limit)
+    data = [DatasetObject.model_validate(dataset) for dataset in datasets]
+    return DatasetPage(data=data, has_more=has_more, last_id=data[-1].id if data else None)
+
+
+@router.get("/{dataset_id}", summary="One dataset", responses=responses(Unauthorized, NotFound))
+def get_dataset(dataset_id: str, caller: CallerDep, session: SessionDep) -> DatasetObject:
+    return DatasetObject.model_validate(service.find(session, caller.tenant_id, dataset_id))
+
+
+@router.get(
+    "/{dataset_id}/rows",
+    summary="Rows of a dataset, in its order",
+    responses=responses(Unauthorized, NotFound, Unprocessable),
+)
+def list_rows(
+    request: Request,
+    dataset_id: str,
+    caller: CallerDep,
+    session: SessionDep,
+    start: Start = 0,
+    limit: RowLimit = 20,
+) -> RowPage:
+    samples, next_start = service.rows(session, request.app.state.store, caller.tenant_id, dataset_id, start, limit)
+    data = [DatasetRow.model_validate(sample) for sample in samples]
+    return RowPage(data=data, has_more=next_start is not None, next_start=next_start)
+
+
+@router.delete(
+    "/{dataset_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    summary="Delete a dataset",
+    responses=responses(Unauthorized, NotFound, Conflict),
+)
+def delete_dataset(
+    request: Request, dataset_id: str, caller: CallerDep, session: SessionDep, background: BackgroundTasks
+) -> None:
+    """Results of finished jobs stay, and go on naming their samples by id; the rows themselves are removed."""
+    dataset = service.delete(session, caller.tenant_id, dataset_id)
+    # Runs after the answer, hence after the commit: rows are not removed for a deletion that did not happen.
+    state = request.app.state
+    background.add_task(service.remove_unused_files, state.sessions, state.store, dataset.fingerprint)

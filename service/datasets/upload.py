@@ -1,0 +1,80 @@
+"""Receives the body of an upload, raw or as multipart/form-data, in a temporary file, never more than the budget."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from tempfile import TemporaryFile
+from typing import IO
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from service.errors import BadRequest, TooLarge
+
+_WRITE_BYTES = 2**20
+
+
+@asynccontextmanager
+async def received(request: Request, max_bytes: int) -> AsyncIterator[IO[bytes]]:
+    """The uploaded file, whole, for as long as the context lasts.
+
+    Raises:
+        TooLarge: the body is larger than the budget; where its Content-Length says so, none of it is read.
+        BadRequest: the body ended early, or the form does not hold one part that is a file named `file`.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    stream = _within_budget(request, max_bytes)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    receive = _form_file(request.headers, stream) if media_type == "multipart/form-data" else _raw_file(stream)
+    async with receive as file:
+        yield file
+
+
+async def _within_budget(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    seen = 0
+    try:
+        async for chunk in request.stream():
+            seen += len(chunk)
+            if seen > max_bytes:
+                raise _too_large(max_bytes)
+            yield chunk
+    except ClientDisconnect as error:
+        raise BadRequest("The upload broke off before its end; send it again") from error
+
+
+@asynccontextmanager
+async def _raw_file(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[IO[bytes]]:
+    with TemporaryFile(prefix="winnow-") as file:
+        # Off the event loop, a megabyte at a time: a thread for each network packet costs more than the writing.
+        buffer = bytearray()
+        async for chunk in stream:
+            buffer += chunk
+            if len(buffer) >= _WRITE_BYTES:
+                await asyncio.to_thread(file.write, bytes(buffer))
+                buffer.clear()
+        await asyncio.to_thread(file.write, bytes(buffer))
+        yield file
+
+
+@asynccontextmanager
+async def _form_file(headers: Headers, stream: AsyncGenerator[bytes, None]) -> AsyncIterator[IO[bytes]]:
+    try:
+        form = await MultiPartParser(headers, stream, max_files=1, max_fields=0).parse()
+    except MultiPartException as error:
+        raise BadRequest(f"{error.message} Send one part, a file named `file`", param="file") from error
+    try:
+        part = form.get("file")
+        if not isinstance(part, UploadFile):
+            raise BadRequest("The form has no file named `file`; send it as one part of that name", param="file")
+        yield part.file
+    finally:
+        await form.close()
+
+
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(
+        f"The upload is larger than {max_bytes:,} bytes; compress it with gzip or split it", code="upload_too_large"
+    )

@@ -1,0 +1,308 @@
+"""Conversion of a whole upload: JSONL, gzip and Parquet; budgets; faults named by their place; readers of what is stored."""
+
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tracemalloc
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from service.artifacts import ArtifactStore
+from service.datasets import convert as convert_module
+from service.datasets import storage
+from service.datasets.convert import convert, repeated_ids
+from service.datasets.formats import CanonicalRow, Form
+from service.datasets.storage import Content, ContentWriter
+from service.errors import TooLarge, Unprocessable
+from service.settings import UploadSettings
+
+MIB = 2**20
+
+
+def jsonl(*rows: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def parquet(columns: dict[str, Any], **options: Any) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out, **options)
+    return out.getvalue()
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    def read(data: bytes, form: Form = Form.AUTO, **limits: int) -> Content:
+        return convert(io.BytesIO(data), form, UploadSettings(**limits), tmp_path)
+
+    return read
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+def faults(error: pytest.ExceptionInfo[Unprocessable]) -> dict[str, str]:
+    assert error.value.errors is not None
+    return {fault["param"]: fault["message"] for fault in error.value.errors}
+
+
+ROWS = [
+    {"id": "a", "source": "s", "prompt": "Grüße an 世界 😀", "completion": "Hallo"},
+    {"text": "plain"},
+    {"id": 9, "messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": ""}]},
+]
+
+
+def test_equal_rows_have_one_fingerprint_whatever_file_brings_them(read) -> None:
+    plain = read(jsonl(*ROWS))
+    lines = (
+        '["a","s",{"messages":[{"content":"Grüße an 世界 😀","role":"user"},{"content":"Hallo","role":"assistant"}]}]\n'
+        '["1",null,{"text":"plain"}]\n'
+        '["9",null,{"messages":[{"content":"u","role":"user"},{"content":"","role":"assistant"}]}]\n'
+    ).encode()
+    assert plain.fingerprint == hashlib.sha256(lines).hexdigest()
+    assert (plain.row_count, plain.byte_count) == (3, len(lines))
+    assert plain.sources == {"s": 1, "(none)": 2}
+    as_parquet = parquet(
+        {
+            "id": ["a", None, "9"],
+            "source": pa.array(["s", None, None]).dictionary_encode(),
+            "prompt": [ROWS[0]["prompt"], None, None],
+            "completion": ["Hallo", None, None],
+            "text": [None, "plain", None],
+            "messages": [None, None, ROWS[2]["messages"]],
+            "score": [1.0, 2.0, 3.0],
+        }
+    )
+    spaced = b"\xef\xbb\xbf\n" + jsonl(*ROWS).replace(b"\n", b"\r\n \n")
+    for data in (gzip.compress(jsonl(*ROWS)), jsonl(*ROWS).rstrip(), spaced, as_parquet):
+        assert read(data).fingerprint == plain.fingerprint
+    assert read(jsonl(*reversed(ROWS))).fingerprint != plain.fingerprint
+
+
+def test_every_bad_line_is_named_and_blank_lines_count(read) -> None:
+    data = b'{"text": "ok"}\n\n{"text": 1}\nnot json\n[1]\n\xff\n{"text": NaN}\n' + b"[" * 100_000 + b"\n{}"
+    with pytest.raises(Unprocessable) as error:
+        read(data)
+    assert error.value.problem_code == "invalid_rows"
+    assert error.value.param == "line 3"
+    found = faults(error)
+    assert list(found) == [f"line {n}" for n in range(3, 10)]
+    for line, part in enumerate(("must be a string", "not JSON", "not a JSON object", "not UTF-8", "NaN", "nested"), 3):
+        assert part in found[f"line {line}"]
+
+
+def test_reading_stops_after_twenty_faults(read) -> None:
+    with pytest.raises(Unprocessable, match="20 rows cannot be used, and more may follow") as error:
+        read(b"{}\n" * 20 + b'{"text": "a"}\n' * 3)
+    assert len(faults(error)) == 20
+
+
+def test_a_long_row_is_a_fault_and_the_next_one_is_read(read) -> None:
+    data = jsonl({"text": "a" * 70_000}, {"text": "b"}, {"text": 3})
+    with pytest.raises(Unprocessable) as error:
+        read(data, max_row_bytes=1000)
+    assert faults(error) == {"line 1": "is longer than 1,000 bytes", "line 3": "text must be a string, not a number"}
+
+
+def test_repeated_ids_are_named_with_both_lines(read) -> None:
+    with pytest.raises(Unprocessable) as error:
+        read(
+            jsonl({"id": "2", "text": "a"})
+            + b"\n"
+            + jsonl({"id": "x", "text": "b"}, {"text": "c"}, {"id": "x", "text": "d"})
+        )
+    found = faults(error)
+    assert list(found) == ["line 4", "line 5"]
+    assert 'has the id "2" of line 1' in found["line 4"]
+    assert 'has the id "x" of line 3' in found["line 5"]
+
+
+def test_equal_hashes_are_only_a_suspicion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_module, "_SUSPECTS_AT_ONCE", 1)
+    ids = ["a", "b", "a", "c", "d", "e", "d"]
+    with ContentWriter(tmp_path) as writer:
+        for id in ids:
+            writer.append(CanonicalRow(id, None, '{"text":"t"}'))
+    hashes = array("q", [1, 1, 1, 5, 3, 5, 3])  # a, b collide; so do c, e
+    assert list(repeated_ids(writer.content().ids, hashes)) == [("a", 0, 2), ("d", 4, 6)]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\n \n", gzip.compress(b""), parquet({"text": pa.array([], pa.string())})], ids=repr
+)
+def test_an_upload_without_rows_is_an_error(read, data: bytes) -> None:
+    with pytest.raises(Unprocessable, match="no rows") as error:
+        read(data)
+    assert error.value.problem_code == "invalid_file"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        gzip.compress(jsonl(*ROWS))[:-12],
+        gzip.compress(jsonl(*ROWS)) + b"rest",
+        b"\x1f\x8bnothing",
+        b"PAR1 nothing PAR1",
+        parquet({"text": ["a"] * 5000})[:-40],
+        parquet({"question": ["a"], "id": ["b"]}),
+        parquet({"text": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8()))}),
+    ],
+    ids=["gzip cut", "gzip with a tail", "no gzip", "no parquet", "parquet cut", "no column", "odd type"],
+)
+def test_a_damaged_file_is_told_from_a_bad_row(read, data: bytes) -> None:
+    with pytest.raises(Unprocessable) as error:
+        read(data)
+    assert error.value.problem_code == "invalid_file"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [jsonl(*ROWS), gzip.compress(jsonl(*ROWS)), parquet({"text": list("abc")})],
+    ids=["jsonl", "gzip", "parquet"],
+)
+def test_rows_beyond_the_budget_are_refused(read, data: bytes) -> None:
+    assert read(data, max_rows=3).row_count == 3
+    with pytest.raises(TooLarge, match="more than 2"):
+        read(data, max_rows=2)
+
+
+def nested_dictionary(rows: int, value: str) -> pa.Array:
+    """One conversation a row, whose contents are all the one value of a dictionary."""
+    messages = 2 * rows
+    roles = pa.array(["user", "assistant"] * rows)
+    contents = pa.DictionaryArray.from_arrays(pa.array([0] * messages, pa.int8()), pa.array([value]))
+    return pa.ListArray.from_arrays(
+        pa.array(range(0, messages + 1, 2), pa.int32()),
+        pa.StructArray.from_arrays([roles, contents], ["role", "content"]),
+    )
+
+
+def bomb(kind: str) -> bytes:
+    """Hundreds of megabytes in a small file."""
+    if kind == "gzip":
+        return gzip.compress(jsonl({"text": "a" * 10_000}) * 100) * 500
+    if kind == "gzip, one line":
+        return gzip.compress(b" " * 10 * MIB) * 50
+    if kind == "parquet dictionary":  # the footer tells of a few kilobytes
+        return parquet({"text": pa.array(["a" * 50_000] * 10_000).dictionary_encode()}, compression="zstd")
+    if kind == "parquet nested dictionary":
+        return parquet({"messages": nested_dictionary(5_000, "a" * 50_000)}, compression="zstd")
+    return parquet({"text": pa.array(["a" * 5 * MIB] * 20)}, compression="zstd", use_dictionary=False)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gzip", "gzip, one line", "parquet dictionary", "parquet nested dictionary", "parquet pages"]
+)
+def test_a_bomb_is_refused_before_it_fills_the_memory(read, kind: str) -> None:
+    data = bomb(kind)
+    assert len(data) < 4 * MIB
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge, match="once decompressed"):
+            read(data, max_bytes=16 * MIB)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * MIB
+
+
+def test_a_huge_value_that_a_dictionary_repeats_is_decoded_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """256 values of 16 MiB would be 4 GiB decoded as one batch; the footer tells of 16 MiB, well within the budget.
+
+    In a process of its own, since Arrow's peak can only be asked for the life of a process.
+    """
+    value = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int16()), pa.array(["a" * 16 * MIB]))
+    (tmp_path / "bomb.parquet").write_bytes(parquet({"text": value}))
+    script = """
+import sys, pyarrow
+from pathlib import Path
+from service.datasets.convert import convert
+from service.datasets.formats import Form
+from service.errors import Unprocessable
+from service.settings import UploadSettings
+folder = Path(sys.argv[1])
+with (folder / "bomb.parquet").open("rb") as file:
+    try:
+        convert(file, Form.AUTO, UploadSettings(), folder)
+    except Unprocessable as error:
+        print(error.param, pyarrow.default_memory_pool().max_memory() // 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    place, peak_mib = done.stdout.rsplit(maxsplit=1)
+    assert place == "row 1"
+    assert int(peak_mib) < 1024
+
+
+def test_bad_parquet_rows_are_named(read) -> None:
+    column = pa.array([b"good", b"\xff\xfe", b"a" * 2000, None]).view(pa.string())
+    with pytest.raises(Unprocessable) as error:
+        read(parquet({"text": column}), max_row_bytes=1000)
+    found = faults(error)
+    assert list(found) == ["row 2", "row 3", "row 4"]
+    assert "not UTF-8" in found["row 2"]
+    assert "longer than 1,000 bytes" in found["row 3"]
+
+
+def test_sources_are_counted_up_to_a_thousand_names(read) -> None:
+    rows = [{"text": "t", "source": f"s{i}"} for i in range(1003)] + [{"text": "t"}, {"text": "t", "source": "s0"}]
+    sources = read(jsonl(*rows)).sources
+    assert len(sources) == 1002
+    assert (sources["s0"], sources["(other)"], sources["(none)"]) == (2, 3, 1)
+
+
+def test_what_is_published_is_read_back_in_order_and_at_random(read, store: ArtifactStore) -> None:
+    n = 3 * storage.GROUP_ROWS + 5
+    content = read(
+        jsonl(*({"id": f"r{i}", "source": "even" if i % 2 == 0 else None, "text": f"t{i}"} for i in range(n)))
+    )
+    storage.publish(store, content)
+    fingerprint = content.fingerprint
+    assert store.exists(f"datasets/{fingerprint[:2]}/{fingerprint}/rows.parquet")
+
+    samples = list(storage.iter_samples(store, fingerprint))
+    assert [sample.index for sample in samples] == list(range(n))
+    assert samples[4097] == storage.Sample(4097, "r4097", None, None, "t4097")
+
+    batches = list(storage.iter_ids(store, fingerprint))
+    assert [id for ids, _ in batches for id in ids] == [f"r{i}" for i in range(n)]
+
+    for start, stop in ((0, 3), (4090, 4100), (4096, 8192), (n - 2, n + 10), (n, n + 5), (5, 5)):
+        ids, sources = storage.read_ids(store, fingerprint, start, stop)
+        assert ids == [f"r{i}" for i in range(start, min(stop, n))]
+        assert sources == ["even" if i % 2 == 0 else None for i in range(start, min(stop, n))]
+
+    indices = [n - 1, 0, 4096, 4095, 0]
+    assert storage.read_samples(store, fingerprint, indices) == [samples[i] for i in indices]
+    assert storage.read_samples(store, fingerprint, []) == []
+    for index in (-1, n):
+        with pytest.raises(IndexError, match=f"{n} rows"):
+            storage.read_samples(store, fingerprint, [index])
+
+
+def test_row_groups_are_cut_by_size_as_well(read, store: ArtifactStore) -> None:
+    content = read(jsonl(*({"text": f"{i}" + "x" * 900_000} for i in range(50))))
+    storage.publish(store, content)
+    with storage._parquet(store, storage.rows_key(content.fingerprint)) as file:
+        assert file.num_row_groups == 2
+    sample = storage.read_samples(store, content.fingerprint, [49])[0]
+    assert sample.text is not None
+    assert sample.text.startswith("49x")
+    assert storage.read_ids(store, content.fingerprint, 35, 40)[0] == ["35", "36", "37", "38", "39"]
+
+
+def test_publishing_twice_keeps_the_first(read, store: ArtifactStore) -> None:
+    storage.publish(store, read(jsonl(*ROWS)))
+    again = read(jsonl(*ROWS))
+    storage.publish(store, again)
+    assert again.rows.exists()
+    assert [sample.id for sample in storage.iter_samples(store, again.fingerprint)] == ["a", "1", "9"]
