@@ -1,0 +1,332 @@
+"""A synchronous Python client of the service.
+
+with Winnow("http://localhost:8000", api_key) as winnow:
+    pool = winnow.upload_dataset("pool.jsonl")
+    target = winnow.upload_dataset("target.jsonl")
+    job = winnow.create_job(model="smollm2-135m-instruct", pool=pool["id"], target=target["id"], budget=60)
+    winnow.wait(job["id"], on_update=print)
+    winnow.export(job["id"], "selection.parquet", selected_only=True, include="messages")
+"""
+
+import json
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+import httpx
+
+Json = dict[str, Any]
+
+_RETRY_STATUSES = frozenset({502, 503, 504})
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+_POLL_SECONDS = 2.0
+_SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+class WinnowError(Exception):
+    """The service refused. The attributes are those of its problem details; `code` is the one to branch on."""
+
+    def __init__(
+        self,
+        status: int | None,
+        code: str,
+        detail: str,
+        *,
+        param: str | None = None,
+        errors: list[dict[str, str]] | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(f"{code}: {detail}" + (f" (request {request_id})" if request_id else ""))
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.param = param
+        self.errors = errors or []
+        self.request_id = request_id
+
+
+class Unreachable(WinnowError):
+    """The service could not be reached, or the connection broke off; `status` is None."""
+
+    def __init__(self, error: httpx.TransportError) -> None:
+        what = str(error) or type(error).__name__
+        super().__init__(None, "unreachable", f"{error.request.url} did not answer: {what}. Is the service up?")
+
+
+class JobFailed(WinnowError):
+    """The awaited job has failed or was cancelled; `job` is its last state, `problem` its error."""
+
+    def __init__(self, job: Json) -> None:
+        self.job = job
+        self.problem: Json = job.get("error") or {"code": "cancelled", "detail": f"Job {job['id']} was cancelled."}
+        super().__init__(None, self.problem["code"], self.problem["detail"])
+
+
+class Winnow:
+    """A connection to the service, for one API key.
+
+    A GET is repeated when the connection fails and after 502, 503 and 504; any other call only when no connection could
+    be made, since it may otherwise have been carried out.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        *,
+        timeout: float = 60.0,
+        retries: int = 4,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._retries = retries
+        self._http = httpx.Client(
+            base_url=url.rstrip("/") + "/v1",
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=timeout,
+            transport=transport,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def upload_dataset(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        name: str | None = None,
+        format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto",
+    ) -> Json:
+        """Uploads JSONL, gzipped JSONL or Parquet; a file is streamed.
+
+        Args:
+            source: the path of a file, or the content itself.
+            name: None: the file's name.
+            format: the form of the rows; it needs to be named only where rows fit more than one.
+
+        Raises:
+            ValueError: content without a name.
+            WinnowError: `errors` names the rows that cannot be used.
+        """
+        if name is None:
+            if isinstance(source, bytes):
+                raise ValueError("name: content needs a name; pass one")
+            name = Path(source).name
+        # The answer comes once every row was checked, which may take minutes.
+        timeout = httpx.Timeout(self._http.timeout.connect, read=None)
+        options: Json = {"params": {"name": name, "format": format}, "timeout": timeout}
+
+        def send() -> httpx.Response:
+            if isinstance(source, bytes):
+                return self._http.post("/datasets", content=source, **options)
+            with open(source, "rb") as file:
+                return self._http.post("/datasets", content=file, **options)
+
+        return cast(Json, self._send("POST", send).json())
+
+    def datasets(self) -> Iterator[Json]:
+        """Your datasets, newest first."""
+        return self._pages("/datasets", {}, "after", "last_id")
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        self._call("DELETE", f"/datasets/{dataset_id}")
+
+    def create_job(self, **request: Any) -> Json:
+        """Posts a selection job: model, pool, target, budget, and what else the API knows."""
+        return self._json("POST", "/selection-jobs", json=request)
+
+    def job(self, job_id: str) -> Json:
+        return self._json("GET", f"/selection-jobs/{job_id}")
+
+    def jobs(self, status: str | None = None) -> Iterator[Json]:
+        """Your jobs, newest first."""
+        return self._pages("/selection-jobs", {} if status is None else {"status": status}, "after", "last_id")
+
+    def cancel(self, job_id: str) -> Json:
+        """Asks the job to stop; it may still be `cancelling` in the answer."""
+        return self._json("POST", f"/selection-jobs/{job_id}/cancel")
+
+    def events(self, job_id: str) -> Iterator[Json]:
+        """What has happened to the job so far, oldest first."""
+        return self._pages(f"/selection-jobs/{job_id}/events", {}, "after", "last_id")
+
+    def wait(
+        self,
+        job_id: str,
+        on_update: Callable[[Json], object] | None = None,
+        timeout: float | None = None,
+        poll_seconds: float | None = None,
+    ) -> Json:
+        """Polls until the job has succeeded; `on_update` gets the job whenever it has changed.
+
+        Args:
+            timeout: seconds to wait at most; the job goes on all the same.
+            poll_seconds: between two polls; None: what the service asks for.
+
+        Raises:
+            JobFailed: it failed or was cancelled.
+            TimeoutError: it had not ended in time.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        seen: Json | None = None
+        while True:
+            response = self._call("GET", f"/selection-jobs/{job_id}")
+            job = cast(Json, response.json())
+            if on_update is not None and job != seen:
+                on_update(job)
+            seen = job
+            if job["status"] == "succeeded":
+                return job
+            if job["status"] in ("failed", "cancelled"):
+                raise JobFailed(job)
+            pause = poll_seconds if poll_seconds is not None else _retry_after(response) or _POLL_SECONDS
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"job {job_id} is still {job['status']} after {timeout} seconds")
+                pause = min(pause, left)
+            time.sleep(pause)
+
+    def results(self, job_id: str) -> Json:
+        """The summary of a succeeded job."""
+        return self._json("GET", f"/selection-jobs/{job_id}/results")
+
+    def provenance(self, job_id: str) -> Json:
+        """The audit record of a succeeded job."""
+        return self._json("GET", f"/selection-jobs/{job_id}/provenance")
+
+    def selected(self, job_id: str) -> Iterator[Json]:
+        """The selected samples in rank order."""
+        return self._pages(f"/selection-jobs/{job_id}/selected", {}, "after_rank", "last_rank")
+
+    def weights(self, job_id: str) -> Iterator[Json]:
+        """Every sample of the pool in order: index, id, source, influence, weight, exact.
+
+        Raises:
+            Unreachable: the stream broke off; what was yielded until then is right.
+        """
+        with self._stream(f"/selection-jobs/{job_id}/weights", {"stream": "true"}) as chunks:
+            rest = b""
+            # Split at line feeds only: text may hold the other characters at which str.splitlines breaks.
+            for chunk in chunks:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield json.loads(line)
+
+    def export(
+        self,
+        job_id: str,
+        path: str | os.PathLike[str],
+        format: Literal["jsonl", "csv", "parquet"] | None = None,
+        selected_only: bool = False,
+        include: Literal["messages"] | None = None,
+    ) -> Path:
+        """Downloads all samples, or the selection; the file appears only once it is whole.
+
+        Args:
+            format: None: by the suffix of the path.
+            include: "messages" adds the samples' content (not in CSV).
+
+        Raises:
+            ValueError: the path has no suffix that names a format, and none is given.
+        """
+        path = Path(path)
+        chosen = format or _SUFFIXES.get(path.suffix)
+        if chosen is None:
+            raise ValueError(f"path: {path.name} ends in none of {', '.join(_SUFFIXES)}; pass format")
+        params = {"format": chosen, "selected_only": str(selected_only).lower()}
+        if include is not None:
+            params["include"] = include
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            with self._stream(f"/selection-jobs/{job_id}/export", params) as chunks, part.open("xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def _pages(self, path: str, params: Mapping[str, str], cursor: str, last: str) -> Iterator[Json]:
+        """The entries of all pages; `cursor` names the parameter that continues after a page's `last`."""
+        page = self._json("GET", path, params=params)
+        yield from page["data"]
+        while page["has_more"]:
+            page = self._json("GET", path, params={**params, cursor: page[last]})
+            yield from page["data"]
+
+    def _json(self, method: str, path: str, **options: Any) -> Json:
+        return cast(Json, self._call(method, path, **options).json())
+
+    def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self._send(method, lambda: self._http.request(method, path, **options))
+
+    @contextmanager
+    def _stream(self, path: str, params: Mapping[str, str]) -> Iterator[Iterator[bytes]]:
+        request = self._http.build_request("GET", path, params=params)
+        response = self._send("GET", lambda: self._http.send(request, stream=True))
+        try:
+            yield response.iter_bytes()
+        except httpx.TransportError as error:
+            raise Unreachable(error) from error
+        finally:
+            response.close()
+
+    def _send(self, method: str, send: Callable[[], httpx.Response]) -> httpx.Response:
+        """The answer to a request that succeeded, repeated where that cannot do harm."""
+        pause = _FIRST_PAUSE_SECONDS
+        for left in range(self._retries, -1, -1):
+            asked: float | None = None
+            try:
+                response = send()
+                if response.is_success:
+                    return response
+                refusal = _refusal(response)
+                if method != "GET" or response.status_code not in _RETRY_STATUSES or left == 0:
+                    raise refusal
+                asked = _retry_after(response)
+            except httpx.TransportError as error:
+                is_safe = method == "GET" or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                if not is_safe or left == 0:
+                    raise Unreachable(error) from error
+            time.sleep(asked if asked is not None else pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds that the service asks to wait; it never sends the other form, a date."""
+    value = response.headers.get("Retry-After", "")
+    return min(float(value), _LONGEST_PAUSE_SECONDS) if value.isdigit() else None
+
+
+def _refusal(response: httpx.Response) -> WinnowError:
+    """The error that an answer tells of: problem details, or whatever something in between has said."""
+    try:
+        response.read()
+    finally:
+        response.close()
+    if not response.headers.get("Content-Type", "").startswith("application/problem+json"):
+        return WinnowError(response.status_code, "http_error", f"{response.status_code} {response.text[:200]}")
+    problem = response.json()
+    return WinnowError(
+        response.status_code,
+        problem["code"],
+        problem["detail"],
+        param=problem.get("param"),
+        errors=problem.get("errors"),
+        request_id=problem.get("request_id"),
+    )
