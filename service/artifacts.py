@@ -80,6 +80,14 @@ class ArtifactStore:
         """
         return cast(IO[bytes], self.fs.open(self._path(key), "rb"))
 
+    def read_json(self, key: str) -> Any:
+        with self.open(key) as file:
+            return json.load(file)
+
+    def write_json(self, key: str, value: Any) -> None:
+        with self.writing(key) as path:
+            path.write_text(json.dumps(value))
+
     @contextmanager
     def local(self, key: str) -> Iterator[Path]:
         """A local path with the content, for readers that map files into memory; a copy where the store is remote."""

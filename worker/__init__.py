@@ -1,0 +1,1 @@
+"""Celery workers: a supervisor that holds the lease on a unit, and a compute child that does it."""

@@ -1,0 +1,122 @@
+"""The supervisor's handle on its compute child."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from service.settings import Settings
+from worker.errors import ComputeDied
+
+# What the child may see of the environment: no database, no broker, no secret of ours. The store's and the hub's own
+# credentials (AWS_*, HF_*) are needed to read and write there.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
+_ENVIRONMENT_PREFIXES = (
+    "LC_",
+    "PYTHON",
+    "HF_",
+    "AWS_",
+    "CUDA_",
+    "NVIDIA_",
+    "OMP_",
+    "MKL_",
+    "XDG_",
+    "HTTP_",
+    "HTTPS_",
+    "NO_PROXY",
+)
+
+
+class Child:
+    """A running compute child. Not shared between threads, but for its reader."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.compute"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(),
+            start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
+        )
+        self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="compute-reader", daemon=True).start()
+        self.send(
+            type="start",
+            artifacts=settings.artifacts.url,
+            models=str(settings.models.folder),
+            worker=settings.worker.model_dump(mode="json"),
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._messages.put(json.loads(line))
+        self._messages.put(None)
+
+    def send(self, **message: Any) -> None:
+        """Writes a message; a child that is gone shows in `receive`."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def receive(self, timeout: float) -> dict[str, Any] | None:
+        """The next message, or None after `timeout` seconds without one.
+
+        Raises:
+            ComputeDied: the child is gone; says by what.
+        """
+        try:
+            message = self._messages.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if message is None:
+            raise ComputeDied(_cause(self._process.wait()))
+        return message
+
+    def close(self, grace_seconds: float) -> None:
+        """Ends the child: its stdin closes, then SIGTERM, then SIGKILL."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        for signal_number in (None, signal.SIGTERM, signal.SIGKILL):
+            if signal_number is not None:
+                self._process.send_signal(signal_number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=grace_seconds)
+                return
+
+    def stop(self, grace_seconds: float) -> None:
+        """Ends a child that did not heed a cancel: SIGTERM, then SIGKILL."""
+        self._process.terminate()
+        self.close(grace_seconds)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
+    }
+
+
+def _cause(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "The compute process was killed (signal 9): out of memory, most likely. The next attempt halves its batches."
+    if code < 0:
+        return f"The compute process died of signal {-code} ({signal.Signals(-code).name})."
+    return f"The compute process ended by itself with status {code}; its log says why."

@@ -1,0 +1,166 @@
+"""The compute child: does units one after the other, told by JSON lines on stdin, answering by JSON lines on stdout.
+
+A fresh process without database credentials: it sees the artifact store, the models and nothing else. It ends when its
+stdin closes, so it never outlives its supervisor, whatever killed that.
+
+    <- {"type": "start", "artifacts": url, "models": folder, "worker": {...}}
+    <- {"type": "run", "stage": ..., "artifact_key": ..., "spec": ..., "job": ..., "prepared": ..., "halvings": 0}
+    -> {"type": "progress", "done": 128}          any number of times
+    -> {"type": "done", "result": ...} | {"type": "failed", "error": ..., "retryable": ...} | {"type": "cancelled"}
+    <- {"type": "cancel"}                         seen at the next batch
+"""
+
+import json
+import logging
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from service.artifacts import ArtifactStore
+from service.jobs.state import Stage
+from service.settings import WorkerSettings
+from worker.errors import Cancelled, OutOfMemory, ParameterError, UnitError
+from worker.models import choose_device
+from worker.stages import embed, gradients, prepare, propagate, select
+from worker.stages.context import DEFAULT_TOKEN_BUDGET, ModelCache, StageContext
+from worker.stages.plan import JobInputs, result_key
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 0.2
+
+
+class Compute:
+    """Everything that stays between units: the store, the settings and the loaded model."""
+
+    def __init__(self, *, artifacts: str, models: Path, settings: WorkerSettings) -> None:
+        device = choose_device(settings.device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.store = ArtifactStore(artifacts)
+        self.models = ModelCache(models, device)
+
+    def run(self, unit: Mapping[str, Any], report: Any) -> dict[str, Any]:
+        """Does one unit and returns its result.
+
+        Raises:
+            UnitError: the attempt failed.
+            Cancelled: `report` said so.
+        """
+        budget = self.settings.token_budget or DEFAULT_TOKEN_BUDGET[self.models.device.type]
+        context = StageContext(
+            store=self.store,
+            job=JobInputs(**unit["job"]),
+            prepared=unit["prepared"],
+            models=self.models,
+            settings=self.settings,
+            token_budget=max(1, budget >> unit["halvings"]),
+            report=report,
+        )
+        started = time.perf_counter()
+        try:
+            result = self._stage(context, unit)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "One sample does not fit the device's memory; lower max_length, or use bfloat16."
+            ) from error
+        except ValueError as error:  # the numerical core's word for arguments that do not fit together
+            raise ParameterError(str(error)) from error
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak}
+        self.store.write_json(result_key(unit["artifact_key"]), result)
+        return result
+
+    def _stage(self, context: StageContext, unit: Mapping[str, Any]) -> dict[str, Any]:
+        key, spec = unit["artifact_key"], unit["spec"]
+        match Stage(unit["stage"]):
+            case Stage.PREPARE:
+                return prepare.run(context)
+            case Stage.EMBED:
+                return embed.run(context, key, spec)
+            case Stage.LANDMARK_GRADIENTS | Stage.TARGET_GRADIENTS:
+                return gradients.run(context, key, spec)
+            case Stage.PROPAGATE:
+                return propagate.run(context, key, spec)
+            case Stage.SELECT:
+                return select.run(context, key, spec)
+            case stage:
+                raise RuntimeError(f"{stage} is not computed by the child")
+
+
+class _Conversation:
+    """The child's side of the pipe. A thread reads, so that a cancel and the end of the supervisor are seen while computing."""
+
+    def __init__(self, incoming: IO[str], outgoing: IO[str]) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._last_progress = 0.0
+        self.cancelled = threading.Event()
+        self.messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._incoming:
+            message = json.loads(line)
+            if message["type"] == "cancel":
+                self.cancelled.set()
+            else:
+                self.messages.put(message)
+        os._exit(0)  # the supervisor is gone: nobody would read a result
+
+    def send(self, **message: Any) -> None:
+        self._outgoing.write(json.dumps(message) + "\n")
+        self._outgoing.flush()
+
+    def report(self, done: int) -> None:
+        if self.cancelled.is_set():
+            raise Cancelled
+        now = time.monotonic()
+        if now - self._last_progress >= _PROGRESS_SECONDS:
+            self._last_progress = now
+            self.send(type="progress", done=done)
+
+
+def _answer(compute: Compute, unit: Mapping[str, Any], conversation: _Conversation) -> None:
+    conversation.cancelled.clear()
+    try:
+        conversation.send(type="done", result=compute.run(unit, conversation.report))
+    except Cancelled:
+        conversation.send(type="cancelled")
+    except UnitError as error:
+        conversation.send(type="failed", error=error.as_dict(), retryable=error.retryable)
+    except Exception as error:
+        log.exception("the %s unit failed", unit["stage"])
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        detail = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        conversation.send(type="failed", error={"code": "internal_error", "detail": detail}, retryable=True)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s compute %(levelname)s %(message)s")
+    transformers_logging.disable_progress_bar()
+    # The pipe keeps a descriptor of its own; whatever a library prints goes to stderr.
+    outgoing = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    conversation = _Conversation(sys.stdin, outgoing)
+    start = conversation.messages.get()
+    compute = Compute(
+        artifacts=start["artifacts"], models=Path(start["models"]), settings=WorkerSettings(**start["worker"])
+    )
+    while True:
+        _answer(compute, conversation.messages.get(), conversation)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""From datasets to tokens: which tokens a sample has, which of them the loss counts, and what had to be cut.
+
+Tokenised samples are Parquet artifacts (columns index, input_ids, response), written and read in row groups, so that a pool
+is never held whole.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from service.artifacts import ArtifactStore
+from service.datasets.storage import Sample
+from worker.chat import ChatFormat, Rendered
+from worker.influence import Samples
+
+ROW_GROUP = 1024
+
+_SCHEMA = pa.schema(
+    {
+        "index": pa.int64(),
+        "input_ids": pa.list_(pa.int32()),
+        "response": pa.list_(pa.bool_()),
+        "length": pa.int32(),
+        "predicted": pa.int32(),
+        "truncated": pa.bool_(),
+        "response_truncated": pa.bool_(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """One sample: its place in the dataset, its tokens, int32 (T,), which of them are response, bool (T,), what was cut."""
+
+    index: int
+    input_ids: npt.NDArray[np.int32]
+    response: npt.NDArray[np.bool_]
+    truncated: bool
+    response_truncated: bool
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens the loss counts: responses that have a token before them."""
+        return int(self.response[1:].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Of every sample of an artifact: tokens, tokens that the loss counts (int64 (n,)), what was cut (bool (n,))."""
+
+    length: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    truncated: npt.NDArray[np.bool_]
+    response_truncated: npt.NDArray[np.bool_]
+
+    def summary(self) -> dict[str, int]:
+        """The counts that a job reports."""
+        return {
+            "samples": len(self.length),
+            "tokens": int(self.length.sum()),
+            "response_tokens": int(self.predicted.sum()),
+            "longest": int(self.length.max()),
+            "truncated": int(self.truncated.sum()),
+            "truncated_responses": int(self.response_truncated.sum()),
+            "empty_responses": int((self.predicted == 0).sum()),
+        }
+
+
+def tokenise(
+    samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase, *, max_length: int, report: Callable[[int], None]
+) -> Iterator[Tokenised]:
+    """Tokenises in order and cuts to `max_length` tokens; `report` is told how many samples are done.
+
+    Raises:
+        DataError: a sample cannot be rendered; names it.
+    """
+    chat = ChatFormat(tokenizer)
+    remaining = iter(samples)
+    done = 0
+    while chunk := list(islice(remaining, ROW_GROUP)):
+        rendered = [_render(chat, sample) for sample in chunk]
+        encoded = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
+        for sample, text, ids, offsets in zip(
+            chunk, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            yield _cut(sample.index, np.array(ids, np.int32), _response_mask(text, offsets), max_length)
+        done += len(chunk)
+        report(done)
+
+
+def _render(chat: ChatFormat, sample: Sample) -> Rendered:
+    if sample.messages is not None:
+        return chat.render(sample.messages, sample.id)
+    return chat.render_text(sample.text or "")
+
+
+def _response_mask(rendered: Rendered, offsets: list[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+    """A token belongs to the response where it shares a character with one of the spans."""
+    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    mask = np.zeros(len(places), dtype=bool)
+    for start, end in rendered.spans:
+        mask |= (places[:, 0] < end) & (places[:, 1] > start)
+    return mask
+
+
+def _cut(index: int, input_ids: npt.NDArray[np.int32], response: npt.NDArray[np.bool_], max_length: int) -> Tokenised:
+    window = response_window(response, max_length)
+    kept = response[window]
+    return Tokenised(
+        index=index,
+        input_ids=input_ids[window],
+        response=kept,
+        truncated=len(kept) < len(response),
+        response_truncated=int(kept.sum()) < int(response.sum()),
+    )
+
+
+def response_window(response: npt.NDArray[np.bool_], max_length: int) -> slice:
+    """The window of at most `max_length` tokens that keeps the most predicted response tokens; the earliest of equals.
+
+    So a long prompt loses its beginning, and a response too long for the window loses its end.
+    """
+    length = len(response)
+    if length <= max_length:
+        return slice(0, length)
+    before = np.concatenate([[0], np.cumsum(response)])
+    starts = np.arange(length - max_length + 1)
+    kept = before[starts + max_length] - before[starts + 1]  # the first token of a window is predicted by nothing
+    start = int(np.argmax(kept))
+    return slice(start, start + max_length)
+
+
+def write_tokens(store: ArtifactStore, key: str, rows: Iterable[Tokenised]) -> None:
+    """Writes the artifact, a row group at a time."""
+    remaining = iter(rows)
+    with store.writing(key) as path, pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+        while chunk := list(islice(remaining, ROW_GROUP)):
+            columns = {
+                "index": [row.index for row in chunk],
+                "input_ids": [row.input_ids for row in chunk],
+                "response": [row.response for row in chunk],
+                "length": [len(row.input_ids) for row in chunk],
+                "predicted": [row.predicted for row in chunk],
+                "truncated": [row.truncated for row in chunk],
+                "response_truncated": [row.response_truncated for row in chunk],
+            }
+            writer.write_table(pa.table(columns, schema=_SCHEMA))
+
+
+def read_counts(store: ArtifactStore, key: str) -> TokenCounts:
+    """The counts of all rows, without their tokens."""
+    names = ["length", "predicted", "truncated", "response_truncated"]
+    with store.local(key) as path:
+        table = pq.read_table(path, columns=names, memory_map=False)
+    length, predicted, truncated, response_truncated = (table.column(name).to_numpy() for name in names)
+    return TokenCounts(length.astype(np.int64), predicted.astype(np.int64), truncated, response_truncated)
+
+
+def read_indices(store: ArtifactStore, key: str) -> npt.NDArray[np.int64]:
+    """The places in the dataset of all rows, int64 (n,)."""
+    with store.local(key) as path:
+        column = pq.read_table(path, columns=["index"]).column("index")
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
+def read_tokens(store: ArtifactStore, key: str, start: int, stop: int) -> Samples:
+    """Rows [start, stop) of the artifact; reads only their row groups."""
+    groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
+    with store.local(key) as path:
+        table = pq.ParquetFile(path).read_row_groups(list(groups), columns=["input_ids", "response"])
+    table = table.slice(start - groups.start * ROW_GROUP, stop - start)
+    tokens, response = (table.column(name).combine_chunks() for name in ("input_ids", "response"))
+    lengths = tokens.value_lengths().to_numpy(zero_copy_only=False)
+    return Samples(
+        input_ids=tokens.flatten().to_numpy().astype(np.int32),
+        response=response.flatten().to_numpy(zero_copy_only=False).astype(bool),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    )
+
+
+def copy_rows(store: ArtifactStore, source: str, key: str, indices: npt.NDArray[np.int64]) -> None:
+    """Writes the rows of `source` at the rising `indices` as an artifact of their own, a row group at a time."""
+    with (
+        store.local(source) as path,
+        store.writing(key) as target,
+        pq.ParquetWriter(target, _SCHEMA, compression="zstd") as writer,
+    ):
+        file = pq.ParquetFile(path)
+        for group in range(file.metadata.num_row_groups):
+            inside = indices[(indices >= group * ROW_GROUP) & (indices < (group + 1) * ROW_GROUP)]
+            if len(inside):
+                writer.write_table(file.read_row_group(group).take(pa.array(inside - group * ROW_GROUP)))

@@ -1,0 +1,51 @@
+"""What can go wrong in a unit, told apart: the user's data, the user's model, the machine, and our own code."""
+
+from typing import Any, ClassVar
+
+
+class UnitError(Exception):
+    """Ends a unit's attempt. `retryable` says whether trying again could help; `detail` is shown to the user."""
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "detail": self.detail}
+
+
+class DataError(UnitError):
+    """The pool or the target cannot be used as it is."""
+
+    code, retryable = "data_not_usable", False
+
+
+class ModelError(UnitError):
+    """The model cannot be loaded or is of a kind that cannot be used."""
+
+    code, retryable = "model_not_usable", False
+
+
+class ParameterError(UnitError):
+    """The job's parameters do not fit its data or model."""
+
+    code, retryable = "parameters_not_usable", False
+
+
+class OutOfMemory(UnitError):
+    """Even the smallest batch did not fit."""
+
+    code, retryable = "out_of_memory", True
+
+
+class ComputeDied(UnitError):
+    """The compute child was killed (by the kernel's out-of-memory killer, most likely) or crashed."""
+
+    code, retryable = "compute_died", True
+
+
+class Cancelled(Exception):
+    """The unit was told to stop; raised out of a progress report."""

@@ -1,0 +1,232 @@
+"""The supervisor: claims a unit, has the compute child do it, beats, cancels, and writes what came of it.
+
+It holds the database credentials and imports no torch. Every write is fenced by the claim's attempt: after a lost lease the
+child's work is dropped (or found again, since a finished artifact stays).
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from service.artifacts import ArtifactStore
+from service.database import make_engine, make_sessions
+from service.jobs import ledger
+from service.jobs.ledger import Claim, LeaseLost
+from service.jobs.state import JobStatus, Stage
+from service.jobs.tables import SelectionJob
+from service.settings import Settings
+from worker import publish
+from worker.child import Child
+from worker.errors import ComputeDied, UnitError
+from worker.stages.plan import result_key
+from worker.units import next_units, unit_message
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+_PROGRESS_SECONDS = 1.0
+
+
+class _Stopped(Exception):
+    """The unit is to be given back: cancelled, or the worker shuts down."""
+
+
+class ReportedError(Exception):
+    """The child said that the unit failed: `error` is {code, detail}."""
+
+    def __init__(self, error: dict[str, Any], retryable: bool) -> None:
+        super().__init__(error["detail"])
+        self.error, self.retryable = error, retryable
+
+
+class Supervisor:
+    """One per worker process; runs in one thread. `stop` may be called from any other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._engine = make_engine(settings.database)
+        self._sessions = make_sessions(self._engine)
+        self._store = ArtifactStore(settings.artifacts.url)
+        self._stopping = threading.Event()
+        self._child: Child | None = None
+        self._child_model: str | None = None
+        self.worker_id = f"{socket.gethostname()}:{os.getpid()}"
+
+    def stop(self) -> None:
+        """Makes the running unit be given back, and `drain` return."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Ends the child and the connections; after `drain` has returned."""
+        if self._child is not None:
+            self._child.close(self._settings.worker.cancel_grace_seconds)
+            self._child = None
+        self._engine.dispose()
+
+    def drain(self) -> int:
+        """Does units until none may be claimed. Returns how many."""
+        count = 0
+        while not self._stopping.is_set():
+            with self._sessions.begin() as session:
+                claim = ledger.claim_unit(
+                    session, worker_id=self.worker_id, lease_seconds=self._settings.ledger.lease_seconds
+                )
+            if claim is None:
+                break
+            self._do(claim)
+            count += 1
+        return count
+
+    def _do(self, claim: Claim) -> None:
+        """Does one unit and writes its outcome; returns normally whatever the outcome is."""
+        log.info("%s/%d of %s, attempt %d", claim.stage, claim.shard, claim.job_id, claim.attempt)
+        try:
+            if claim.stage == Stage.PUBLISH:
+                self._write(claim, lambda session, job: self._publish(session, job, claim))
+            else:
+                result = self._compute(claim)
+                self._write(claim, lambda session, job: _finish(session, job, claim, result))
+        except LeaseLost:
+            log.warning("lost the lease on %s/%d of %s; its outcome is dropped", claim.stage, claim.shard, claim.job_id)
+        except _Stopped as stopped:
+            reason = str(stopped)
+            self._settle(lambda session: ledger.release_unit(session, claim, reason=reason))
+        except UnitError as error:
+            self._fail(claim, error.as_dict(), error.retryable)
+        except ReportedError as error:
+            self._fail(claim, error.error, error.retryable)
+        except Exception as error:
+            log.exception("%s/%d of %s", claim.stage, claim.shard, claim.job_id)
+            self._fail(claim, {"code": "internal_error", "detail": f"{type(error).__name__}: {error}"}, True)
+
+    def _fail(self, claim: Claim, error: dict[str, Any], retryable: bool) -> None:
+        limit = self._settings.ledger.max_attempts
+        self._settle(lambda session: ledger.fail_unit(session, claim, error, retryable=retryable, max_attempts=limit))
+
+    def _settle(self, change: Callable[[Session], object]) -> None:
+        """Writes the end of an attempt; where that cannot be, the lease runs out and the sweep does it."""
+        try:
+            with self._sessions.begin() as session:
+                change(session)
+        except (LeaseLost, DBAPIError) as error:
+            log.warning("the end of an attempt was not written (%s); the sweep will see to it", type(error).__name__)
+
+    def _write(self, claim: Claim, change: Callable[[Session, SelectionJob], None]) -> None:
+        """Writes a finished unit in one fenced transaction; tries again while the lease holds and the database is away."""
+        deadline = time.monotonic() + self._settings.ledger.lease_seconds
+        while True:
+            try:
+                with self._sessions.begin() as session:
+                    change(session, ledger.lock_claim(session, claim))
+                return
+            except DBAPIError as error:
+                if not error.connection_invalidated or time.monotonic() > deadline:
+                    raise
+                log.warning("the database is away; trying again")
+                time.sleep(_PROGRESS_SECONDS)
+
+    def _compute(self, claim: Claim) -> dict[str, Any]:
+        """The unit's result: the one that stands beside its artifact already, or that of the child's work."""
+        if self._store.exists(result_key(claim.artifact_key)):
+            return {**self._store.read_json(result_key(claim.artifact_key)), "reused": True}
+        with self._sessions() as session:
+            message = unit_message(session, claim)
+        child = self._child_for(repr(sorted(message["job"]["model"].items())))
+        child.send(type="run", **message)
+        try:
+            return self._attend(claim, child)
+        except ComputeDied:
+            self._child = None
+            raise
+
+    def _child_for(self, model: str) -> Child:
+        """The warm child, or a fresh one where there is none or it holds another model."""
+        if self._child is not None and (not self._child.is_alive or self._child_model != model):
+            self._child.close(self._settings.worker.cancel_grace_seconds)
+            self._child = None
+        if self._child is None:
+            self._child, self._child_model = Child(self._settings), model
+        return self._child
+
+    def _attend(self, claim: Claim, child: Child) -> dict[str, Any]:
+        """Waits for the child's answer; beats and writes progress meanwhile, and passes a cancel on."""
+        done = written = 0
+        tried = renewed = time.monotonic()
+        while True:
+            message = child.receive(_POLL_SECONDS)
+            if message is not None:
+                match message["type"]:
+                    case "progress":
+                        done = message["done"]
+                    case "done":
+                        return dict(message["result"])
+                    case "failed":
+                        raise ReportedError(message["error"], message["retryable"])
+            if self._stopping.is_set():
+                self._stop_child(child)
+                raise _Stopped("the worker shuts down")
+            now = time.monotonic()
+            if now - tried >= self._settings.ledger.beat_seconds or (
+                done > written and now - tried >= _PROGRESS_SECONDS
+            ):
+                tried = now
+                if self._beat(claim, child, done):
+                    written, renewed = done, now
+                elif now - renewed > self._settings.ledger.lease_seconds:
+                    self._stop_child(child)
+                    raise LeaseLost
+
+    def _beat(self, claim: Claim, child: Child, done: int) -> bool:
+        """Renews the lease; False where the database is away.
+
+        Raises:
+            LeaseLost: it is another's by now.
+            _Stopped: the job is being cancelled.
+        """
+        try:
+            with self._sessions.begin() as session:
+                beat = ledger.beat(session, claim, lease_seconds=self._settings.ledger.lease_seconds, done=done)
+        except LeaseLost:
+            self._stop_child(child)
+            raise
+        except DBAPIError:
+            log.warning("no heartbeat: the database is away")
+            return False
+        if beat.cancelling:
+            self._stop_child(child)
+            raise _Stopped("the job is being cancelled")
+        return True
+
+    def _stop_child(self, child: Child) -> None:
+        """Tells the child to stop at its next batch and keeps it warm; ends it where it does not heed that."""
+        child.send(type="cancel")
+        deadline = time.monotonic() + self._settings.worker.cancel_grace_seconds
+        try:
+            while time.monotonic() < deadline:
+                message = child.receive(_POLL_SECONDS)
+                if message is not None and message["type"] != "progress":
+                    return
+        except ComputeDied:
+            self._child = None
+            return
+        child.stop(self._settings.worker.cancel_grace_seconds)
+        self._child = None
+
+    def _publish(self, session: Session, job: SelectionJob, claim: Claim) -> None:
+        if job.status == JobStatus.CANCELLING:
+            raise _Stopped("the job is being cancelled")
+        publish.publish(session, self._store, job)
+        ledger.finish_unit(session, job, claim, {})
+        ledger.succeed_job(session, job)
+
+
+def _finish(session: Session, job: SelectionJob, claim: Claim, result: dict[str, Any]) -> None:
+    if ledger.finish_unit(session, job, claim, result):
+        ledger.start_stages(session, job, next_units(session, job, claim.stage))
