@@ -35,7 +35,7 @@ class ResultStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             # What fails on the way to the first bytes still gets its own status: none has been sent yet.
-            first = await run_sync(next, self._content)
+            first = await run_sync(next, self._content, b"")
             self.body_iterator = iterate_in_threadpool(itertools.chain((first,), self._content))
             await super().__call__(scope, receive, send)
         finally:

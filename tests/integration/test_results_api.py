@@ -78,6 +78,8 @@ def test_pages_of_weights_join_up(world: World) -> None:
 def test_beyond_the_last_sample_there_is_nothing(world: World) -> None:
     page = world.get("weights", start=N).json()
     assert page == {"object": "list", "data": [], "has_more": False, "next_start": None}
+    answer = world.get("weights", start=N, stream=True)
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_a_page_of_weights_touches_only_its_chunks(world: World) -> None:
