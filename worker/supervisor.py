@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+import service.schema  # noqa: F401  # every table must be known before one is mapped to its foreign keys
 from service.artifacts import ArtifactStore
 from service.database import make_engine, make_sessions
 from service.jobs import ledger

@@ -1,0 +1,246 @@
+"""`winnow select`: the whole job in one process, without servers. The same stages, artifacts and shards as the service.
+
+winnow select --model DIR --pool pool.jsonl --target dev.jsonl --budget 1000 --out selection.parquet
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from safetensors.numpy import load_file
+
+from service.artifacts import ArtifactStore
+from service.datasets import storage
+from service.datasets.convert import convert
+from service.datasets.formats import Form
+from service.errors import ApiError
+from service.jobs.ledger import UnitSpec
+from service.jobs.schemas import Parameters
+from service.jobs.state import Stage
+from service.results import formats
+from service.settings import UploadSettings, WorkerSettings
+from worker.compute import Compute
+from worker.errors import ParameterError, UnitError
+from worker.stages import plan
+from worker.stages.plan import JobInputs, result_key
+
+_BATCH = 16_384
+_ENCODERS = {".jsonl": formats.jsonl, ".csv": formats.comma_separated, ".parquet": formats.parquet}
+
+
+class LocalJob:
+    """A job's stages, run one after the other in this process."""
+
+    def __init__(self, compute: Compute, job: JobInputs, progress: Progress) -> None:
+        self._compute = compute
+        self._job = job
+        self._progress = progress
+        self._prepared: dict[str, Any] = {}
+
+    def run(self, rows: int) -> dict[str, Any]:
+        """Runs all stages; returns the arrays of the selection under "arrays", and each stage's result."""
+        first = UnitSpec(stage=Stage.PREPARE, shard=0, artifact_key="prepare/local", spec={}, total=rows)
+        self._prepared = self._stage([first], always=True)[0]
+        units = plan.compute_units(self._job, self._prepared)
+        keys: dict[Stage, list[str]] = {}
+        for stage in (Stage.EMBED, Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS):
+            of_stage = [unit for unit in units if unit.stage == stage]
+            self._stage(of_stage)
+            keys[stage] = [unit.artifact_key for unit in of_stage]
+        propagate = plan.propagate_units(self._job, self._prepared, keys)
+        propagated = self._stage(propagate)[0]
+        select = plan.select_units(self._job, self._prepared, propagate[0].artifact_key)
+        self._stage(select)
+        with self._compute.store.local(select[0].artifact_key) as path:
+            arrays = load_file(path)
+        return {"arrays": arrays, "prepared": self._prepared, "propagated": propagated}
+
+    def _stage(self, units: list[UnitSpec], *, always: bool = False) -> list[dict[str, Any]]:
+        bar = self._progress.add_task(units[0].stage, total=sum(unit.total for unit in units))
+        results, before = [], 0
+        for unit in units:
+            results.append(
+                self._unit(unit, always, lambda done, base=before: self._progress.update(bar, completed=base + done))
+            )
+            before += unit.total
+            self._progress.update(bar, completed=before)
+        self._progress.stop_task(bar)
+        return results
+
+    def _advance(self, bar: TaskID, before: int, done: int) -> None:
+        self._progress.update(bar, completed=before + done)
+
+    def _unit(self, unit: UnitSpec, always: bool, report: Callable[[int], None]) -> dict[str, Any]:
+        done = result_key(unit.artifact_key)
+        if not always and self._compute.store.exists(done):
+            return dict(self._compute.store.read_json(done))
+        message = {
+            "stage": unit.stage,
+            "artifact_key": unit.artifact_key,
+            "spec": unit.spec,
+            "job": self._job.as_dict(),
+            "prepared": self._prepared,
+            "halvings": 0,
+        }
+        return self._compute.run(message, report)
+
+
+def _register(store: ArtifactStore, file: Path) -> storage.Content:
+    with tempfile.TemporaryDirectory(prefix="winnow-") as folder, file.open("rb") as source:
+        content = convert(source, Form.AUTO, UploadSettings(), Path(folder))
+        storage.publish(store, content)
+        return content
+
+
+def _write(path: Path, store: ArtifactStore, pool: str, arrays: Mapping[str, Any], selected_only: bool) -> None:
+    """Writes one row a sample, the columns of the service's export; the file appears only once it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            for chunk in _ENCODERS[path.suffix](_columns(store, pool, arrays, selected_only)):
+                file.write(chunk)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _columns(
+    store: ArtifactStore, pool: str, arrays: Mapping[str, Any], selected_only: bool
+) -> Iterator[dict[str, list[Any]]]:
+    rank = np.full(len(arrays["influence"]), -1)
+    rank[arrays["selected"]] = np.arange(len(arrays["selected"]))
+    start = 0
+    for ids, sources in storage.iter_ids(store, pool):
+        rows = np.arange(start, start + len(ids))
+        start += len(ids)
+        if selected_only:
+            rows = rows[rank[rows] >= 0]
+        base = start - len(ids)
+        yield {
+            "index": rows.tolist(),
+            "id": [ids[row - base] for row in rows],
+            "source": [sources[row - base] for row in rows],
+            "influence": arrays["influence"][rows].tolist(),
+            "weight": arrays["weight"][rows].tolist(),
+            "exact": arrays["exact"][rows].tolist(),
+            "selected": (rank[rows] >= 0).tolist(),
+            "rank": [None if r < 0 else r for r in rank[rows].tolist()],
+        }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="winnow select", description="Select samples without servers.")
+    parser.add_argument("--model", type=Path, required=True, help="a folder with config, tokenizer and safetensors")
+    parser.add_argument("--pool", type=Path, required=True, help="JSONL, JSONL.gz or Parquet")
+    parser.add_argument("--target", type=Path, required=True, help="the same, of examples of what is wanted")
+    parser.add_argument("--budget", required=True, help="samples to select: a number, or a fraction between 0 and 1")
+    parser.add_argument("--out", type=Path, required=True, help="ends in .jsonl, .csv or .parquet")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter: landmarks.count=256"
+    )
+    parser.add_argument("--selected-only", action="store_true", help="write the selection alone")
+    parser.add_argument(
+        "--cache", type=Path, help="keeps embeddings and gradients for the next run; default: nothing is kept"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", action="store_true", help="print the fidelity and counts as JSON")
+    return parser
+
+
+def _parameters(settings: list[str]) -> dict[str, Any]:
+    """The parameters by name, checked as the service checks them."""
+    given: dict[str, Any] = {}
+    for text in settings:
+        name, found, value = text.partition("=")
+        if not found:
+            raise ParameterError(f"--set {text}: write NAME=VALUE, for example --set landmarks.count=256")
+        into = given
+        *path, last = name.split(".")
+        for part in path:
+            into = into.setdefault(part, {})
+        try:
+            into[last] = json.loads(value)
+        except json.JSONDecodeError:
+            into[last] = value
+    try:
+        return Parameters(**given).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ParameterError(f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _budget(text: str, rows: int) -> int:
+    try:
+        value = int(text) if text.isdigit() else round(float(text) * rows)
+    except ValueError as error:
+        raise ParameterError(f"--budget {text}: a number of samples, or a fraction between 0 and 1") from error
+    if not 1 <= value <= rows:
+        raise ParameterError(f"--budget {text}: that is {value} samples of a pool of {rows}")
+    return value
+
+
+@contextmanager
+def _store(cache: Path | None) -> Iterator[ArtifactStore]:
+    if cache is not None:
+        yield ArtifactStore(str(cache.resolve()))
+        return
+    with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
+        yield ArtifactStore(folder)
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> None:
+    if arguments.out.suffix not in _ENCODERS:
+        raise ParameterError(f"--out {arguments.out}: the name must end in one of {', '.join(_ENCODERS)}")
+    if not (arguments.model / "config.json").is_file():
+        raise ParameterError(f"--model {arguments.model}: no folder with a config.json")
+    parameters = _parameters(arguments.set)
+    model = arguments.model.resolve()
+    columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with _store(arguments.cache) as store, Progress(*columns, console=console) as progress:
+        pool, target = _register(store, arguments.pool), _register(store, arguments.target)
+        compute = Compute(artifacts=store.url, models=model.parent, settings=WorkerSettings(device=arguments.device))
+        job = JobInputs(
+            model={"kind": "registered", "name": model.name},
+            pool=pool.fingerprint,
+            target=target.fingerprint,
+            budget=_budget(arguments.budget, pool.row_count),
+            parameters=parameters,
+        )
+        done = LocalJob(compute, job, progress).run(pool.row_count + target.row_count)
+        _write(arguments.out, store, pool.fingerprint, done["arrays"], arguments.selected_only)
+    fidelity = done["propagated"]["fidelity"]
+    if arguments.json:
+        print(json.dumps({"fidelity": fidelity, "prepared": done["prepared"], "budget": job.budget}))
+    else:
+        console.print(f"Selected {job.budget} of {pool.row_count} samples; wrote {arguments.out}.", soft_wrap=True)
+        console.print(
+            f"Leave-one-out fidelity: Spearman {_shown(fidelity['mean_spearman'])}, R² {_shown(fidelity['mean_r2'])}."
+        )
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        _run(arguments, Console(stderr=arguments.json))
+    except (UnitError, ApiError) as error:
+        more = [f"\n  {e['param']}: {e['message']}" for e in getattr(error, "errors", None) or []]
+        sys.exit(f"winnow select: {error.detail}{''.join(more)}")
+    except OSError as error:
+        sys.exit(f"winnow select: {error}")
+
+
+if __name__ == "__main__":
+    main()
