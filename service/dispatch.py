@@ -69,7 +69,7 @@ class Dispatcher:
     def _lead(self) -> None:
         """Waits to become the leader, then dispatches until the connection that holds the lock is lost or we stop."""
         with psycopg.connect(_libpq_url(self._settings.database.url), autocommit=True) as connection:
-            while not connection.execute("SELECT pg_try_advisory_lock(%s)", [_LEADER_LOCK]).fetchone() == (True,):
+            while connection.execute("SELECT pg_try_advisory_lock(%s)", [_LEADER_LOCK]).fetchone() != (True,):
                 if self._stopping.wait(self._settings.ledger.sweep_seconds):
                     return
             connection.execute(f"LISTEN {CHANNEL}")
