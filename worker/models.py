@@ -138,7 +138,8 @@ def load_model(folder: ModelFolder, dtype: torch.dtype, device: torch.device) ->
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model could not be loaded: {error}") from error
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
-    return model.eval()
+    model.eval()
+    return model
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,318 @@
+"""The `winnow` command."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from service import demo as demonstration
+from service import show
+from service.client import Winnow, WinnowError
+from service.local import StackError, StackProcess, running_stack
+
+app = typer.Typer(help="Data selection as a service for fine-tuning language models.", no_args_is_help=True)
+keys = typer.Typer(help="API keys (needs the API's settings in the environment).", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+Home = Annotated[Path, typer.Option(help="Folder of the embedded stack's state", envvar="WINNOW_HOME")]
+Url = Annotated[
+    str | None, typer.Option(help="The service; default: the stack that runs from --home", envvar="WINNOW_URL")
+]
+Key = Annotated[str | None, typer.Option("--api-key", help="wnw_...", envvar="WINNOW_API_KEY")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
+DEFAULT_HOME = Path(".winnow")
+
+out = Console()
+err = Console(stderr=True)
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(f"[red]winnow:[/] {message}", soft_wrap=True, highlight=False)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of the service and the stack as a line or a few; anything else is a fault of ours and keeps its traceback."""
+    try:
+        yield
+    except WinnowError as error:
+        more = [f"\n  {e['param']}: {e['message']}" for e in error.errors or []]
+        _fail(f"{error}{''.join(more)}")
+    except (StackError, ValueError, TimeoutError, OSError) as error:
+        _fail(str(error))
+
+
+@contextmanager
+def _client(home: Path, url: str | None, api_key: str | None) -> Iterator[Winnow]:
+    with _told():
+        if url is None or api_key is None:
+            stack = running_stack(home)
+            if stack is None:
+                raise StackError(
+                    f"no stack runs from {home}; start one with `winnow up`, or pass --url and --api-key"
+                    " (WINNOW_URL, WINNOW_API_KEY)"
+                )
+            url, api_key = url or stack.url, api_key or stack.api_key
+        with Winnow(url, api_key) as client:
+            yield client
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def up(
+    home: Home = DEFAULT_HOME,
+    port: Annotated[int, typer.Option(help="Of the API, on loopback")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, max=64)] = 1,
+) -> None:
+    """Start the embedded stack and keep it running until Ctrl-C."""
+    with _told(), _stopped_by_signals():
+        stack_process = StackProcess(home, port=port, workers=workers)
+        try:
+            with err.status("Starting"):
+                stack = stack_process.wait_ready()
+            out.print(f"The API answers at {stack.url} (documentation: {stack.url}/docs).", soft_wrap=True)
+            out.print(f"  export WINNOW_URL={stack.url} WINNOW_API_KEY=$(cat {stack.home}/api_key)", soft_wrap=True)
+            out.print(
+                f"Models: {stack.home}/models. Logs: {stack.home}/logs. Ctrl-C stops everything.",
+                soft_wrap=True,
+            )
+            if stack_process.wait():
+                raise StackError(f"the stack ended; see {stack.home}/stack.log")
+        finally:
+            stack_process.stop()
+
+
+@app.command()
+def down(home: Home = DEFAULT_HOME) -> None:
+    """Stop the stack that runs from --home."""
+    with _told():
+        stack = running_stack(home)
+        if stack is None:
+            raise StackError(f"no stack runs from {home}")
+        os.kill(stack.pids["stack"], signal.SIGTERM)
+
+
+@app.command()
+def demo(
+    home: Home = DEFAULT_HOME,
+    keep: Annotated[bool, typer.Option(help="Leave the stack running")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The whole service on the example data, in a few minutes."""
+    with _told(), _stopped_by_signals():
+        demonstration.run(home, keep=keep, as_json=as_json)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM unwind the stack of calls once; while it unwinds, more of them change nothing."""
+
+    def stop(number: int, _: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise typer.Exit(128 + number)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+    yield
+
+
+def _setting(text: str) -> tuple[list[str], Any]:
+    name, found, value = text.partition("=")
+    if not found:
+        raise ValueError(f"--set {text}: write NAME=VALUE, for example --set embedding.blocks=6")
+    try:
+        return name.split("."), json.loads(value)
+    except json.JSONDecodeError:
+        return name.split("."), value
+
+
+def _request(settings: list[str], fields: dict[str, Any]) -> dict[str, Any]:
+    request = dict(fields)
+    for text in settings:
+        path, value = _setting(text)
+        into = request
+        for part in path[:-1]:
+            into = into.setdefault(part, {})
+        into[path[-1]] = value
+    return request
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError as error:
+        raise ValueError(f"--budget {text}: a number of samples, or a fraction between 0 and 1") from error
+
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of the request: --set landmarks.count=256 --set selection=top_k"),
+]
+
+
+@app.command()
+def submit(
+    pool: Annotated[str, typer.Argument(help="A file (uploaded) or the id of a dataset")],
+    target: Annotated[str, typer.Argument(help="A file (uploaded) or the id of a dataset")],
+    model: Annotated[str, typer.Option(help="A registered name, or owner/name of the hub")],
+    budget: Annotated[str, typer.Option(help="Samples to select: a number or a fraction")],
+    settings: Settings = None,
+    wait: Annotated[bool, typer.Option(help="Show progress until it has ended")] = False,
+    home: Home = DEFAULT_HOME,
+    url: Url = None,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Post a selection job."""
+    with _client(home, url, api_key) as client:
+        ids = {name: _dataset(client, value) for name, value in (("pool", pool), ("target", target))}
+        job = client.create_job(**_request(settings or [], {"model": model, "budget": _budget(budget), **ids}))
+        if not as_json:
+            out.print(f"Posted {job['id']}")
+        if wait:
+            job = show.follow(client, job["id"], err if as_json else out)
+            if not as_json:
+                show.results(out, client.results(job["id"]), list(client.selected(job["id"])))
+        if as_json:
+            _print_json(job)
+
+
+def _dataset(client: Winnow, value: str) -> str:
+    if value.startswith("ds_") and not Path(value).exists():
+        return value
+    return str(client.upload_dataset(value)["id"])
+
+
+@app.command()
+def jobs(
+    limit: Annotated[int, typer.Option(min=1)] = 20,
+    home: Home = DEFAULT_HOME,
+    url: Url = None,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """List your jobs, newest first."""
+    with _client(home, url, api_key) as client:
+        found = [job for job, _ in zip(client.jobs(), range(limit), strict=False)]
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("id", "status", "phase", "budget", "created")
+    for job in found:
+        table.add_row(job["id"], job["status"], job["phase"] or "", str(job["budget"]), job["created_at"][:19])
+    out.print(table)
+
+
+@app.command()
+def status(
+    job_id: str, home: Home = DEFAULT_HOME, url: Url = None, api_key: Key = None, as_json: AsJson = False
+) -> None:
+    """Show where a job is."""
+    with _client(home, url, api_key) as client:
+        job = client.job(job_id)
+    if as_json:
+        _print_json(job)
+        return
+    out.print(f"{job['id']}: {job['status']}")
+    for stage in job["stages"]:
+        out.print(
+            f"  {stage['stage']:<20} {stage['done']}/{stage['total']} samples, {stage['units_done']}/{stage['units']} units"
+        )
+    if job["error"]:
+        out.print(f"  {job['error']['code']}: {job['error']['detail']}", soft_wrap=True)
+
+
+@app.command()
+def results(
+    job_id: str, home: Home = DEFAULT_HOME, url: Url = None, api_key: Key = None, as_json: AsJson = False
+) -> None:
+    """Show the result of a job."""
+    with _client(home, url, api_key) as client:
+        summary = client.results(job_id)
+        if as_json:
+            _print_json(summary)
+        else:
+            show.results(out, summary, list(client.selected(job_id)))
+
+
+@app.command()
+def export(
+    job_id: str,
+    path: Annotated[Path, typer.Argument(help="Ends in .jsonl, .csv or .parquet")],
+    selected_only: Annotated[bool, typer.Option(help="Only the selection, in rank order")] = False,
+    messages: Annotated[bool, typer.Option(help="With the samples' content: ready to train on")] = False,
+    home: Home = DEFAULT_HOME,
+    url: Url = None,
+    api_key: Key = None,
+) -> None:
+    """Download one weight a sample."""
+    with _client(home, url, api_key) as client:
+        client.export(job_id, path, selected_only=selected_only, include="messages" if messages else None)
+    out.print(f"Wrote {path}", soft_wrap=True)
+
+
+@app.command()
+def cancel(
+    job_id: str, home: Home = DEFAULT_HOME, url: Url = None, api_key: Key = None, as_json: AsJson = False
+) -> None:
+    """Cancel a job."""
+    with _client(home, url, api_key) as client:
+        job = client.cancel(job_id)
+    if as_json:
+        _print_json(job)
+    else:
+        out.print(f"{job['id']}: {job['status']}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def select(context: typer.Context) -> None:
+    """The whole job in one process, without servers: winnow select --help"""
+    # A module of the worker: the service never imports torch, so the command becomes that program.
+    os.execv(sys.executable, [sys.executable, "-m", "worker.inprocess", *context.args])
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database (WINNOW_DATABASE__URL) to this version."""
+    from service.schema import upgrade
+    from service.settings import DatabaseSettings
+
+    with _told():
+        upgrade(DatabaseSettings(url=os.environ.get("WINNOW_DATABASE__URL", "")).url)
+
+
+@keys.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Option(help="Created where it is new")],
+    name: Annotated[str, typer.Option(help="What the key is for")] = "default",
+) -> None:
+    """Make an API key; it is shown once."""
+    from service.database import make_engine, make_sessions
+    from service.settings import api_settings
+    from service.tenants import service as tenants
+
+    try:
+        settings = api_settings()
+    except ValidationError as error:
+        _fail(str(error))
+    with make_sessions(make_engine(settings.database)).begin() as session:
+        secret = settings.secret_key.get_secret_value()
+        print(tenants.create_key(session, tenant_name=tenant, key_name=name, secret_key=secret))
+
+
+def main() -> None:
+    app()

