@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .embeddings import EmbeddingOptions
+from .embeddings import POSITIONWISE, EmbeddingOptions
 from .models import block_list, linear_layers, linear_size
 from .projection import FactoredProjection
 from .samples import Samples, last_marked
@@ -33,9 +33,9 @@ class Operations:
         return self.linear + self.attention + self.head + self.projection
 
 
-def _weights(module: Any, ends: tuple[str, ...] = ("",)) -> int:
-    """Weights of the linear layers in a module, those whose name ends with one of `ends`."""
-    sizes = [linear_size(layer) for name, layer in module.named_modules() if name.endswith(ends)]
+def _weights(module: Any) -> int:
+    """Weights of the linear layers in a module."""
+    sizes = [linear_size(layer) for layer in module.modules()]
     return sum(size[0] * size[1] for size in sizes if size is not None)
 
 
@@ -76,7 +76,7 @@ def gradient_flops(
 def embedding_flops(model: Any, samples: Samples, *, options: EmbeddingOptions) -> Operations:
     """Operations of `embed`: 1 + 2 k forward passes of the first blocks, k = 0 for `hidden`.
 
-    The MLP of the last block is counted at pooled positions only.
+    What is positionwise in the last block is counted at pooled positions only.
     """
     blocks = block_list(model.base_model)[1][: options.blocks]
     lengths_n = samples.lengths.astype(np.float64)
@@ -85,11 +85,12 @@ def embedding_flops(model: Any, samples: Samples, *, options: EmbeddingOptions) 
         lengths_n = (last_marked(samples.response, samples.offsets) + 1).astype(np.float64)
         pooled = float(samples.response.sum())
     passes = 1 + 2 * options.tangents if options.kind == "jvp" else 1
-    saved = _weights(getattr(blocks[-1], "mlp", blocks[-1]))
-    everywhere = sum(_weights(block) for block in blocks) - saved
+    parts = [module for name, module in blocks[-1].named_modules() if name in POSITIONWISE]
+    at_pooled = sum(_weights(part) for part in parts)
+    everywhere = sum(_weights(block) for block in blocks) - at_pooled
     attention = 2 * np.square(lengths_n).sum() * _attention_width(model) * len(blocks)
     return Operations(
-        linear=passes * 2 * (float(lengths_n.sum()) * everywhere + pooled * saved),
+        linear=passes * 2 * (float(lengths_n.sum()) * everywhere + pooled * at_pooled),
         attention=float(passes * attention),
         head=0.0,
         projection=0.0,

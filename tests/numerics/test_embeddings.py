@@ -1,0 +1,181 @@
+"""JVP and hidden embeddings against plain forwards, torch.func.jvp and central differences (METHOD 9, point 2)."""
+
+import pytest
+import torch
+from numerics_reference import EXACT, FAMILIES, MIXED, build, poolable, ragged, relative_error, state_function
+from torch.func import jvp
+
+from worker.influence import EmbeddingOptions, embed
+from worker.influence.dual import random_tangents
+
+POOLINGS = ("last", "response")
+
+
+def tangents_of(model, options):
+    parameters = dict(model.base_model.named_parameters())
+    tangents = random_tangents(model.base_model, options.blocks, options.tangents, options.seed)
+    return {name: parameters[name].detach() for name in tangents}, tangents
+
+
+def expected_jvp(model, samples, options, derivative):
+    """Rows of concatenated derivatives, one sample and one direction at a time, normalised."""
+    values, tangents = tangents_of(model, options)
+    size = options.tangents * model.get_input_embeddings().weight.shape[1]
+    rows = torch.zeros(len(samples), size, dtype=torch.float64)
+    for i in range(len(samples)):
+        if poolable(samples, i, options.pooling):
+            state = state_function(model, samples, i, options.blocks, options.pooling)
+            pieces = [
+                derivative(state, values, {name: t[j] for name, t in tangents.items()}) for j in range(options.tangents)
+            ]
+            rows[i] = torch.nn.functional.normalize(torch.cat(pieces).detach(), dim=0)
+    return rows
+
+
+def forward_mode(state, values, direction):
+    return jvp(state, (values,), (direction,))[1]
+
+
+@torch.no_grad()
+def central_difference(state, values, direction, step=1e-6):
+    ahead = state({name: value + step * direction[name] for name, value in values.items()})
+    behind = state({name: value - step * direction[name] for name, value in values.items()})
+    return (ahead - behind) / (2 * step)
+
+
+def attend_plainly(model):
+    """The reference needs attention that forward mode can differentiate, in the model's own dtype."""
+    model.config._attn_implementation = "eager" if model.config.model_type == "gpt2" else "plain_float64"
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("token_budget", [1, 29, 10_000])
+def test_jvp_equals_forward_mode_one_at_a_time(family, pooling, token_budget):
+    model, samples = build(family), ragged(*MIXED)
+    options = EmbeddingOptions(pooling=pooling, blocks=2, tangents=3, seed=5)
+    actual = embed(model, samples, options=options, token_budget=token_budget)
+    attend_plainly(model)
+    expected = expected_jvp(model, samples, options, forward_mode)
+    assert actual.shape == (len(samples), 72)
+    for i in range(len(samples)):
+        if expected[i].any():
+            assert relative_error(actual[i], expected[i]) < 1e-10
+        else:
+            assert not actual[i].any()
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_jvp_equals_central_differences(family):
+    model, samples = build(family), ragged(*MIXED)
+    options = EmbeddingOptions(pooling="response", blocks=3, tangents=1, seed=2)
+    actual = embed(model, samples, options=options, token_budget=50)
+    attend_plainly(model)
+    assert relative_error(actual, expected_jvp(model, samples, options, central_difference)) < 1e-6
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_jvp_of_every_family(family, pooling):
+    model, samples = build(family), ragged(*MIXED)
+    options = EmbeddingOptions(pooling=pooling, blocks=2, tangents=2)
+    actual = embed(model, samples, options=options, token_budget=50)
+    model.config._attn_implementation = "eager"
+    expected = expected_jvp(model, samples, options, forward_mode)
+    assert relative_error(actual, expected) < 2e-6, "float32 norms and softmax inside a float64 model leave up to 1e-6"
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_equals_a_plain_forward(family, pooling):
+    model, samples = build(family), ragged(*MIXED)
+    actual = embed(model, samples, options=EmbeddingOptions(kind="hidden", pooling=pooling, blocks=2), token_budget=33)
+    for i in range(len(samples)):
+        if poolable(samples, i, pooling):
+            with torch.no_grad():
+                state = state_function(model, samples, i, 2, pooling)({})
+            assert relative_error(actual[i], state / state.norm()) < 1e-6
+        else:
+            assert not actual[i].any()
+
+
+def test_rows_have_unit_length_or_are_zero():
+    rows = embed(build("llama", torch.float32), ragged(*MIXED), options=EmbeddingOptions(blocks=1), token_budget=50)
+    assert rows.dtype == torch.float32
+    lengths = rows.norm(dim=1)
+    pooled = torch.tensor([poolable(ragged(*MIXED), i, "response") for i in range(len(MIXED))])
+    torch.testing.assert_close(lengths, pooled.float())
+
+
+def test_directions_depend_on_seed_name_and_index_only():
+    model = build("llama")
+    two, three = (random_tangents(model.base_model, blocks, count, 4) for blocks, count in ((2, 2), (3, 3)))
+    assert all(torch.equal(two[name], three[name][:2]) for name in two)
+    name = "layers.1.self_attn.q_proj.weight"
+    assert set(two) == {n for n, _ in model.base_model.named_parameters() if n.startswith(("layers.0.", "layers.1."))}
+    assert not torch.equal(two[name][0], two[name][1])
+    assert not torch.equal(two[name], random_tangents(model.base_model, 2, 2, 5)[name])
+    assert not torch.equal(two[name], two[name.replace("1", "0")])
+    pooled = torch.cat([tangent.flatten() for tangent in two.values()])
+    assert abs(pooled.mean()) < 0.02
+    assert abs(pooled.var() - 1) < 0.03
+
+
+def test_long_embeddings_are_reduced_and_keep_their_angles():
+    model, samples = build("gpt2"), ragged(*MIXED)
+    whole = embed(model, samples, options=EmbeddingOptions(kind="hidden", blocks=2), token_budget=50)
+    grams = []
+    for seed in range(300):
+        options = EmbeddingOptions(kind="hidden", blocks=2, max_dim=20, seed=seed)
+        rows = embed(model, samples.slice(0, 2), options=options, token_budget=50)
+        assert rows.shape == (2, 20)
+        grams.append(float(rows[0] @ rows[1]))
+    assert abs(sum(grams) / len(grams) - float(whole[0] @ whole[1])) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["jvp", "hidden"])
+def test_same_bits_twice_and_model_left_as_it_was(kind):
+    model, samples = build("llama", torch.float32).train(), ragged(*MIXED)
+    before = (model.config._attn_implementation, len(model.model.layers), list(model.model._modules))
+    options = EmbeddingOptions(kind=kind, blocks=2)
+    runs = [embed(model, samples, options=options, token_budget=40) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert (model.config._attn_implementation, len(model.model.layers), list(model.model._modules)) == before
+    assert model.training
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["jvp", "hidden"])
+def test_bfloat16_is_close_to_float32(kind):
+    options = EmbeddingOptions(kind=kind, blocks=2)
+    rows = [
+        embed(build("llama", dtype), ragged(*MIXED), options=options, token_budget=40)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert rows[1].dtype == torch.float32
+    assert relative_error(rows[1], rows[0]) < 0.05
+
+
+def test_too_many_blocks_names_both():
+    with pytest.raises(ValueError, match=r"blocks.*3 layers, not 4"):
+        embed(build("llama"), ragged("..r"), options=EmbeddingOptions(blocks=4), token_budget=9)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("kind", "rds"), ("pooling", "mean"), ("blocks", 0), ("tangents", 0), ("max_dim", 0)]
+)
+def test_wrong_options_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        EmbeddingOptions(**{field: value})
+
+
+def test_an_architecture_the_rules_do_not_cover_is_refused():
+    model = build("llama")
+    block = model.model.layers[0]
+    original = block.mlp.forward
+    squared = torch.nn.Module()
+    squared.forward = lambda x: original(x) * original(x)
+    block.mlp = squared
+    with pytest.raises(ValueError, match="use kind='hidden'"):
+        embed(model, ragged("..r"), options=EmbeddingOptions(blocks=2), token_budget=9)
