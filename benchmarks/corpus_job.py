@@ -1,0 +1,177 @@
+"""A job over HTTP on a real pool, by two workers at once: time of each phase, memory of each process, fidelity, sources.
+
+    python benchmarks/corpus_job.py --corpus DIR [--kill] [--out benchmarks/results/corpus_job.json]
+
+DIR holds pool.jsonl.gz and targets/NAME.dev.jsonl.gz. With --kill the job is run a second time in a fresh store, and one
+worker is killed with SIGKILL in the middle: it must finish with the same selection.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from service.client import Winnow
+from service.demo import import_model
+from service.local import MODEL_NAME, Stack, StackProcess
+
+console = Console(stderr=True)
+
+
+class MemoryWatch:
+    """Samples the resident memory of the stack's processes twice a second and keeps the peak of each."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.peaks: dict[str, int] = {}
+        self._names = {pid: name for name, pid in stack.pids.items()}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(0.5):
+            for pid, name in self._names.items():
+                try:
+                    process = psutil.Process(pid)
+                    self._note(name, process)
+                    for child in process.children(recursive=True) if name.startswith("worker") else []:
+                        self._note(f"{name} compute", child)
+                except psutil.Error:
+                    continue  # a process that ended, or was killed, has left its peak
+
+    def _note(self, name: str, process: psutil.Process) -> None:
+        self.peaks[name] = max(self.peaks.get(name, 0), process.memory_info().rss)
+
+    def stop(self) -> dict[str, int]:
+        self._stopping.set()
+        self._thread.join()
+        return {name: peak >> 20 for name, peak in sorted(self.peaks.items())}
+
+
+def _first_rows(file: Path, count: int, into: Path) -> Path:
+    with gzip.open(file, "rt") as lines, into.open("w") as out:
+        out.writelines(islice(lines, count))
+    return into
+
+
+def _kill_one_worker(client: Winnow, stack: Stack, job_id: str, share: float) -> dict[str, Any]:
+    """Waits until `share` of the embeddings are made, then kills worker 1 and its compute child the hard way."""
+    while True:
+        job = client.job(job_id)
+        stages = {stage["stage"]: stage for stage in job["stages"]}
+        embed = stages.get("embed")
+        if embed is not None and embed["done"] >= share * embed["total"]:
+            os.kill(stack.pids["worker1"], signal.SIGKILL)
+            return {"killed": "worker1", "at": {"embed_done": embed["done"], "embed_total": embed["total"]}}
+        if job["status"] not in ("queued", "running"):
+            raise RuntimeError(f"the job ended ({job['status']}) before a worker could be killed")
+        time.sleep(0.5)
+
+
+def run_job(home: Path, arguments: argparse.Namespace, *, kill: bool) -> dict[str, Any]:
+    """One job in a fresh stack; returns what there is to report."""
+    process = StackProcess(home, port=0, workers=arguments.workers)
+    try:
+        import_model(process.home, console)
+        stack = process.wait_ready()
+        memory = MemoryWatch(stack)
+        with Winnow(stack.url, stack.api_key) as client:
+            pool = client.upload_dataset(
+                _first_rows(arguments.corpus / "pool.jsonl.gz", arguments.rows, home / "pool.jsonl")
+            )
+            target = client.upload_dataset(arguments.corpus / f"targets/{arguments.target}.dev.jsonl.gz")
+            started = time.monotonic()
+            job = client.create_job(
+                model=MODEL_NAME,
+                pool=pool["id"],
+                target=target["id"],
+                budget=arguments.budget,
+                landmarks={"count": arguments.landmarks},
+                dtype=arguments.dtype,
+            )
+            fault = _kill_one_worker(client, stack, job["id"], 0.4) if kill else None
+            client.wait(job["id"], on_update=_show, poll_seconds=2)
+            seconds = time.monotonic() - started
+            selected = list(client.selected(job["id"]))
+            events = [e for e in client.events(job["id"]) if e["type"] == "unit.attempt_failed"]
+            provenance, summary = client.provenance(job["id"]), client.results(job["id"])
+        peaks = memory.stop()
+        return {
+            "seconds": round(seconds, 1),
+            "fault": fault,
+            "failed_attempts": [e["data"] for e in events],
+            "peak_memory_mib": peaks,
+            "selection_sha256": hashlib.sha256(json.dumps([row["id"] for row in selected]).encode()).hexdigest(),
+            "weights_root": provenance["weights_root"],
+            "versions": provenance["record"]["versions"],
+            "results": summary,
+        }
+    finally:
+        process.stop()
+
+
+def _show(job: dict[str, Any]) -> None:
+    if job["progress"]:
+        console.print(
+            f"{job['progress']['phase']}: {job['progress']['done']}/{job['progress']['total']}", highlight=False
+        )
+
+
+def _machine() -> dict[str, Any]:
+    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform(terse=True)}
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--target", default="gsm8k")
+    parser.add_argument("--landmarks", type=int, default=256)
+    parser.add_argument("--budget", type=int, default=150)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kill", action="store_true", help="run again and kill a worker in the middle")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    command = "python benchmarks/corpus_job.py " + " ".join(a for a in sys.argv[1:] if a != str(arguments.out))
+    report: dict[str, Any] = {"command": command, "commit": commit, "machine": _machine(), "runs": {}}
+    for name in ["undisturbed", *(["worker killed"] if arguments.kill else [])]:
+        with tempfile.TemporaryDirectory(prefix="winnow-corpus-") as folder:
+            report["runs"][name] = run_job(Path(folder), arguments, kill=name == "worker killed")
+    if arguments.kill:
+        hashes = {run["selection_sha256"] for run in report["runs"].values()}
+        report["same_selection"] = len(hashes) == 1
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n")
+    if arguments.kill and not report["same_selection"]:
+        sys.exit("the selection differs after the kill")
+
+
+if __name__ == "__main__":
+    main()
