@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from kinds.arithmetic import target_word_problem, unit_conversion, word_problem
-from kinds.code import json_extract, python_function, sql_query
+from kinds.arithmetic import unit_conversion, word_problem
+from kinds.code import json_extract, python_function, sql_query, target_python_function
 from kinds.common import Conversation, Kind
 from kinds.everyday import geography, ordering, polite_email
 from kinds.language import grammar_fix, sentiment, synonym_antonym, translate_french
@@ -60,9 +60,11 @@ def make_pool(seed: int = SEED) -> list[Row]:
 
 
 def make_target(seed: int = SEED) -> list[Row]:
-    """The target rows: word problems in wordings that the pool does not use."""
-    conversations = target_word_problem(Random(f"{seed}/target"), TARGET_SAMPLES)
-    return [make_row(f"target-{i:04d}", "word_problem", conversation) for i, conversation in enumerate(conversations)]
+    """The target rows: Python functions that the pool does not have, asked for in other wordings."""
+    conversations = target_python_function(Random(f"{seed}/target"), TARGET_SAMPLES)
+    return [
+        make_row(f"target-{i:04d}", "python_function", conversation) for i, conversation in enumerate(conversations)
+    ]
 
 
 def write_jsonl(path: Path, rows: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""Kinds with numbers: word problems (pool and target wordings) and unit conversions."""
+"""Kinds with numbers: word problems and unit conversions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ ENDINGS = ["The answer is {}.", "Answer: {}.", "So the answer is {}."]
 
 def _ending(rng: Random, result: int) -> str:
     return rng.choice(ENDINGS).format(result)
-
-
-# Wordings used in the pool.
 
 
 def _two_days(rng: Random) -> Exchange:
@@ -106,7 +103,7 @@ def _several_prices(rng: Random) -> Exchange:
     return prompt, f"{n} * {a} = {n * a} dollars, and {n * a} + {b} = {n * a + b} dollars. {_ending(rng, n * a + b)}"
 
 
-POOL_WORDINGS = [
+WORDINGS = [
     _two_days,
     _boxes_less,
     _share,
@@ -136,87 +133,8 @@ def _with_follow_up(rng: Random) -> Conversation:
 
 
 def word_problem(rng: Random, count: int) -> list[Conversation]:
-    """The pool's arithmetic word problems, two of them with a follow-up question."""
-    return [_with_follow_up(rng) for _ in range(2)] + single(cycle_distinct(rng, count - 2, POOL_WORDINGS))
-
-
-# Wordings used in the target only.
-
-
-def _tray(rng: Random) -> Exchange:
-    a, b = rng.randint(4, 8), rng.randint(6, 12)
-    sold = rng.randint(9, a * b - 3)
-    prompt = f"A baker fills {a} trays with {b} rolls apiece. By noon {sold} of them are sold. How many rolls remain?"
-    return (
-        prompt,
-        f"The trays held {a} * {b} = {a * b} rolls. So {a * b} - {sold} = {a * b - sold} rolls remain.",
-    )
-
-
-def _saving(rng: Random) -> Exchange:
-    name = rng.choice(NAMES)
-    a, weeks = rng.randint(3, 9), rng.randint(4, 11)
-    prompt = f"{name} puts aside {a} euros every week for a game that costs {a * weeks} euros. How long will it take?"
-    return prompt, f"The weeks needed are {a * weeks} / {a} = {weeks}. It takes {weeks} weeks."
-
-
-def _ride(rng: Random) -> Exchange:
-    a = rng.randint(6, 25)
-    who = rng.choice(["A cyclist", "A runner", "A rider", "A hiker"])
-    prompt = f"{who} covers {a} km before lunch and twice that distance afterwards. What is the total distance?"
-    return prompt, f"Afterwards it is 2 * {a} = {2 * a} km. In total, {a} + {2 * a} = {3 * a} km."
-
-
-def _hens(rng: Random) -> Exchange:
-    hens, each = rng.randint(4, 9), rng.randint(3, 6)
-    spent = rng.randint(2, hens * each - 4)
-    prompt = f"On a farm {hens} hens each lay {each} eggs a week. The cook uses {spent} eggs. What number is unused?"
-    total = hens * each
-    return prompt, f"The hens lay {hens} * {each} = {total} eggs. Unused: {total} - {spent} = {total - spent} eggs."
-
-
-def _ribbon(rng: Random) -> Exchange:
-    piece, n = rng.randint(4, 12), rng.randint(3, 9)
-    what = rng.choice(["ribbon", "rope", "string"])
-    prompt = f"From {piece * n} cm of {what}, how many pieces of {piece} cm can be cut with nothing wasted?"
-    return prompt, f"Divide the length: {piece * n} / {piece} = {n}. That makes {n} pieces."
-
-
-def _wages(rng: Random) -> Exchange:
-    name = rng.choice(NAMES)
-    rate, hours, tip = rng.randint(8, 15), rng.randint(3, 8), rng.randint(4, 20)
-    pay = rate * hours
-    prompt = f"{name} earns {rate} pounds an hour for {hours} hours, plus a {tip} pound tip. What is the total pay?"
-    return prompt, f"Wages are {rate} * {hours} = {pay} pounds. Adding the tip, {pay} + {tip} = {pay + tip} pounds."
-
-
-def _score(rng: Random) -> Exchange:
-    a, b = rng.randint(20, 45), rng.randint(10, 30)
-    team = rng.choice(["The Foxes", "The Owls", "The Otters"])
-    prompt = (
-        f"{team} scored {a} points in the first half. They finished with {a + b}. How many came in the second half?"
-    )
-    return prompt, f"Take the first half away: {a + b} - {a} = {b}. They scored {b} points after the break."
-
-
-def _tank(rng: Random) -> Exchange:
-    start, rate, minutes = rng.randint(10, 40), rng.randint(3, 8), rng.randint(4, 9)
-    gain = rate * minutes
-    prompt = (
-        f"A tank holds {start} litres. A hose adds {rate} litres a minute for {minutes} minutes. How full is it then?"
-    )
-    return (
-        prompt,
-        f"The hose adds {rate} * {minutes} = {gain} litres. The tank has {start} + {gain} = {start + gain} litres.",
-    )
-
-
-TARGET_WORDINGS = [_tray, _saving, _ride, _hens, _ribbon, _wages, _score, _tank]
-
-
-def target_word_problem(rng: Random, count: int) -> list[Conversation]:
-    """The target's word problems: same skill as the pool's, other wordings."""
-    return single(cycle_distinct(rng, count, TARGET_WORDINGS))
+    """Arithmetic word problems, two of them with a follow-up question."""
+    return [_with_follow_up(rng) for _ in range(2)] + single(cycle_distinct(rng, count - 2, WORDINGS))
 
 
 # Larger unit, its plural, smaller units per larger unit, smaller plural.

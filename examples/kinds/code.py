@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from random import Random
+from textwrap import indent
 
 from kinds.common import DAYS, NAMES, Conversation, Exchange, cycle_distinct, single
 
-# What the function does, its signature, the expression it returns.
+# The pool's functions: what each does, its signature, the expression it returns.
 FUNCTIONS = [
     ("reverses the letters of a string", "reverse(text)", "text[::-1]"),
     ("checks whether a word is a palindrome", "is_palindrome(word)", "word == word[::-1]"),
@@ -69,11 +70,81 @@ PYTHON_PROMPTS = [
 
 
 def python_function(rng: Random, count: int) -> list[Conversation]:
-    """A one-line Python function for a described task."""
+    """The pool's one-line Python functions, each for a described task."""
     return single(
         [
             (rng.choice(PYTHON_PROMPTS).format(task), f"def {signature}:\n    return {expression}")
             for task, signature, expression in rng.sample(FUNCTIONS, count)
+        ]
+    )
+
+
+# The target's functions: what each is to do, its signature, the lines of its body. None is in the pool.
+TARGET_FUNCTIONS = [
+    ("cut a list into chunks of n items", "chunks(xs, n)", "return [xs[i:i + n] for i in range(0, len(xs), n)]"),
+    ("transpose a table given as rows", "transpose(rows)", "return [list(column) for column in zip(*rows)]"),
+    ("hide all but the final four characters of a text", "mask(text)", 'return "*" * (len(text) - 4) + text[-4:]'),
+    ("cut off long text and add dots", "shorten(text, n)", 'return text if len(text) <= n else text[:n] + "..."'),
+    ("count the words of a text", "word_count(text)", "return len(text.split())"),
+    ("find the most frequent item of a list", "most_frequent(items)", "return max(set(items), key=items.count)"),
+    ("find the key that has the highest value in a dict", "best_key(scores)", "return max(scores, key=scores.get)"),
+    ("take items from two lists by turns", "interleave(a, b)", "return [x for pair in zip(a, b) for x in pair]"),
+    ("get the second largest number", "second_largest(numbers)", "return sorted(set(numbers))[-2]"),
+    ("separate the head of a list from its tail", "head_and_tail(items)", "head, *tail = items\nreturn head, tail"),
+    ("keep a value between two bounds", "clamp(value, low, high)", "return max(low, min(value, high))"),
+    ("add up the digits of a number", "digit_sum(number)", "return sum(int(digit) for digit in str(number))"),
+    ("test if a list is in rising order", "is_rising(xs)", "return all(a <= b for a, b in zip(xs, xs[1:]))"),
+    (
+        "delete punctuation from a string",
+        "plain(text)",
+        'return "".join(c for c in text if c.isalnum() or c.isspace())',
+    ),
+    (
+        "group words under their first letter",
+        "by_letter(words)",
+        "groups = dict()\nfor w in words:\n    groups.setdefault(w[0], []).append(w)\nreturn groups",
+    ),
+    (
+        "tally the items of a list in a dict",
+        "tally(items)",
+        "counts = dict()\nfor x in items:\n    counts[x] = counts.get(x, 0) + 1\nreturn counts",
+    ),
+    ("order a list of records by one column", "order_by(rows, col)", "return sorted(rows, key=lambda row: row[col])"),
+    ("test if a number is prime", "is_prime(n)", "return n > 1 and all(n % d for d in range(2, n))"),
+    ("show a whole number in binary", "binary(number)", 'return f"{number:b}"'),
+    ("discard None values from a dict", "compact(d)", "return {k: v for k, v in d.items() if v is not None}"),
+    (
+        "skip comment lines of a file's text",
+        "no_comments(text)",
+        'return [s for s in text.splitlines() if not s.startswith("#")]',
+    ),
+    ("parse a URL query", "parse_query(query)", 'return dict(part.split("=") for part in query.split("&"))'),
+    (
+        "turn a snake-case name into camel case",
+        "camel(name)",
+        'head, *rest = name.split("_")\nreturn head + "".join(w.capitalize() for w in rest)',
+    ),
+    ("list running totals", "running(xs)", "return [sum(xs[:i + 1]) for i in range(len(xs))]"),
+]
+TARGET_PROMPTS = [
+    "How would you {} in Python? Reply with one function.",
+    "Please code a Python helper to {}.",
+    "Could you give me Python code to {}?",
+    "Implement this as a function in Python: {}.",
+    "What Python function lets me {}?",
+    "Python helper wanted: {}. Only the code, please.",
+]
+
+
+def target_python_function(rng: Random, count: int) -> list[Conversation]:
+    """Small Python functions again, but with other tasks and other wordings than in the pool."""
+    return single(
+        [
+            (
+                TARGET_PROMPTS[i % len(TARGET_PROMPTS)].format(task),
+                f"def {signature}:\n{indent(body, '    ')}",
+            )
+            for i, (task, signature, body) in enumerate(rng.sample(TARGET_FUNCTIONS, count))
         ]
     )
 

@@ -8,10 +8,10 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
@@ -46,6 +46,62 @@ UNIT_FACTORS = {
     ("pounds", "ounces"): 16,
     ("gallons", "pints"): 8,
 }
+# Part of the request, the arguments of a call, the result.
+POOL_CALLS: list[tuple[str, tuple[object, ...], object]] = [
+    ("reverses the letters", ("abc",), "cba"),
+    ("palindrome", ("level",), True),
+    ("removes duplicates", (["b", "a", "b"],), ["b", "a"]),
+    ("swaps the keys", ({"a": "b"},), {"b": "a"}),
+    ("longest word", (["a", "abc", "ab"],), "abc"),
+    ("counts the vowels", ("Audio",), 4),
+    ("flattens", ([[1], [2, 3]],), [1, 2, 3]),
+    ("start with a prefix", (["ab", "b"], "a"), ["ab"]),
+    ("where the second wins", ({"a": 1}, {"a": 2}), {"a": 2}),
+    ("last dot", ("a.tar.gz",), "gz"),
+    ("initials", ("Ada Lovelace",), "AL"),
+    ("has duplicates", (["a", "a"],), True),
+    ("strips the newline", (["a\n"],), ["a"]),
+    ("removes a key", ({"a": 1, "b": 2}, "a"), {"b": 2}),
+    ("every word in a title", ("the old mill",), "The Old Mill"),
+    ("not in another", ([1, 2], [2]), [1]),
+    ("rotates", ([1, 2, 3],), [2, 3, 1]),
+    ("replaces tabs", ("a\tb",), "a b"),
+    ("slug", ("Hello World",), "hello-world"),
+    ("neighbouring pairs", ([1, 2, 3],), [(1, 2), (2, 3)]),
+    ("shortest string", ([],), None),
+]
+TARGET_CALLS: list[tuple[str, tuple[object, ...], object]] = [
+    ("chunks", ([1, 2, 3, 4, 5], 2), [[1, 2], [3, 4], [5]]),
+    ("transpose", ([[1, 2], [3, 4], [5, 6]],), [[1, 3, 5], [2, 4, 6]]),
+    ("final four", ("AB123456",), "****3456"),
+    ("add dots", ("a long tale", 6), "a long..."),
+    ("add dots", ("short", 5), "short"),
+    ("count the words", ("one  two three",), 3),
+    ("most frequent", (["a", "b", "c", "b"],), "b"),
+    ("highest value", ({"a": 1, "b": 9, "c": 4},), "b"),
+    ("by turns", ([1, 3], [2, 4]), [1, 2, 3, 4]),
+    ("second largest", ([5, 9, 9, 2],), 5),
+    ("head of a list", ([1, 2, 3],), (1, [2, 3])),
+    ("two bounds", (5, 1, 3), 3),
+    ("two bounds", (0, 1, 3), 1),
+    ("two bounds", (2, 1, 3), 2),
+    ("digits of a number", (407,), 11),
+    ("rising order", ([1, 2, 2, 5],), True),
+    ("rising order", ([1, 3, 2],), False),
+    ("punctuation", ("Well, well: 3!",), "Well well 3"),
+    ("first letter", (["ant", "bee", "ape"],), {"a": ["ant", "ape"], "b": ["bee"]}),
+    ("tally", (["x", "y", "x"],), {"x": 2, "y": 1}),
+    ("order a list of records", ([{"n": 2}, {"n": 1}], "n"), [{"n": 1}, {"n": 2}]),
+    ("is prime", (7,), True),
+    ("is prime", (9,), False),
+    ("is prime", (1,), False),
+    ("in binary", (10,), "1010"),
+    ("None values", ({"a": None, "b": 0},), {"b": 0}),
+    ("comment lines", ("# a\nb\n#c\nd # e",), ["b", "d # e"]),
+    ("URL query", ("a=x&b=y",), {"a": "x", "b": "y"}),
+    ("camel case", ("max_row_count",), "maxRowCount"),
+    ("running totals", ([1, 2, 3],), [1, 3, 6]),
+]
 SQL_TABLES = """
     CREATE TABLE books (author, genre, language);
     CREATE TABLE employees (name, department, city);
@@ -96,7 +152,7 @@ def test_another_seed_writes_other_rows(tmp_path: Path) -> None:
 
 def test_counts_and_kinds() -> None:
     assert Counter(row["source"] for row in POOL) == dict.fromkeys(KINDS, 50)
-    assert Counter(row["source"] for row in TARGET) == {"word_problem": 24}
+    assert Counter(row["source"] for row in TARGET) == {"python_function": 24}
     assert sum(len(row["messages"]) == 4 for row in POOL) == 10
 
 
@@ -122,20 +178,28 @@ def test_ids_prompts_and_rows_are_unique() -> None:
     assert len({json.dumps(row["messages"]) for row in rows}) == len(rows)
 
 
-def test_target_has_wordings_of_its_own() -> None:
-    def opening(prompt: str) -> str:
-        return NUMBER.sub("#", " ".join(prompt.split()[1:5]))
+def test_target_is_about_python_in_wordings_and_code_of_its_own() -> None:
+    def openings(rows: list[Row]) -> set[str]:
+        return {" ".join(texts(row, "user")[0].split()[:3]) for row in rows}
 
-    pool = {opening(texts(row, "user")[0]) for row in of_kind("word_problem")}
-    target = {opening(texts(row, "user")[0]) for row in TARGET}
-    assert pool.isdisjoint(target)
-    assert min(len(pool), len(target)) >= 8
+    def bodies(rows: list[Row]) -> set[str]:
+        return {texts(row, "assistant")[0].partition("\n")[2] for row in rows}
+
+    pool = of_kind("python_function")
+    assert openings(pool).isdisjoint(openings(TARGET))
+    assert (len(openings(pool)), len(openings(TARGET))) == (4, 6)
+    assert bodies(pool).isdisjoint(bodies(TARGET))
+    for i, row in enumerate(TARGET):
+        assert row["id"] == f"target-{i:04d}"
+        assert len(row["messages"]) == 2
+        assert "Python" in texts(row, "user")[0]
 
 
 def test_samples_are_short() -> None:
     for row in POOL + TARGET:
         replies = [len(WORD.findall(text)) for text in texts(row, "assistant")]
-        assert 5 <= min(replies) <= max(replies) <= 45, row
+        shortest = 10 if row["source"] == "python_function" else 5
+        assert shortest <= min(replies) <= max(replies) <= 45, row
         assert 12 <= sum(replies) + sum(len(WORD.findall(text)) for text in texts(row, "user")) <= 72, row
 
 
@@ -145,26 +209,33 @@ def test_only_two_kinds_are_about_numbers() -> None:
             assert not any(NUMBER.search(message["content"]) for message in row["messages"]), row
 
 
-@pytest.mark.parametrize("row", of_kind("word_problem") + TARGET, ids=lambda row: row["id"])
-def test_word_problem_arithmetic(row: Row) -> None:
+def check_word_problem(row: Row) -> None:
     known: set[int] = set()
     for prompt, reply in exchanges(row):
         asked = {int(number) for number in NUMBER.findall(prompt)}
         known |= asked
         used: set[int] = set()
         equations = EQUATION.findall(reply)
-        assert equations
+        assert equations, row
         for left, sign, right, result in equations:
             a, b, c = int(left), int(right), int(result)
-            # Each number comes from the question, an earlier step, or is the 2 of "half" and "twice".
-            assert {a, b} <= known | {2}
-            assert c == {"+": a + b, "-": a - b, "*": a * b}.get(sign, a // b if b else None)
-            assert sign != "/" or a % b == 0
-            assert c > 0
+            # Each number comes from the question, an earlier step, or is the 2 of "half".
+            assert {a, b} <= known | {2}, row
+            assert c == {"+": a + b, "-": a - b, "*": a * b}.get(sign, a // b if b else None), row
+            assert sign != "/" or a % b == 0, row
+            assert c > 0, row
             known.add(c)
             used |= {a, b, c}
-        assert asked <= used
-        assert int(NUMBER.findall(reply)[-1]) == int(equations[-1][3])
+        assert asked <= used, row
+        assert int(NUMBER.findall(reply)[-1]) == int(equations[-1][3]), row
+
+
+def test_word_problems() -> None:
+    openings: set[str] = set()
+    for row in of_kind("word_problem"):
+        check_word_problem(row)
+        openings.add(NUMBER.sub("#", " ".join(texts(row, "user")[0].split()[1:5])))
+    assert len(openings) >= 8
 
 
 def test_unit_conversions() -> None:
@@ -181,51 +252,35 @@ def test_unit_conversions() -> None:
         assert {int(number) for number in NUMBER.findall(reply)} <= {1, amount, factor, amount * factor}
 
 
-def run_python(task: str, *arguments: object) -> object:
-    """Call the pool's function for the task."""
-    code = next(texts(row, "assistant")[0] for row in of_kind("python_function") if task in texts(row, "user")[0])
+def load_function(row: Row) -> Callable[..., object]:
+    """The one function that the reply defines."""
+    (code,) = texts(row, "assistant")
+    assert re.match(r"def \w+\(", code), row
     scope: dict[str, Any] = {}
-    exec(compile(code, task, "exec"), scope)
-    return next(value for name, value in scope.items() if name != "__builtins__")(*arguments)
+    exec(compile(code, row["id"], "exec"), scope)
+    (function,) = [value for name, value in scope.items() if name != "__builtins__"]
+    assert isfunction(function), row
+    return function
 
 
-def test_python_snippets_define_one_function() -> None:
-    for row in of_kind("python_function"):
-        code = texts(row, "assistant")[0]
-        scope: dict[str, Any] = {}
-        exec(compile(code, row["id"], "exec"), scope)
-        assert len([name for name in scope if name != "__builtins__"]) == 1
-        assert re.match(r"def \w+\(", code)
+def run_calls(rows: list[Row], calls: list[tuple[str, tuple[object, ...], object]]) -> set[str]:
+    """Compare each call with its result; the ids of the rows that were called."""
+    called: set[str] = set()
+    for task, arguments, expected in calls:
+        (row,) = [row for row in rows if task in texts(row, "user")[0]]
+        assert load_function(row)(*arguments) == expected, row
+        called.add(row["id"])
+    return called
 
 
-@pytest.mark.parametrize(
-    ("task", "arguments", "expected"),
-    [
-        ("reverses the letters", ("abc",), "cba"),
-        ("palindrome", ("level",), True),
-        ("removes duplicates", (["b", "a", "b"],), ["b", "a"]),
-        ("swaps the keys", ({"a": "b"},), {"b": "a"}),
-        ("longest word", (["a", "abc", "ab"],), "abc"),
-        ("counts the vowels", ("Audio",), 4),
-        ("flattens", ([[1], [2, 3]],), [1, 2, 3]),
-        ("start with a prefix", (["ab", "b"], "a"), ["ab"]),
-        ("where the second wins", ({"a": 1}, {"a": 2}), {"a": 2}),
-        ("last dot", ("a.tar.gz",), "gz"),
-        ("initials", ("Ada Lovelace",), "AL"),
-        ("has duplicates", (["a", "a"],), True),
-        ("strips the newline", (["a\n"],), ["a"]),
-        ("removes a key", ({"a": 1, "b": 2}, "a"), {"b": 2}),
-        ("every word in a title", ("the old mill",), "The Old Mill"),
-        ("not in another", ([1, 2], [2]), [1]),
-        ("rotates", ([1, 2, 3],), [2, 3, 1]),
-        ("replaces tabs", ("a\tb",), "a b"),
-        ("slug", ("Hello World",), "hello-world"),
-        ("neighbouring pairs", ([1, 2, 3],), [(1, 2), (2, 3)]),
-        ("shortest string", ([],), None),
-    ],
-)
-def test_python_snippets_do_what_was_asked(task: str, arguments: tuple[object, ...], expected: object) -> None:
-    assert run_python(task, *arguments) == expected
+def test_python_snippets_define_one_function_each() -> None:
+    names = [load_function(row).__name__ for row in of_kind("python_function") + TARGET]
+    assert len(set(names)) == len(names) == 74
+
+
+def test_python_snippets_do_what_was_asked() -> None:
+    assert len(run_calls(of_kind("python_function"), POOL_CALLS)) == 21
+    assert run_calls(TARGET, TARGET_CALLS) == {row["id"] for row in TARGET}
 
 
 def test_sql_runs() -> None:
