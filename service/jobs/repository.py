@@ -3,27 +3,34 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import BigInteger, Row, cast, func, select
 from sqlalchemy.orm import Session
 
+from service import ids
 from service.jobs.state import JobStatus, UnitState
 from service.jobs.tables import JobEvent, JobUnit, SelectionJob
 
 
+def is_id(value: str) -> bool:
+    return ids.is_id("job", value)
+
+
 def get(session: Session, tenant_id: str, job_id: str) -> SelectionJob | None:
+    if not is_id(job_id):
+        return None
     return session.scalar(select(SelectionJob).where(SelectionJob.id == job_id, SelectionJob.tenant_id == tenant_id))
 
 
 def page(
     session: Session, tenant_id: str, *, after: str | None, status: JobStatus | None, limit: int
 ) -> list[SelectionJob]:
-    """Newest first, one more than the limit where there are more."""
+    """At most `limit`, newest first, older than `after`."""
     jobs = select(SelectionJob).where(SelectionJob.tenant_id == tenant_id)
     if after is not None:
         jobs = jobs.where(SelectionJob.id < after)
     if status is not None:
         jobs = jobs.where(SelectionJob.status == status)
-    return list(session.scalars(jobs.order_by(SelectionJob.id.desc()).limit(limit + 1)))
+    return list(session.scalars(jobs.order_by(SelectionJob.id.desc()).limit(limit)))
 
 
 def stage_rows(session: Session, job_ids: Sequence[str]) -> Sequence[Row[Any]]:
@@ -36,8 +43,8 @@ def stage_rows(session: Session, job_ids: Sequence[str]) -> Sequence[Row[Any]]:
             func.count().label("units"),
             func.count().filter(done).label("units_done"),
             func.count().filter(JobUnit.result["reused"].as_boolean()).label("units_reused"),
-            func.sum(JobUnit.progress_done).label("done"),
-            func.sum(JobUnit.progress_total).label("total"),
+            cast(func.sum(JobUnit.progress_done), BigInteger).label("done"),  # the sum of bigints is numeric
+            cast(func.sum(JobUnit.progress_total), BigInteger).label("total"),
             func.min(JobUnit.started_at).label("started_at"),
             func.max(JobUnit.finished_at).label("finished_at"),
             func.clock_timestamp().label("now"),
