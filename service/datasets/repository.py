@@ -1,21 +1,18 @@
 """All SQL on datasets. A tenant's scope is part of each query that a caller's id reaches."""
 
-import re
 from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, Select, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from service import ids
 from service.datasets.tables import Dataset
 from service.jobs.state import TERMINAL
 from service.jobs.tables import SelectionJob
 
-_ID = re.compile(r"ds_[0-9a-f]{32}")
-
 
 def is_id(value: str) -> bool:
-    """Whether a caller's string can be a dataset's id; PostgreSQL refuses some of those that cannot."""
-    return _ID.fullmatch(value) is not None
+    return ids.is_id("ds", value)
 
 
 def add(session: Session, dataset: Dataset) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response, status
 
 from service.database import SessionDep
-from service.errors import NotFound, Unauthorized, Unavailable, Unprocessable, responses
+from service.errors import BadRequest, NotFound, Unauthorized, Unavailable, Unprocessable, responses
 from service.jobs import repository, service
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut
 from service.jobs.state import TERMINAL, JobStatus
@@ -35,7 +35,7 @@ def create_job(
     return service.describe(session, [job])[0]
 
 
-@router.get("", summary="Your jobs, newest first")
+@router.get("", summary="Your jobs, newest first", responses=responses(BadRequest))
 def list_jobs(
     session: SessionDep,
     caller: CallerDep,
@@ -43,9 +43,9 @@ def list_jobs(
     after: After = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state")] = None,
 ) -> Page[SelectionJobOut]:
-    jobs = repository.page(session, caller.tenant_id, after=after, status=status, limit=limit)
-    data = service.describe(session, jobs[:limit])
-    return Page(data=data, has_more=len(jobs) > limit, last_id=data[-1].id if data else None)
+    jobs, has_more = service.page(session, caller.tenant_id, after=after, status=status, limit=limit)
+    data = service.describe(session, jobs)
+    return Page(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
 @router.get("/{job_id}", summary="One job: status, phase and progress", responses=responses(NotFound))

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service import models
 from service.datasets import service as datasets
-from service.errors import NotFound, Unprocessable
+from service.errors import BadRequest, NotFound, Unprocessable
 from service.ids import new_id
 from service.jobs import ledger, repository
 from service.jobs.schemas import JobError, JobRequest, Parameters, Progress, SelectionJobOut, StageReport
@@ -70,6 +70,20 @@ def require(session: Session, tenant_id: str, job_id: str) -> SelectionJob:
     if job is None:
         raise NotFound(f"No selection job {job_id!r}.", param="id")
     return job
+
+
+def page(
+    session: Session, tenant_id: str, *, after: str | None, status: JobStatus | None, limit: int
+) -> tuple[list[SelectionJob], bool]:
+    """A page of the tenant's jobs, newest first, and whether there are more.
+
+    Raises:
+        BadRequest: `after` is no job's id.
+    """
+    if after is not None and not repository.is_id(after):
+        raise BadRequest("after: must be the `last_id` of the page before", param="after")
+    found = repository.page(session, tenant_id, after=after, status=status, limit=limit + 1)
+    return found[:limit], len(found) > limit
 
 
 def cancel(session: Session, tenant_id: str, job_id: str) -> SelectionJob:

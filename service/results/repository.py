@@ -9,6 +9,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from service.datasets.tables import Dataset
+from service.jobs import repository as jobs
 from service.jobs.state import JobStatus
 from service.jobs.tables import SelectionJob
 from service.results.tables import CHUNK_SIZE, JobResult, Provenance, SelectedSample
@@ -44,6 +45,8 @@ class Weights:
 
 
 def job(session: Session, tenant_id: str, job_id: str) -> Job | None:
+    if not jobs.is_id(job_id):
+        return None
     row = session.execute(
         select(SelectionJob.status, SelectionJob.error, Dataset)
         .join(Dataset, Dataset.id == SelectionJob.pool_id)
