@@ -4,17 +4,20 @@ A registered model is a folder with a config.json inside the operator's models f
 """
 
 import json
+import logging
 import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import Unauthorized, Unavailable, Unprocessable, responses
 from service.settings import ApiSettings, ModelSettings
 from service.tenants.service import CallerDep
+
+log = logging.getLogger(__name__)
 
 # The families whose gradient hooks, embeddings and masks are covered by tests.
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox"})
@@ -30,7 +33,7 @@ class HubModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"id": "Qwen/Qwen3-0.6B"}]})
 
-    id: Annotated[str, Field(pattern=_HUB_ID.pattern)]
+    id: Annotated[str, Field(pattern=f"^{_HUB_ID.pattern}$")]
     revision: Annotated[str, Field(min_length=1, max_length=200)] = "main"
 
 
@@ -46,17 +49,23 @@ class RegisteredModels(BaseModel):
 
 
 def registered(settings: ModelSettings) -> list[RegisteredModel]:
-    """The registered models by name."""
+    """The registered models by name. A folder whose config.json says nothing of use is passed over, and logged."""
     if not settings.folder.is_dir():
         return []
     names = sorted(p.parent.name for p in settings.folder.glob("*/config.json") if _NAME.fullmatch(p.parent.name))
-    return [_describe(settings, name) for name in names]
+    found = (_describe(settings, name) for name in names)
+    return [model for model in found if model is not None]
 
 
-def _describe(settings: ModelSettings, name: str) -> RegisteredModel:
-    config = json.loads((settings.folder / name / "config.json").read_text())
-    blocks = next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), 0)
-    return RegisteredModel(name=name, model_type=str(config.get("model_type", "")), blocks=blocks)
+def _describe(settings: ModelSettings, name: str) -> RegisteredModel | None:
+    path = settings.folder / name / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        blocks = next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), 0)
+        return RegisteredModel(name=name, model_type=str(config.get("model_type", "")), blocks=blocks)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("models: %s cannot be used (%s: %s)", path, type(error).__name__, error)
+        return None
 
 
 def resolve(settings: ModelSettings, model: str | HubModel, *, blocks: int) -> dict[str, Any]:
@@ -68,7 +77,9 @@ def resolve(settings: ModelSettings, model: str | HubModel, *, blocks: int) -> d
     """
     if isinstance(model, str) and "/" not in model:
         return _resolve_registered(settings, model, blocks)
-    return _resolve_hub(settings, HubModel(id=model) if isinstance(model, str) else model)
+    if isinstance(model, str):
+        return _resolve_hub(settings, model, "main")
+    return _resolve_hub(settings, model.id, model.revision)
 
 
 def _resolve_registered(settings: ModelSettings, name: str, blocks: int) -> dict[str, Any]:
@@ -91,26 +102,28 @@ def _resolve_registered(settings: ModelSettings, name: str, blocks: int) -> dict
     return {"kind": "registered", "name": name}
 
 
-def _resolve_hub(settings: ModelSettings, model: HubModel) -> dict[str, Any]:
+def _resolve_hub(settings: ModelSettings, hub_id: str, revision: str) -> dict[str, Any]:
     if not settings.hub:
         raise Unprocessable("This server uses registered models only; see GET /v1/models.", param="model")
-    if not _HUB_ID.fullmatch(model.id):
-        raise Unprocessable(f"{model.id!r} is not a hub id (owner/name).", param="model")
+    if not _HUB_ID.fullmatch(hub_id):
+        raise Unprocessable(f"{hub_id!r} is not a hub id (owner/name).", param="model")
     try:
-        info = HfApi().model_info(model.id, revision=model.revision, timeout=10)
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise Unprocessable(f"The hub has no model {model.id!r} that this server may read.", param="model") from error
+        info = HfApi().model_info(hub_id, revision=revision, timeout=10)
+    except HFValidationError as error:
+        raise Unprocessable(f"{hub_id!r} is not a hub id (owner/name).", param="model") from error
+    except RepositoryNotFoundError as error:  # gated ones are of this class
+        raise Unprocessable(f"The hub has no model {hub_id!r} that this server may read.", param="model") from error
     except RevisionNotFoundError as error:
-        raise Unprocessable(f"{model.id!r} has no revision {model.revision!r}.", param="model.revision") from error
-    except (HfHubHTTPError, OSError) as error:
+        raise Unprocessable(f"{hub_id!r} has no revision {revision!r}.", param="model.revision") from error
+    except Exception as error:  # of the HTTP client, which is another one from version to version; or no JSON
         raise Unavailable(
             f"The model hub did not answer ({type(error).__name__}); try again, or use a registered model.",
             param="model",
         ) from error
     files = [sibling.rfilename for sibling in info.siblings or []]
     if not any(name.endswith(".safetensors") for name in files):
-        raise Unprocessable(f"{model.id!r} has no safetensors weights; other formats are not loaded.", param="model")
-    return {"kind": "hub", "id": model.id, "revision": model.revision, "commit": info.sha}
+        raise Unprocessable(f"{hub_id!r} has no safetensors weights; other formats are not loaded.", param="model")
+    return {"kind": "hub", "id": hub_id, "revision": revision, "commit": info.sha}
 
 
 @router.get("/models", summary="The registered models", responses=responses(Unauthorized))
