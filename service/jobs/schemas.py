@@ -3,14 +3,25 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from service.jobs.state import JobStatus, Stage
 from service.models import HubModel
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Infinity and NaN are no JSON, so PostgreSQL would refuse the echo of them.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Landmarks(_Strict):
@@ -67,7 +78,30 @@ class Parameters(_Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-Budget = Annotated[StrictInt, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+def _check_budget(value: Any, check: ValidatorFunctionWrapHandler) -> int | float:
+    """One error for the field, not one for each member of the union under a name of pydantic's."""
+    try:
+        budget: int | float = check(value)
+    except ValidationError as error:
+        raise ValueError("a whole number of samples, at least 1, or a fraction between 0 and 1") from error
+    return budget
+
+
+def _check_model(value: Any, check: ValidatorFunctionWrapHandler) -> str | HubModel:
+    """Errors in {id, revision} under their own names (`model.revision`)."""
+    if isinstance(value, dict):
+        return HubModel.model_validate(value)
+    try:
+        model: str | HubModel = check(value)
+    except ValidationError as error:
+        raise ValueError("a registered name, a hub id owner/name, or {id, revision}") from error
+    return model
+
+
+Budget = Annotated[
+    Annotated[StrictInt, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1, strict=True)], WrapValidator(_check_budget)
+]
+ModelName = Annotated[str | HubModel, WrapValidator(_check_model)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
@@ -75,7 +109,6 @@ class JobRequest(Parameters):
     """Which samples of `pool` help `target` most, for `model`?"""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {
@@ -89,7 +122,7 @@ class JobRequest(Parameters):
         },
     )
 
-    model: str | HubModel = Field(
+    model: ModelName = Field(
         description="A registered name (GET /v1/models), or a hub id owner/name, or {id, revision}"
     )
     pool: str = Field(description="The dataset to select from")
@@ -104,6 +137,8 @@ class JobRequest(Parameters):
     def _few(cls, metadata: dict[str, str]) -> dict[str, str]:
         if len(metadata) > 16 or any(not 0 < len(key) <= 64 for key in metadata):
             raise ValueError("at most 16 entries, with keys of 1 to 64 characters")
+        if any("\0" in text for entry in metadata.items() for text in entry):
+            raise ValueError("must not contain the NUL character")  # PostgreSQL does not store it
         return metadata
 
     def parameters(self) -> dict[str, Any]:
