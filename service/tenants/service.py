@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,6 +19,7 @@ from service.tenants import repository
 from service.tenants.tables import ApiKey, Tenant
 
 _SCHEME = "wnw"
+_KEY = re.compile(rf"{_SCHEME}_([0-9a-f]{{12}})_[A-Za-z0-9_-]{{43}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,8 @@ def authenticate(session: Session, key: str, secret_key: str) -> Caller:
     Raises:
         Unauthorized: the key is malformed, unknown or revoked.
     """
-    scheme, _, rest = key.partition("_")
-    prefix = rest.partition("_")[0]
-    row = repository.live_key(session, prefix) if scheme == _SCHEME else None
+    parts = _KEY.fullmatch(key)
+    row = repository.live_key(session, parts[1]) if parts is not None else None
     expected = row.digest if row is not None else bytes(32)
     if not hmac.compare_digest(_digest(secret_key, key), expected) or row is None:
         raise Unauthorized(
