@@ -11,6 +11,7 @@ import threading
 import psycopg
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
+from redis import RedisError
 from sqlalchemy.engine import make_url
 
 from service.database import make_engine, make_sessions
@@ -106,7 +107,7 @@ class Dispatcher:
                 queued = _queue_length(connection)
                 for _ in range(wanted - queued):
                     self._producer.send_task(TASK, queue=QUEUE, connection=connection, retry=False)
-        except (BrokerError, OSError) as error:
+        except (BrokerError, RedisError, OSError) as error:
             log.warning("dispatcher: the broker is away (%s); units wait for the next sweep", error)
 
 
