@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import and_, exists, func, select, update
+from sqlalchemy import ColumnElement, and_, exists, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from service.jobs.state import STAGE_GROUPS, JobStatus, Stage, UnitState, group_of
 from service.jobs.tables import JobEvent, JobUnit, SelectionJob
+
+_OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)  # what a unit may be claimed of
 
 
 class LeaseLost(Exception):
@@ -86,36 +88,37 @@ def claim_unit(session: Session, *, worker_id: str, lease_seconds: float) -> Cla
 
     A unit whose artifact is being made by another unit waits for that one. Commit at once: the claim holds a job's row.
     """
-    while True:
-        candidate = _claimable_unit(session)
-        if candidate is None:
-            return None
+    while (candidate := _claimable_unit(session)) is not None:
         unit_id, job_id = candidate
+        # Rolled back where another was first: two claims that each kept the row of a job they missed could deadlock.
+        attempt = session.begin_nested()
         job = _lock_job(session, job_id)
-        if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
-            continue
-        claim = _take(session, unit_id, worker_id, lease_seconds)
+        claim = _take(session, unit_id, worker_id, lease_seconds) if job.status in _OPEN else None
         if claim is None:
+            attempt.rollback()
             continue
+        attempt.commit()
         if job.status == JobStatus.QUEUED:
             job.status = JobStatus.RUNNING
             job.started_at = func.now()
             add_event(session, job_id, "job.running")
         add_event(session, job_id, "unit.claimed", **_unit_of(claim), attempt=claim.attempt, worker_id=worker_id)
         return claim
+    return None
+
+
+def _is_claimable() -> tuple[ColumnElement[bool], ...]:
+    """Of a unit joined to its job: that a worker may take it now."""
+    other = aliased(JobUnit)
+    being_made = exists().where(other.artifact_key == JobUnit.artifact_key, other.state == UnitState.RUNNING)
+    return SelectionJob.status.in_(_OPEN), JobUnit.state == UnitState.PENDING, ~being_made
 
 
 def _claimable_unit(session: Session) -> tuple[int, str] | None:
-    other = aliased(JobUnit)
-    being_made = exists().where(other.artifact_key == JobUnit.artifact_key, other.state == UnitState.RUNNING)
     row = session.execute(
         select(JobUnit.id, JobUnit.job_id)
         .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
-        .where(
-            SelectionJob.status.in_([JobStatus.QUEUED, JobStatus.RUNNING]),
-            JobUnit.state == UnitState.PENDING,
-            ~being_made,
-        )
+        .where(*_is_claimable())
         .order_by(SelectionJob.created_at, SelectionJob.id, JobUnit.stage, JobUnit.shard)
         .limit(1)
     ).one_or_none()
@@ -270,7 +273,7 @@ def release_unit(session: Session, claim: Claim, *, reason: str) -> None:
 def request_cancel(session: Session, job: SelectionJob) -> None:
     """Cancels the job: at once where no unit runs, else when the running units have stopped. Repeating changes nothing."""
     job = _lock_job(session, job.id)
-    if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+    if job.status not in _OPEN:
         return
     job.cancel_requested_at = func.clock_timestamp()
     _cancel_units(session, job.id, UnitState.PENDING)
@@ -312,13 +315,13 @@ def expire_leases(session: Session, *, max_attempts: int) -> int:
 
 
 def claimable_count(session: Session) -> int:
-    """How many units wait for a worker."""
+    """How many units a worker could take now; those that wait for another job's artifact are told of when it is done."""
     return (
         session.scalar(
             select(func.count())
             .select_from(JobUnit)
             .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
-            .where(SelectionJob.status.in_([JobStatus.QUEUED, JobStatus.RUNNING]), JobUnit.state == UnitState.PENDING)
+            .where(*_is_claimable())
         )
         or 0
     )
@@ -354,11 +357,14 @@ def _end_unit(session: Session, claim: Claim, state: UnitState, **values: Any) -
 
 
 def _cancel_units(session: Session, job_id: str, *states: UnitState) -> None:
-    session.execute(
+    stages = session.scalars(
         update(JobUnit)
         .where(JobUnit.job_id == job_id, JobUnit.state.in_(states))
         .values(state=UnitState.CANCELLED, lease_expires_at=None, finished_at=func.clock_timestamp())
-    )
+        .returning(JobUnit.stage)
+    ).all()
+    if stages:
+        add_event(session, job_id, "units.cancelled", stages=sorted({s.value for s in stages}), units=len(stages))
 
 
 def _count_failure(session: Session, claim: Claim) -> int:
