@@ -5,14 +5,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from service import show
-from service.client import Winnow
+from service.client import Winnow, WinnowError
 from service.local import MODEL_NAME, Stack, StackError, StackProcess, running_stack
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -46,12 +46,24 @@ def run(home: Path, *, keep: bool, as_json: bool) -> None:
         job = client.create_job(pool=pool["id"], target=target["id"], **REQUEST)
         console.print(f"Posted [bold]{job['id']}[/]: select {job['budget']} samples for {MODEL_NAME}. Watch it with:")
         _commands(console, stack, [f"/v1/selection-jobs/{job['id']}"])
-        show.follow(client, job["id"], console)
+        with _cancelled_on_exit(client, job["id"]):
+            show.follow(client, job["id"], console)
         summary, selected = client.results(job["id"]), list(client.selected(job["id"]))
         if as_json:
             print(json.dumps({"job": client.job(job["id"]), "results": summary, "selected": selected}))
         else:
             _report(console, stack, job["id"], summary, selected, pool, _kind(target))
+
+
+@contextmanager
+def _cancelled_on_exit(client: Winnow, job_id: str) -> Iterator[None]:
+    """A demo that is interrupted takes its job with it, so that the next one does not have to finish it first."""
+    try:
+        yield
+    except BaseException:
+        with suppress(WinnowError):
+            client.cancel(job_id)
+        raise
 
 
 def _kind(target: dict[str, Any]) -> str:
