@@ -1,0 +1,214 @@
+"""What the tests of the ledger stand on: databases of their own, and jobs made without the API."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from sqlalchemy import Engine, select, text
+from sqlalchemy.engine import make_url
+
+from service.database import Sessions, make_engine, make_sessions
+from service.datasets.tables import Dataset
+from service.ids import new_id
+from service.jobs import ledger
+from service.jobs.ledger import Claim, UnitSpec
+from service.jobs.state import Stage
+from service.jobs.tables import JobEvent, JobUnit, SelectionJob
+from service.schema import upgrade
+from service.settings import DatabaseSettings
+from service.tenants.tables import ApiKey, Tenant
+
+LEASE = 60.0
+
+
+@contextmanager
+def new_database(postgres_url: str, *, migrated: bool = True) -> Iterator[str]:
+    """The URL of a fresh database: the ledger's order and the dispatcher's lock are each one a database."""
+    name = new_id("test")
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(
+            f"ALTER DATABASE {name} SET synchronous_commit = off"
+        )  # what a crash of it loses is no matter
+    url = make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
+    try:
+        if migrated:
+            upgrade(url)
+        yield url
+    finally:
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def unit(stage: Stage, shard: int = 0, *, key: str | None = None, total: int = 100) -> UnitSpec:
+    return UnitSpec(
+        stage=stage, shard=shard, artifact_key=key or new_id("artifact"), spec={"shard": shard}, total=total
+    )
+
+
+@dataclass(frozen=True)
+class LedgerWorld:
+    """A database whose ledger is empty, and the steps of workers on it, each in a transaction of its own."""
+
+    url: str
+    engine: Engine
+    sessions: Sessions
+    owner: dict[str, str]
+
+    def empty(self) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(text("DELETE FROM selection_jobs"))
+
+    def job(self, *units: UnitSpec) -> str:
+        """A queued job with the units, or with one unit of `prepare`."""
+        job_id = new_id("job")
+        with self.sessions.begin() as session:
+            job = SelectionJob(
+                id=job_id, status="queued", model={}, budget=1, parameters={}, request={}, job_metadata={}, **self.owner
+            )
+            ledger.create_job(session, job, units or [unit(Stage.PREPARE)])
+        return job_id
+
+    def try_claim(self, worker_id: str = "w", lease_seconds: float = LEASE) -> Claim | None:
+        with self.sessions.begin() as session:
+            return ledger.claim_unit(session, worker_id=worker_id, lease_seconds=lease_seconds)
+
+    def claim(self, worker_id: str = "w", lease_seconds: float = LEASE) -> Claim:
+        claim = self.try_claim(worker_id, lease_seconds)
+        assert claim is not None, "there is no unit to claim"
+        return claim
+
+    def beat(self, claim: Claim, done: int = 0, lease_seconds: float = LEASE) -> ledger.Beat:
+        with self.sessions.begin() as session:
+            return ledger.beat(session, claim, lease_seconds=lease_seconds, done=done)
+
+    def finish(self, claim: Claim, result: dict[str, Any] | None = None) -> bool:
+        """As the supervisor does; a finished `publish` ends the job."""
+        with self.sessions.begin() as session:
+            job = ledger.lock_claim(session, claim)
+            complete = ledger.finish_unit(session, job, claim, result or {})
+            if complete and claim.stage is Stage.PUBLISH:
+                ledger.succeed_job(session, job)
+        return complete
+
+    def start(self, job_id: str, *units: UnitSpec) -> None:
+        with self.sessions.begin() as session:
+            ledger.start_stages(session, session.get_one(SelectionJob, job_id), units)
+
+    def fail(self, claim: Claim, *, retryable: bool, code: str = "broken", max_attempts: int = 3) -> bool:
+        with self.sessions.begin() as session:
+            error = {"code": code, "detail": f"It is {code}."}
+            return ledger.fail_unit(session, claim, error, retryable=retryable, max_attempts=max_attempts)
+
+    def release(self, claim: Claim) -> None:
+        with self.sessions.begin() as session:
+            ledger.release_unit(session, claim, reason="the worker shuts down")
+
+    def cancel(self, job_id: str) -> None:
+        with self.sessions.begin() as session:
+            ledger.request_cancel(session, session.get_one(SelectionJob, job_id))
+
+    def expire(self, max_attempts: int = 3) -> int:
+        with self.sessions.begin() as session:
+            return ledger.expire_leases(session, max_attempts=max_attempts)
+
+    def lose_lease(self, claim: Claim) -> None:
+        """As time does."""
+        with self.engine.begin() as connection:
+            connection.execute(
+                text("UPDATE job_units SET lease_expires_at = now() - interval '1 second' WHERE id = :id"),
+                {"id": claim.unit_id},
+            )
+
+    def status(self, job_id: str) -> str:
+        return self.row(job_id).status.value
+
+    def row(self, job_id: str) -> SelectionJob:
+        with self.sessions() as session:
+            return session.get_one(SelectionJob, job_id)
+
+    def units(self, job_id: str) -> list[JobUnit]:
+        with self.sessions() as session:
+            return ledger.unit_results(session, job_id)
+
+    def unit(self, claim: Claim) -> JobUnit:
+        with self.sessions() as session:
+            return session.get_one(JobUnit, claim.unit_id)
+
+    def states(self, job_id: str) -> list[str]:
+        return [unit.state.value for unit in self.units(job_id)]
+
+    def events(self, job_id: str) -> list[tuple[str, dict[str, Any]]]:
+        with self.sessions() as session:
+            found = session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.id))
+            return [(event.type, event.data) for event in found]
+
+    def event_types(self, job_id: str) -> list[str]:
+        return [kind for kind, _ in self.events(job_id)]
+
+    def image(self) -> list[Any]:
+        """Everything the ledger holds, to tell that nothing was written."""
+        tables = ("selection_jobs", "job_units", "job_events")
+        with self.engine.connect() as connection:
+            return [connection.execute(text(f"SELECT t::text FROM {t} t ORDER BY id")).all() for t in tables]
+
+
+@contextmanager
+def ledger_world(postgres_url: str) -> Iterator[LedgerWorld]:
+    with new_database(postgres_url) as url:
+        engine = make_engine(DatabaseSettings(url=url, pool_size=10))
+        sessions = make_sessions(engine)
+        tenant_id, key_id, dataset_id = new_id("tnt"), new_id("key"), new_id("ds")
+        with sessions.begin() as session:
+            session.add(Tenant(id=tenant_id, name="tenant"))
+            session.flush()
+            session.add(ApiKey(id=key_id, tenant_id=tenant_id, name="key", prefix="prefix", digest=bytes(32)))
+            session.add(
+                Dataset(
+                    id=dataset_id,
+                    tenant_id=tenant_id,
+                    name="pool",
+                    fingerprint="0" * 64,
+                    row_count=9,
+                    byte_count=9,
+                    sources={},
+                )
+            )
+        owner = {"tenant_id": tenant_id, "key_id": key_id, "pool_id": dataset_id, "target_id": dataset_id}
+        try:
+            yield LedgerWorld(url, engine, sessions, owner)
+        finally:
+            engine.dispose()
+
+
+def at_once(actions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each action returned, or the exception that it raised; all start at the same moment, each in its thread."""
+    barrier = threading.Barrier(len(actions))
+    outcomes: list[Any] = [None] * len(actions)
+
+    def act(i: int) -> None:
+        barrier.wait()
+        try:
+            outcomes[i] = actions[i]()
+        except Exception as error:
+            outcomes[i] = error
+
+    threads = [threading.Thread(target=act, args=(i,)) for i in range(len(actions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> float:
+    """Seconds until the condition held."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - started
