@@ -1,11 +1,12 @@
 """From messages to text with the spans that the loss counts: the model's own chat template, or a documented default.
 
-A template is rendered once for each sequence of roles, with placeholders for the contents; what stands between them is the
-skeleton. A sample's text is the skeleton filled in, so the place of every assistant reply is known exactly. Where the
-template does more than fill in (it rewrites a content), the filled-in text differs from the rendered one, and that is an
-error rather than a guess.
+A template is rendered twice for each sequence of roles, with placeholders for the contents, bare and with white space around
+them; what stands between them is the skeleton. A sample's text is the skeleton filled in, so the place of every assistant
+reply is known exactly. Where the template does more than fill in (it rewrites a content), the filled-in text differs from
+the rendered one, and that is an error rather than a guess.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,24 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from worker.errors import DataError, ModelError
+from worker.errors import DataError
 
 # For tokenizers without a chat template: the format of the Tulu models, used by LESS and RDS+ as well.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 
 _PLACEHOLDER = "\ue000{}\ue001"  # private-use characters: no template looks for them
+# White space put around a placeholder, and what str.strip must be told to do as the template does, by what is left of it.
+_LEFT, _RIGHT = "\n\f", "\v\n"
+_STRIPPED_LEFT: dict[str, str | None] = {_LEFT: "", "\f": "\n", "": None}
+_STRIPPED_RIGHT: dict[str, str | None] = {_RIGHT: "", "\v": "\n", "": None}
+# Stands before templates that write today's date: they get a fixed one, for a sample's tokens must not depend on the day.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
+    " | replace('%m', '07') | replace('%Y', '2024') }}{% endmacro %}{{ '' }}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +43,19 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
+class _Slot:
+    """The place of a message's content: `left` and `right` are stripped from it (None: white space), `after` follows it."""
+
+    message: int
+    left: str | None
+    right: str | None
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Skeleton:
-    literals: list[str]  # one more than there are messages
-    strips: bool  # whether the template strips white space around contents
+    start: str
+    slots: list[_Slot]  # in the order of the text, which need not be that of the messages
 
 
 @dataclass(slots=True)
@@ -49,8 +69,10 @@ class ChatFormat:
     _start: str = ""
 
     def __post_init__(self) -> None:
-        own = self.tokenizer.chat_template
-        self.template = own if isinstance(own, str) else DEFAULT_TEMPLATE
+        own: Any = self.tokenizer.chat_template
+        self.template = (own.get("default") if isinstance(own, dict) else own) or DEFAULT_TEMPLATE
+        if "strftime_now" in self.template:
+            self.template = _FIXED_DATE + self.template
         special = {str(token) for token in self.tokenizer.all_special_tokens}
         special |= {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         self._special = tuple(sorted(special, key=len, reverse=True))
@@ -72,45 +94,52 @@ class ChatFormat:
         """The sample's text by the template, and where its replies are.
 
         Raises:
-            DataError: the template refuses the roles or rewrites a content; names the sample.
+            DataError: the template refuses the roles, drops a message or rewrites a content; names the sample.
         """
         skeleton = self._skeleton(messages, sample_id)
-        contents = [m["content"].strip() if skeleton.strips else m["content"] for m in messages]
-        text = skeleton.literals[0]
+        text = skeleton.start
         spans: list[tuple[int, int]] = []
-        for message, content, after in zip(messages, contents, skeleton.literals[1:], strict=True):
+        for slot in skeleton.slots:
+            message = messages[slot.message]
+            content = message["content"].lstrip(slot.left).rstrip(slot.right)
             if message["role"] == "assistant":
-                spans.append((len(text), len(text) + len(content) + self._end_of_turn(after)))
-            text += content + after
+                spans.append((len(text), len(text) + len(content) + self._end_of_turn(slot.after)))
+            text += content + slot.after
         if text != self._apply(messages, sample_id):
-            raise DataError(
-                f"Sample {sample_id!r}: the model's chat template rewrites a message instead of inserting it"
-                " (reasoning tags, perhaps); write the message the way the template renders it, or as a `text` row."
-            )
+            raise _rewrites(sample_id)
         return Rendered(text, spans)
 
     def _skeleton(self, messages: Sequence[dict[str, str]], sample_id: str) -> _Skeleton:
         roles = tuple(message["role"] for message in messages)
         if roles not in self._skeletons:
-            marks = [_PLACEHOLDER.format(i) for i in range(len(roles))]
-            padded = [{"role": role, "content": f" {mark} "} for role, mark in zip(roles, marks, strict=True)]
-            text = self._apply(padded, sample_id)
-            strips = f" {marks[0]} " not in text
-            literals: list[str] = []
-            for mark in marks:
-                before, found, text = text.partition(mark if strips else f" {mark} ")
-                if not found or mark in text:
-                    raise ModelError("The model's chat template drops or repeats messages; it cannot be used.")
-                literals.append(before)
-            self._skeletons[roles] = _Skeleton([*literals, text], strips)
+            self._skeletons[roles] = self._make_skeleton(roles, sample_id)
         return self._skeletons[roles]
+
+    def _make_skeleton(self, roles: tuple[str, ...], sample_id: str) -> _Skeleton:
+        marks = [_PLACEHOLDER.format(i) for i in range(len(roles))]
+        pairs = list(zip(roles, marks, strict=True))
+        bare = self._apply([{"role": role, "content": mark} for role, mark in pairs], sample_id)
+        padded = self._apply([{"role": role, "content": _LEFT + mark + _RIGHT} for role, mark in pairs], sample_id)
+        for role, mark in pairs:
+            if bare.count(mark) != 1 or padded.count(mark) != 1:
+                raise DataError(
+                    f"Sample {sample_id!r}: the model's chat template drops or repeats its {role} message;"
+                    " leave that message out, or write the sample as a `text` row."
+                )
+        order = sorted(range(len(roles)), key=lambda i: bare.index(marks[i]))
+        literals = _between(bare, [marks[i] for i in order])
+        strips = _strips(literals, _between(padded, [marks[i] for i in order]))
+        if strips is None:
+            raise _rewrites(sample_id)
+        slots = [_Slot(i, *strip, after) for i, strip, after in zip(order, strips, literals[1:], strict=True)]
+        return _Skeleton(literals[0], slots)
 
     def _apply(self, messages: Sequence[dict[str, str]], sample_id: str) -> str:
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
                 list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=False
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"Sample {sample_id!r}: the model's chat template refuses the roles ({roles}): {error}"
@@ -119,4 +148,43 @@ class ChatFormat:
 
     def _end_of_turn(self, after: str) -> int:
         """The length of the special token that ends a reply: the model must learn to stop, so it counts as response."""
-        return next((len(token) for token in self._special if token and after.startswith(token)), 0)
+        token = after.lstrip(" ")  # some templates write a space between the two
+        end = next((len(special) for special in self._special if special and token.startswith(special)), 0)
+        return len(after) - len(token) + end if end else 0
+
+
+def _between(text: str, marks: Sequence[str]) -> list[str]:
+    """What stands before, between and after the marks."""
+    parts: list[str] = []
+    for mark in marks:
+        before, _, text = text.partition(mark)
+        parts.append(before)
+    return [*parts, text]
+
+
+def _strips(literals: Sequence[str], padded: Sequence[str]) -> list[tuple[str | None, str | None]] | None:
+    """What the template strips from the left and the right of each content; None where it does something else.
+
+    Between two contents stands what is left of the first one's padding, the literal, and what is left of the second one's.
+    """
+    rights: list[str | None] = []
+    lefts: list[str | None] = []
+    for i, (literal, found) in enumerate(zip(literals, padded, strict=True)):
+        remains = itertools.product(
+            _STRIPPED_RIGHT if i > 0 else [""], _STRIPPED_LEFT if i < len(literals) - 1 else [""]
+        )
+        match = next(((right, left) for right, left in remains if right + literal + left == found), None)
+        if match is None:
+            return None
+        if i > 0:
+            rights.append(_STRIPPED_RIGHT[match[0]])
+        if i < len(literals) - 1:
+            lefts.append(_STRIPPED_LEFT[match[1]])
+    return list(zip(lefts, rights, strict=True))
+
+
+def _rewrites(sample_id: str) -> DataError:
+    return DataError(
+        f"Sample {sample_id!r}: the model's chat template rewrites a message instead of inserting it"
+        " (reasoning tags, perhaps); write the message the way the template renders it, or as a `text` row."
+    )

@@ -8,6 +8,7 @@ import torch
 
 from service.datasets.storage import iter_samples
 from worker import data, models, versions
+from worker.chat import ChatFormat
 from worker.errors import DataError, ParameterError
 from worker.stages import plan
 from worker.stages.context import StageContext
@@ -90,8 +91,7 @@ def choose_landmarks(usable: npt.NDArray[np.int64], count: int, seed: int) -> np
 
 
 def _template_of(folder: models.ModelFolder) -> str:
-    own = models.load_tokenizer(folder).chat_template
-    return "the model's own" if isinstance(own, str) else "default"
+    return "default" if ChatFormat(models.load_tokenizer(folder)).is_default else "the model's own"
 
 
 def _device_name(device: torch.device) -> str:
