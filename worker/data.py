@@ -185,14 +185,21 @@ def read_tokens(store: ArtifactStore, key: str, start: int, stop: int) -> Sample
 
 
 def copy_rows(store: ArtifactStore, source: str, key: str, indices: npt.NDArray[np.int64]) -> None:
-    """Writes the rows of `source` at the rising `indices` as an artifact of their own, a row group at a time."""
+    """Writes the rows of `source` at the rising `indices` as an artifact of their own, in full row groups like any other."""
     with (
         store.local(source) as path,
         store.writing(key) as target,
         pq.ParquetWriter(target, _SCHEMA, compression="zstd") as writer,
     ):
         file = pq.ParquetFile(path)
+        pending = _SCHEMA.empty_table()
         for group in range(file.metadata.num_row_groups):
             inside = indices[(indices >= group * ROW_GROUP) & (indices < (group + 1) * ROW_GROUP)]
             if len(inside):
-                writer.write_table(file.read_row_group(group).take(pa.array(inside - group * ROW_GROUP)))
+                taken = file.read_row_group(group).take(pa.array(inside - group * ROW_GROUP))
+                pending = pa.concat_tables([pending, taken])
+            if len(pending) >= ROW_GROUP:
+                writer.write_table(pending.slice(0, ROW_GROUP))
+                pending = pending.slice(ROW_GROUP)
+        if len(pending):
+            writer.write_table(pending)
