@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from service.models import MODEL_TYPES
@@ -41,6 +42,12 @@ class ModelFolder:
 
     path: Path
     files: dict[str, str]
+    signature: tuple[tuple[Any, ...], ...]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files are those that were hashed, by their sizes and times."""
+        return self.path.is_dir() and _signature(_files_that_count(self.path)) == self.signature
 
     @property
     def fingerprint(self) -> str:
@@ -70,10 +77,20 @@ def find(model: Mapping[str, Any], registered: Path) -> ModelFolder:
     path = registered / model["name"] if model["kind"] == "registered" else _snapshot(model)
     if not (path / "config.json").is_file():
         raise ModelError(f"The model {model.get('name') or model.get('id')!r} has no config.json on this worker.")
-    wanted = sorted(p for p in path.iterdir() if _matches(p, _PATTERNS + _TOKENIZER_PATTERNS) and p.is_file())
+    wanted = _files_that_count(path)
     if not any(p.suffix == ".safetensors" for p in wanted):
         raise ModelError("The model has no safetensors weights; other formats are not loaded.")
-    return ModelFolder(path, {p.name: _file_sha256(p) for p in wanted})
+    return ModelFolder(path, {p.name: _file_sha256(p) for p in wanted}, _signature(wanted))
+
+
+def _files_that_count(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if _matches(p, _PATTERNS + _TOKENIZER_PATTERNS) and p.is_file())
+
+
+def _signature(files: Iterable[Path]) -> tuple[tuple[Any, ...], ...]:
+    """What changes when one of the files is written or replaced."""
+    stats = ((p.name, p.stat()) for p in files)
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
 
 
 def _snapshot(model: Mapping[str, Any]) -> Path:
@@ -114,9 +131,12 @@ def load_config(folder: ModelFolder) -> Any:
     """The configuration.
 
     Raises:
-        ModelError: the architecture is not one that is supported.
+        ModelError: it cannot be read, or the architecture is not one that is supported.
     """
-    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The model's configuration could not be read: {error}") from error
     if config.model_type not in MODEL_TYPES:
         raise ModelError(
             f"Models of type {config.model_type!r} are not supported; {', '.join(sorted(MODEL_TYPES))} are."
@@ -128,15 +148,23 @@ def load_model(folder: ModelFolder, dtype: torch.dtype, device: torch.device) ->
     """The causal language model in evaluation mode.
 
     Raises:
-        ModelError: the weights do not fit the configuration.
+        ModelError: the weights do not fit the configuration, or some of them are missing.
     """
     load_config(folder)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model could not be loaded: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random values in their place
+        raise ModelError(f"The model lacks {len(missing)} of its weights, {missing[0]} among them.")
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     model.eval()
     return model

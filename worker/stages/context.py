@@ -28,9 +28,9 @@ class ModelCache:
     _loaded: tuple[tuple[str, torch.dtype], PreTrainedModel] | None = None
 
     def folder(self, model: Mapping[str, Any]) -> models.ModelFolder:
-        """The model's files, hashed once a process."""
+        """The model's files, hashed again only where they changed: an operator may replace a registered model."""
         name = repr(sorted(model.items()))
-        if name not in self._folders:
+        if name not in self._folders or not self._folders[name].is_current:
             self._folders[name] = models.find(model, self.registered)
         return self._folders[name]
 
