@@ -63,8 +63,10 @@ class Child:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._messages.put(json.loads(line))
+        with self._process.stdout as lines:
+            for line in lines:
+                if line.endswith("\n"):  # else it was killed while it wrote
+                    self._messages.put(json.loads(line))
         self._messages.put(None)
 
     def send(self, **message: Any) -> None:

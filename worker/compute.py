@@ -115,8 +115,9 @@ class _Conversation:
             message = json.loads(line)
             if message["type"] == "cancel":
                 self.cancelled.set()
-            else:
-                self.messages.put(message)
+                continue
+            self.cancelled.clear()  # here, in the order of the messages: a cancel that follows its unit closely counts
+            self.messages.put(message)
         os._exit(0)  # the supervisor is gone: nobody would read a result
 
     def send(self, **message: Any) -> None:
@@ -133,7 +134,6 @@ class _Conversation:
 
 
 def _answer(compute: Compute, unit: Mapping[str, Any], conversation: _Conversation) -> None:
-    conversation.cancelled.clear()
     try:
         conversation.send(type="done", result=compute.run(unit, conversation.report))
     except Cancelled:

@@ -143,8 +143,10 @@ class Supervisor:
         child.send(type="run", **message)
         try:
             return self._attend(claim, child)
-        except ComputeDied:
-            self._child = None
+        except (ReportedError, LeaseLost, _Stopped):
+            raise  # the child has answered or was stopped
+        except Exception:  # it died, or still works on what nobody waits for: its answer must not meet the next unit
+            self._drop(child)
             raise
 
     def _child_for(self, model: str) -> Child:
@@ -215,8 +217,10 @@ class Supervisor:
                 if message is not None and message["type"] != "progress":
                     return
         except ComputeDied:
-            self._child = None
-            return
+            pass
+        self._drop(child)
+
+    def _drop(self, child: Child) -> None:
         child.stop(self._settings.worker.cancel_grace_seconds)
         self._child = None
 
