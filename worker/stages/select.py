@@ -18,6 +18,10 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
     exact[data.read_indices(context.store, spec["landmarks"])] = True
     with context.store.local(spec["influence"]) as path:
         P_nt = np.load(path, mmap_mode="r")
+        # A target sample without a response has no influence on it at all; it takes no turn and no part in the mean.
+        speaks = P_nt[exact].any(axis=0)
+        if speaks.any() and not speaks.all():
+            P_nt = P_nt[:, speaks]
         influence = P_nt.mean(axis=1, dtype=np.float64)
         if parameters["selection"] == "round_robin":
             selected = round_robin(P_nt, budget, seed=parameters["seed"], eligible=eligible)
