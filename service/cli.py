@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from service import demo as demonstration
@@ -36,7 +37,7 @@ err = Console(stderr=True)
 
 
 def _fail(message: str) -> NoReturn:
-    err.print(f"[red]winnow:[/] {message}", soft_wrap=True, highlight=False)
+    err.print(f"[red]winnow:[/] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(1)
 
 
@@ -147,6 +148,8 @@ def _request(settings: list[str], fields: dict[str, Any]) -> dict[str, Any]:
         into = request
         for part in path[:-1]:
             into = into.setdefault(part, {})
+            if not isinstance(into, dict):
+                raise ValueError(f"--set {text}: {part} is set to a value already")
         into[path[-1]] = value
     return request
 
@@ -233,7 +236,7 @@ def status(
             f"  {stage['stage']:<20} {stage['done']}/{stage['total']} samples, {stage['units_done']}/{stage['units']} units"
         )
     if job["error"]:
-        out.print(f"  {job['error']['code']}: {job['error']['detail']}", soft_wrap=True)
+        out.print(f"  {job['error']['code']}: {job['error']['detail']}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -262,7 +265,7 @@ def export(
     """Download one weight a sample."""
     with _client(home, url, api_key) as client:
         client.export(job_id, path, selected_only=selected_only, include="messages" if messages else None)
-    out.print(f"Wrote {path}", soft_wrap=True)
+    out.print(f"Wrote {path}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -72,7 +73,12 @@ def _top_table(selected: Sequence[Json]) -> Table:
     for row in selected:
         kind = "exactly" if row["exact"] else "propagated"
         table.add_row(
-            str(row["rank"]), row["id"], row["source"] or "", f"{row['influence']:.4f}", f"{row['weight']:.3f}", kind
+            str(row["rank"]),
+            escape(row["id"]),
+            escape(row["source"] or ""),
+            f"{row['influence']:.4f}",
+            f"{row['weight']:.3f}",
+            kind,
         )
     return table
 
@@ -84,7 +90,7 @@ def _source_table(summary: Json) -> Table:
     total = summary["selected_count"]
     for source, counts in summary["sources"].items():
         table.add_row(
-            source,
+            escape(source),
             str(counts["selected"]),
             f"{counts['selected'] / total:.0%}",
             str(counts["pool"]),

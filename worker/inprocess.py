@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,7 @@ class LocalJob:
         bar = self._progress.add_task(units[0].stage, total=sum(unit.total for unit in units))
         results, before = [], 0
         for unit in units:
-            results.append(
-                self._unit(unit, always, lambda done, base=before: self._progress.update(bar, completed=base + done))
-            )
+            results.append(self._unit(unit, always, partial(self._advance, bar, before)))
             before += unit.total
             self._progress.update(bar, completed=before)
         self._progress.stop_task(bar)
@@ -167,6 +166,8 @@ def _parameters(settings: list[str]) -> dict[str, Any]:
         *path, last = name.split(".")
         for part in path:
             into = into.setdefault(part, {})
+            if not isinstance(into, dict):
+                raise ParameterError(f"--set {text}: {part} is set to a value already")
         try:
             into[last] = json.loads(value)
         except json.JSONDecodeError:
@@ -180,11 +181,15 @@ def _parameters(settings: list[str]) -> dict[str, Any]:
 
 def _budget(text: str, rows: int) -> int:
     try:
-        value = int(text) if text.isdigit() else round(float(text) * rows)
-    except ValueError as error:
-        raise ParameterError(f"--budget {text}: a number of samples, or a fraction between 0 and 1") from error
-    if not 1 <= value <= rows:
-        raise ParameterError(f"--budget {text}: that is {value} samples of a pool of {rows}")
+        value = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        value = 0
+    if isinstance(value, float) and 0 < value < 1:
+        value = max(1, round(value * rows))
+    if not isinstance(value, int) or value < 1:
+        raise ParameterError(f"--budget {text}: a number of samples, or a fraction between 0 and 1")
+    if value > rows:
+        raise ParameterError(f"--budget {text}: the pool has {rows} samples")
     return value
 
 
@@ -207,7 +212,11 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with _store(arguments.cache) as store, Progress(*columns, console=console) as progress:
         pool, target = _register(store, arguments.pool), _register(store, arguments.target)
-        compute = Compute(artifacts=store.url, models=model.parent, settings=WorkerSettings(device=arguments.device))
+        try:
+            settings = WorkerSettings(device=arguments.device)
+            compute = Compute(artifacts=store.url, models=model.parent, settings=settings)
+        except RuntimeError as error:
+            raise ParameterError(f"--device {arguments.device}: {error}") from error
         job = JobInputs(
             model={"kind": "registered", "name": model.name},
             pool=pool.fingerprint,
@@ -240,6 +249,8 @@ def main() -> None:
         sys.exit(f"winnow select: {error.detail}{''.join(more)}")
     except OSError as error:
         sys.exit(f"winnow select: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
