@@ -8,7 +8,6 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 from torch.func import functional_call, jvp
@@ -124,7 +123,7 @@ def one_by_one_loss(model, samples, i):
     if not positions:
         return None
     logits = model(ids[None]).logits[0]
-    return F.cross_entropy(logits[[j - 1 for j in positions]], ids[positions])
+    return nn.functional.cross_entropy(logits[[j - 1 for j in positions]], ids[positions])
 
 
 def role_layers(model):

@@ -139,7 +139,7 @@ def test_out_of_memory_halves_the_budget(limit):
     model.transformer.h[1].register_forward_pre_hook(scarce)
     call = {"projection": projection, "token_budget": 1000, "progress": lambda *counts: done.append(counts)}
     if limit < 18:
-        with pytest.raises(torch.OutOfMemoryError, match="18 tokens does not fit.*lower"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"18 tokens does not fit.*lower"):
             per_sample_gradients(model, samples, **call)
     else:
         assert relative_error(per_sample_gradients(model, samples, **call).values, expected) < 1e-12
@@ -165,7 +165,6 @@ def test_errors_say_what_to_do():
 
 def test_a_family_that_scales_its_logits_is_refused():
     model = build("llama")
-    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.0,))
     original = model.forward
 
     def scaled(*args, **kwargs):

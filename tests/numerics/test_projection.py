@@ -90,7 +90,7 @@ def test_total_is_bounded_and_too_small_a_dim_is_an_error():
         p, q = FactoredProjection().size(layers, 4096, 11008)
         assert p == q
         assert layers * p * q <= 8192 < layers * (p + 1) * (q + 1)
-    with pytest.raises(ValueError, match="dim 5 .* 6 layers"):
+    with pytest.raises(ValueError, match=r"dim 5 .* 6 layers"):
         FactoredProjection(dim=5).size(6, 10, 10)
 
 

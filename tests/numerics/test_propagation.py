@@ -87,7 +87,7 @@ def test_duplicates_need_a_ridge():
     E2, P2 = torch.cat([E, E[:5]]), torch.cat([P, P[:5]])
     assert torch.isfinite(KernelRidge.fit(E2, P2).predict(E)).all()
     for kernel in ("rbf", "linear"):
-        with pytest.raises(ValueError, match="singular with ridge=0.*raise ridge"):
+        with pytest.raises(ValueError, match=r"singular with ridge=0.*raise ridge"):
             KernelRidge.fit(E2, P2, kernel=kernel, ridge=0.0)
     same = torch.ones(6, 4)
     fitted = KernelRidge.fit(same, torch.arange(6.0)[:, None])

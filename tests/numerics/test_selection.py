@@ -103,7 +103,7 @@ def qp_solution(p, ridge, k):
         np.full(n, k / n),
         jac=lambda u: u - c,
         bounds=[(0, None)] * n,
-        constraints={"type": "eq", "fun": lambda u: u.sum() - k, "jac": lambda u: np.ones(n)},
+        constraints={"type": "eq", "fun": lambda u: u.sum() - k, "jac": lambda _: np.ones(n)},
         method="SLSQP",
         options={"maxiter": 1000, "ftol": 1e-12},
     )

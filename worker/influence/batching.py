@@ -17,6 +17,15 @@ Progress = Callable[[int, int], None]
 """Called after each batch with (samples done, samples in all); what it raises stops the computation."""
 
 
+def default_token_budget(device: torch.device) -> int:
+    """Tokens of a padded batch where the caller names none.
+
+    On a processor few enough that the activations stay in its cache (docs/decisions/0002-core-speed.md), on an accelerator enough
+    to fill it.
+    """
+    return 512 if device.type == "cpu" else 16384
+
+
 def padded(samples: Samples, indices: IntArray, lengths: IntArray, device: torch.device) -> Tensor:
     """First `lengths[i]` tokens of each sample i, padded on the right with token 0: int64 (B, T).
 

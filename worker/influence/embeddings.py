@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batching import Progress, marked_positions, padded, run_batches
+from .batching import Progress, default_token_budget, marked_positions, padded, run_batches
 from .dual import check_dual, dual_forward, random_tangents, replaced_forward
 from .models import accumulation_dtype, block_list, check_samples, first_blocks, frozen, hidden_states
 from .models import parameter_device as device_of
@@ -60,14 +60,15 @@ def embed(
     samples: Samples,
     *,
     options: EmbeddingOptions,
-    token_budget: int = 2048,
+    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Embeddings (n, e) on the CPU, float32 (float64 from a float64 model), each row of unit length (METHOD 4).
 
     e is the hidden size, times the number of tangents for `jvp`, at most `max_dim`. A sample with nothing to pool (no token,
     or no response token under `response`) has a zero row. Dropout is off; a row depends on its own sample only, beyond
-    rounding. `progress` is called after each batch.
+    rounding. `token_budget` bounds the padded tokens of a batch; None is a default for the device. `progress` is called after
+    each batch.
 
     Raises ValueError where `blocks` exceeds the model's layers, where samples do not fit the model, and, for `jvp`, where the
     derivative of a part of the architecture is not known; torch.OutOfMemoryError where one sample does not fit.
@@ -98,7 +99,8 @@ def embed(
             reduced_Be = pooled_BE if reduction_eE is None else pooled_BE @ reduction_eE.T
             embeddings_ne[torch.from_numpy(indices)] = nn.functional.normalize(reduced_Be, dim=1).cpu()
 
-        run_batches(lengths[active], token_budget, run, progress)
+        budget = default_token_budget(device_of(model)) if token_budget is None else token_budget
+        run_batches(lengths[active], budget, run, progress)
     return embeddings_ne
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batching import Progress, marked_positions, padded, run_batches
+from .batching import Progress, default_token_budget, marked_positions, padded, run_batches
 from .models import (
     accumulation_dtype,
     check_head,
@@ -68,7 +68,7 @@ def per_sample_gradients(
     *,
     modules: str = "down_proj",
     projection: FactoredProjection | None,
-    token_budget: int = 2048,
+    token_budget: int | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> Gradients:
@@ -77,7 +77,8 @@ def per_sample_gradients(
     The loss is the mean cross-entropy of the sample's predicted response tokens. Dropout is off whatever the model's mode. A
     result depends on its own sample only, beyond rounding: not on batch, padding or order. Samples without a predicted
     token have gradient 0 and loss 0. `modules` is the role `down_proj` or the end of a layer name; `projection=None` keeps
-    all O x I values of each layer. `device` moves the model there first; None leaves it. `progress` is called after each batch.
+    all O x I values of each layer. `device` moves the model there first; None leaves it. `token_budget` bounds the padded tokens
+    of a batch; None is a default for the device. `progress` is called after each batch.
 
     Raises ValueError for unknown modules, samples that do not fit the model, and families with an unknown output head;
     torch.OutOfMemoryError where one sample alone does not fit.
@@ -103,7 +104,8 @@ def per_sample_gradients(
             values_nk[where] = gradients_Bk.cpu()
             loss_n[where] = loss_B.cpu()
 
-        run_batches(lengths[active], token_budget, run, progress)
+        budget = default_token_budget(parameter_device(model)) if token_budget is None else token_budget
+        run_batches(lengths[active], budget, run, progress)
     finite_n = torch.isfinite(values_nk).all(dim=1) & torch.isfinite(loss_n)
     return Gradients(values=values_nk, loss=loss_n, nonfinite=torch.nonzero(~finite_n).flatten())
 
@@ -162,9 +164,7 @@ def _forward_hook(layer: _Layer, gradients_Bk: Tensor) -> Callable[[nn.Module, t
         if not output_BTO.requires_grad:
             output_BTO.requires_grad_()  # the first hooked layer: the graph begins here
         a_BTq = layer.projection.project_input(inputs[0].detach()).to(gradients_Bk.dtype)
-        output_BTO.register_hook(  # type: ignore[no-untyped-call]
-            partial(_outer_product, layer=layer, a_BTq=a_BTq, gradients_Bk=gradients_Bk)
-        )
+        output_BTO.register_hook(partial(_outer_product, layer=layer, a_BTq=a_BTq, gradients_Bk=gradients_Bk))
         return output_BTO
 
     return hook
