@@ -1,0 +1,224 @@
+"""The compute child as its supervisor meets it: a real process, its environment, its answers and its ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+from tiny import make_tokenizer, turns
+
+from service.artifacts import ArtifactStore
+from service.datasets.storage import Sample
+from service.jobs.schemas import Parameters
+from service.settings import (
+    ArtifactSettings,
+    BrokerSettings,
+    DatabaseSettings,
+    ModelSettings,
+    Settings,
+    WorkerSettings,
+)
+from worker import data, models
+from worker.child import Child
+from worker.errors import ComputeDied
+from worker.stages.plan import JobInputs
+
+ROWS = 4_000
+_PATIENCE = 120.0
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Settings:
+    """A store that holds the tokens of 4,000 samples, and batches of few of them: work that lasts some seconds."""
+    folder = tmp_path_factory.mktemp("child")
+    store = ArtifactStore(str(folder))
+    samples = (Sample(i, f"row-{i}", None, turns(f"question {i}", "answer " * 5), None) for i in range(ROWS))
+    rows = data.tokenise(samples, make_tokenizer(), max_length=128, report=lambda _: None)
+    data.write_tokens(store, "tokens", rows)
+    return Settings(
+        database=DatabaseSettings(url="postgresql://nobody:hidden@nowhere/none"),
+        broker=BrokerSettings(url="redis://nowhere"),
+        artifacts=ArtifactSettings(url=str(folder)),
+        models=ModelSettings(folder=tiny_llama.parent),
+        worker=WorkerSettings(device="cpu", threads=1, token_budget=64),
+    )
+
+
+@pytest.fixture(scope="module")
+def unit(tiny_llama: Path) -> dict[str, Any]:
+    model = {"kind": "registered", "name": tiny_llama.name}
+    parameters = Parameters().model_dump(mode="json")
+    parameters["embedding"] |= {"blocks": 2, "kind": "hidden"}
+    fingerprint = models.find(model, tiny_llama.parent).fingerprint
+    return {
+        "stage": "embed",
+        "artifact_key": "embeddings",
+        "spec": {"tokens": "tokens", "start": 0, "stop": ROWS},
+        "job": JobInputs(model=model, pool="p", target="t", budget=2, parameters=parameters).as_dict(),
+        "prepared": {"dtype": "float32", "model_fingerprint": fingerprint},
+        "halvings": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def child(settings: Settings) -> Iterator[Child]:
+    """One for all tests that leave it alive; its environment is made of one that holds secrets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINNOW_SECRET_KEY", "hidden")
+        patch.setenv("WINNOW_DATABASE__URL", "postgresql://hidden")
+        patch.setenv("DATABASE_URL", "postgresql://hidden")
+        patch.setenv("HF_TOKEN", "needed")
+        started = Child(settings)
+    yield started
+    started.close(grace_seconds=5)
+    assert not started.is_alive
+
+
+def answer(child: Child) -> dict[str, Any]:
+    """The next message that is no progress."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        message = child.receive(1)
+        if message is not None and message["type"] != "progress":
+            return message
+    raise AssertionError("the child did not answer")
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_a_cancel_right_behind_its_unit_counts(child: Child, unit: dict[str, Any]) -> None:
+    """The first test: the child is still starting when both have been written."""
+    child.send(type="run", **unit)
+    child.send(type="cancel")
+    assert answer(child) == {"type": "cancelled"}
+
+
+def test_the_environment_holds_no_credentials_of_ours(child: Child) -> None:
+    environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode().split("\0")
+    names = {entry.partition("=")[0] for entry in environment if entry}
+    assert not any(name.startswith("WINNOW_") or "DATABASE" in name for name in names)
+    assert not any("hidden" in entry for entry in environment)
+    assert {"PATH", "HF_TOKEN"} <= names
+
+
+def test_a_unit_is_done_and_its_result_stands_beside_the_artifact(
+    child: Child, unit: dict[str, Any], settings: Settings
+) -> None:
+    child.send(type="run", **{**unit, "artifact_key": "few", "spec": {"tokens": "tokens", "start": 10, "stop": 14}})
+    message = answer(child)
+    assert message["type"] == "done"
+    store = ArtifactStore(settings.artifacts.url)
+    assert store.read_json("few.json") == message["result"]
+    with store.local("few") as path:
+        assert load_file(path)["embeddings"].shape == (4, 32)
+
+
+def test_a_cancel_is_seen_between_batches_and_the_child_stays(
+    child: Child, unit: dict[str, Any], settings: Settings
+) -> None:
+    child.send(type="run", **{**unit, "artifact_key": "cancelled"})
+    deadline = time.monotonic() + _PATIENCE
+    while (message := child.receive(1)) is None:
+        assert time.monotonic() < deadline
+    assert message["type"] == "progress"
+    assert 0 < message["done"] < ROWS
+    child.send(type="cancel")
+    assert answer(child) == {"type": "cancelled"}
+    assert child.is_alive
+    assert not ArtifactStore(settings.artifacts.url).exists("cancelled")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "retryable", "detail"),
+    [
+        ({"spec": {}}, "internal_error", True, r"KeyError: 'tokens' \(embed.py:\d+\)"),
+        (
+            {"spec": {"tokens": "absent", "start": 0, "stop": 1}},
+            "internal_error",
+            True,
+            r"FileNotFoundError: .*\(.*:\d+\)",
+        ),
+        ({"prepared": {"dtype": "float32", "model_fingerprint": "old"}}, "model_not_usable", False, "files changed"),
+        ({"stage": "publish"}, "internal_error", True, r"RuntimeError: publish .*\(compute.py:\d+\)"),
+    ],
+)
+def test_what_fails_is_told_with_its_code_and_place(
+    child: Child, unit: dict[str, Any], changes: dict[str, Any], code: str, retryable: bool, detail: str
+) -> None:
+    child.send(type="run", **{**unit, **changes})
+    message = answer(child)
+    assert (message["type"], message["error"]["code"], message["retryable"]) == ("failed", code, retryable)
+    assert re.search(detail, message["error"]["detail"]), message["error"]["detail"]
+
+
+def test_arguments_that_do_not_fit_are_the_jobs_fault(child: Child, unit: dict[str, Any]) -> None:
+    job = {
+        **unit["job"],
+        "parameters": {
+            **unit["job"]["parameters"],
+            "embedding": {"kind": "hidden", "pooling": "last", "blocks": 9, "tangents": 1},
+        },
+    }
+    child.send(type="run", **{**unit, "job": job})
+    message = answer(child)
+    assert (message["type"], message["error"]["code"], message["retryable"]) == (
+        "failed",
+        "parameters_not_usable",
+        False,
+    )
+
+
+def test_a_killed_child_is_told_as_such(settings: Settings) -> None:
+    child = Child(settings)
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(ComputeDied, match=r"killed \(signal 9\): out of memory") as caught:
+        answer(child)
+    assert (caught.value.code, caught.value.retryable) == ("compute_died", True)
+    assert not child.is_alive
+    child.send(type="cancel")  # to a child that is gone: no error
+    child.close(grace_seconds=5)
+
+
+def test_a_child_that_ends_by_itself_is_told_as_such(settings: Settings, unit: dict[str, Any]) -> None:
+    child = Child(settings.model_copy(update={"worker": WorkerSettings(device="cuda")}))
+    with pytest.raises(ComputeDied, match=r"ended by itself with status 1; its log says why"):
+        answer(child)
+    child.close(grace_seconds=5)
+
+
+def test_a_child_that_does_not_heed_is_ended(settings: Settings) -> None:
+    child = Child(settings)
+    os.kill(child.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    child.stop(grace_seconds=0.5)
+    assert not child.is_alive
+    assert time.monotonic() - started < 10
+
+
+def test_it_ends_with_its_supervisor_whatever_killed_that(settings: Settings) -> None:
+    program = (
+        "import sys, time\nfrom service.settings import Settings\nfrom worker.child import Child\n"
+        "child = Child(Settings.model_validate_json(sys.argv[1]))\nprint(child.pid, flush=True)\ntime.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, settings.model_dump_json()], stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert psutil.pid_exists(pid)
+        parent.kill()
+    wait_until_gone(pid)
