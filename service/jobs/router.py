@@ -68,7 +68,7 @@ def list_events(
     session: SessionDep,
     caller: CallerDep,
     limit: Limit = 100,
-    after: Annotated[int, Query(ge=0, description="`last_id` of the page before")] = 0,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="`last_id` of the page before")] = 0,
 ) -> EventPage:
     service.require(session, caller.tenant_id, job_id)
     events = repository.events(session, job_id, after=after, limit=limit)
