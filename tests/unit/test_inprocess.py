@@ -1,0 +1,292 @@
+"""Whole jobs in this process: every supported family, both dtypes, and the command `winnow select`."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.progress import Progress
+from tiny import FAMILIES, pool_rows, save_model, target_rows, write_jsonl
+
+from service.jobs.schemas import Parameters
+from service.models import MODEL_TYPES
+from service.settings import WorkerSettings
+from worker import inprocess
+from worker.compute import Compute
+from worker.errors import DataError, ModelError, ParameterError
+from worker.stages.plan import JobInputs
+
+POOL, TARGET, BUDGET = 40, 4, 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Several threads cost tiny models more than they bring, much more on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("pool") / "pool.jsonl", pool_rows(POOL))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("target") / "target.jsonl", target_rows(TARGET, "python_function"))
+
+
+def parameters(**changes: Any) -> dict[str, Any]:
+    small = {"landmarks": {"count": 12}, "embedding": {"blocks": 2}, "gradient": {"projection_dim": 512}}
+    return Parameters(**{**small, "max_length": 128, "dtype": "float32", **changes}).model_dump(mode="json")
+
+
+def run(model: Path, pool: Path, target: Path, folder: Path, *, budget: int = BUDGET, **changes: Any) -> dict[str, Any]:
+    compute = Compute(artifacts=str(folder), models=model.parent, settings=WorkerSettings(device="cpu"))
+    contents = [inprocess._register(compute.store, file) for file in (pool, target)]
+    job = JobInputs(
+        model={"kind": "registered", "name": model.name},
+        pool=contents[0].fingerprint,
+        target=contents[1].fingerprint,
+        budget=budget,
+        parameters=parameters(**changes),
+    )
+    return inprocess.LocalJob(compute, job, Progress(disable=True)).run(POOL + TARGET)
+
+
+def check(arrays: dict[str, np.ndarray], *, count: int = POOL, budget: int = BUDGET, landmarks: int = 12) -> None:
+    """What holds of every selection."""
+    assert len(arrays["influence"]) == len(arrays["weight"]) == len(arrays["exact"]) == count
+    assert np.isfinite(arrays["influence"]).all()
+    assert len(set(arrays["selected"].tolist())) == len(arrays["selected"]) == budget
+    assert set(np.flatnonzero(arrays["weight"]).tolist()) == set(arrays["selected"].tolist())
+    assert arrays["weight"].sum() == pytest.approx(budget, rel=1e-5)
+    assert arrays["exact"].sum() == landmarks
+
+
+def test_all_supported_families_are_tested() -> None:
+    assert set(FAMILIES) == MODEL_TYPES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_through_a_job(family: str, dtype: str, pool: Path, target: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / family, family)
+    done = run(model, pool, target, tmp_path / "store", dtype=dtype)
+    check(done["arrays"])
+    assert done["prepared"]["model_type"] == family
+    assert done["prepared"]["dtype"] == dtype
+    assert np.ptp(done["arrays"]["influence"]) > 0
+
+
+@pytest.mark.parametrize("selection", ["round_robin", "top_k", "weighted"])
+@pytest.mark.parametrize("kind", ["jvp", "hidden"])
+def test_every_selection_and_embedding(
+    selection: str, kind: str, tiny_llama: Path, pool: Path, target: Path, tmp_path: Path
+) -> None:
+    arrays = run(
+        tiny_llama, pool, target, tmp_path, selection=selection, embedding={"kind": kind, "blocks": 2, "tangents": 1}
+    )["arrays"]
+    check(arrays)
+    if selection != "weighted":
+        assert set(arrays["weight"].tolist()) == {0.0, 1.0}
+    if selection != "round_robin":
+        ranked = arrays["influence"][arrays["selected"]]
+        assert (np.diff(ranked) <= 0).all()
+        assert ranked[-1] >= np.delete(arrays["influence"], arrays["selected"]).max()
+
+
+def test_the_same_job_twice_gives_the_same_bits(tiny_llama: Path, pool: Path, target: Path, tmp_path: Path) -> None:
+    """Each with a store of its own, so that nothing of the first is reused."""
+    one, two = (run(tiny_llama, pool, target, tmp_path / name)["arrays"] for name in ("one", "two"))
+    assert all(one[name].tobytes() == two[name].tobytes() for name in one)
+    other = run(tiny_llama, pool, target, tmp_path / "three", seed=1)["arrays"]
+    assert one["exact"].tolist() != other["exact"].tolist()
+
+
+def test_smaller_batches_change_nothing_but_rounding(
+    tiny_llama: Path, pool: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(tiny_llama, pool, target, tmp_path / "one")["arrays"]
+    monkeypatch.setattr("worker.compute.DEFAULT_TOKEN_BUDGET", {"cpu": 1})
+    two = run(tiny_llama, pool, target, tmp_path / "two")["arrays"]
+    assert one["influence"] == pytest.approx(two["influence"], abs=2e-3)
+    assert one["influence"][one["exact"]] == pytest.approx(two["influence"][two["exact"]], abs=1e-5)
+
+
+def test_with_every_sample_a_landmark_all_influence_is_exact(
+    tiny_llama: Path, pool: Path, target: Path, tmp_path: Path
+) -> None:
+    done = run(tiny_llama, pool, target, tmp_path, landmarks={"count": 1000})
+    check(done["arrays"], landmarks=POOL)
+
+
+# Templates without a token that ends a turn: an empty reply has nothing to predict.
+BARE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "bare", template=BARE)
+
+
+class TestEmptyReplies:
+    def emptied(self, path: Path, rows: list[dict[str, Any]], where: Callable[[int], bool]) -> Path:
+        for i, row in enumerate(rows):
+            if where(i):
+                row["messages"][-1]["content"] = ""
+        return write_jsonl(path, rows)
+
+    def test_they_are_never_selected_and_have_no_influence(self, bare: Path, target: Path, tmp_path: Path) -> None:
+        pool = self.emptied(tmp_path / "pool.jsonl", pool_rows(POOL), lambda i: i % 2 == 0)
+        done = run(bare, pool, target, tmp_path / "store")
+        check(done["arrays"])
+        assert done["prepared"]["pool_counts"]["empty_responses"] == POOL // 2
+        assert all(index % 2 for index in done["arrays"]["selected"].tolist())
+        assert not done["arrays"]["exact"][::2].any()
+
+    def test_a_target_sample_without_reply_takes_no_turn(self, bare: Path, pool: Path, tmp_path: Path) -> None:
+        rows = target_rows(TARGET, "python_function")
+        alone = write_jsonl(tmp_path / "alone.jsonl", rows[1:2])
+        beside = self.emptied(tmp_path / "beside.jsonl", rows, lambda i: i != 1)
+        one = run(bare, pool, alone, tmp_path / "one")
+        two = run(bare, pool, beside, tmp_path / "two")
+        assert two["prepared"]["target_counts"]["empty_responses"] == TARGET - 1
+        assert one["arrays"]["selected"].tolist() == two["arrays"]["selected"].tolist()
+        assert one["arrays"]["influence"] == pytest.approx(two["arrays"]["influence"], abs=1e-5)
+
+    def test_a_target_without_any_reply_is_an_error(self, bare: Path, pool: Path, tmp_path: Path) -> None:
+        target = self.emptied(tmp_path / "t.jsonl", target_rows(TARGET, "python_function"), lambda _: True)
+        with pytest.raises(DataError, match="target has no response tokens"):
+            run(bare, pool, target, tmp_path / "store")
+
+    def test_a_budget_above_the_usable_samples_is_an_error(self, bare: Path, target: Path, tmp_path: Path) -> None:
+        pool = self.emptied(tmp_path / "pool.jsonl", pool_rows(POOL), lambda i: i % 2 == 0)
+        with pytest.raises(ParameterError, match=r"budget is 21, but only 20 samples"):
+            run(bare, pool, target, tmp_path / "store", budget=21)
+
+    def test_a_pool_with_one_usable_sample_is_an_error(self, bare: Path, target: Path, tmp_path: Path) -> None:
+        pool = self.emptied(tmp_path / "pool.jsonl", pool_rows(POOL), lambda i: i > 0)
+        with pytest.raises(DataError, match="fewer than two samples"):
+            run(bare, pool, target, tmp_path / "store", budget=1)
+
+
+def test_more_blocks_than_the_model_has_are_an_error(
+    tiny_llama: Path, pool: Path, target: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ParameterError, match=r"embedding.blocks is 4; the model has 3"):
+        run(tiny_llama, pool, target, tmp_path, embedding={"blocks": 4})
+
+
+def test_a_model_that_cannot_be_used_is_an_error(tmp_path: Path, pool: Path, target: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="no safetensors"):
+        run(tmp_path / "m", pool, target, tmp_path / "store")
+
+
+class TestCommand:
+    """`winnow select`, called as the module that it becomes."""
+
+    @pytest.fixture
+    def select(
+        self, tiny_llama: Path, pool: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[..., None]:
+        def call(out: Path, *more: str, **replaced: str) -> None:
+            options = {
+                "model": str(tiny_llama),
+                "pool": str(pool),
+                "target": str(target),
+                "budget": "6",
+                "out": str(out),
+            }
+            words = [word for name, value in {**options, **replaced}.items() for word in (f"--{name}", value)]
+            small = ["landmarks.count=12", "embedding.blocks=2", "gradient.projection_dim=512", "max_length=128"]
+            words += [word for setting in small for word in ("--set", setting)]
+            monkeypatch.setattr(sys, "argv", ["winnow select", *words, "--device", "cpu", *more])
+            inprocess.main()
+
+        return call
+
+    def test_formats_agree(self, select: Callable[..., None], tmp_path: Path) -> None:
+        cache = ("--cache", str(tmp_path / "cache"))
+        for suffix in ("jsonl", "csv", "parquet"):
+            select(tmp_path / f"out.{suffix}", *cache)
+        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in rows] == [f"row-{i}" for i in range(POOL)]
+        assert sorted(row["rank"] for row in rows if row["selected"]) == list(range(6))
+        assert all((row["weight"] > 0) == row["selected"] == (row["rank"] is not None) for row in rows)
+        table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+        assert [(r["id"], r["selected"], r["rank"]) for r in table] == [
+            (r["id"], r["selected"], r["rank"]) for r in rows
+        ]
+        with (tmp_path / "out.csv").open() as file:
+            assert [row["id"] for row in csv.DictReader(file)] == [row["id"] for row in rows]
+
+    def test_the_selection_alone(self, select: Callable[..., None], tmp_path: Path) -> None:
+        select(tmp_path / "out.jsonl", "--selected-only", budget="0.1")
+        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert len(rows) == 4
+        assert all(row["selected"] for row in rows)
+
+    def test_the_cache_is_used_by_the_next_run(
+        self, select: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache = ("--cache", str(tmp_path / "cache"))
+        select(tmp_path / "one.jsonl", *cache)
+        monkeypatch.setattr("worker.stages.embed.run", lambda *_: pytest.fail("embedded again"))
+        monkeypatch.setattr("worker.stages.gradients.run", lambda *_: pytest.fail("gradients again"))
+        select(tmp_path / "two.jsonl", *cache)
+        assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+    def test_json_output(self, select: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        select(tmp_path / "out.jsonl", "--json")
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["budget"] == 6
+        assert -1 <= printed["fidelity"]["mean_spearman"] <= 1
+
+    @pytest.mark.parametrize(
+        ("replaced", "more", "message"),
+        [
+            ({"budget": "41"}, [], "--budget 41: the pool has 40 samples"),
+            ({"budget": "0"}, [], "--budget 0: a number of samples, or a fraction"),
+            ({"budget": "nan"}, [], "--budget nan: a number of samples, or a fraction"),
+            ({"budget": "inf"}, [], "--budget inf: a number of samples, or a fraction"),
+            ({"budget": "1.5"}, [], "--budget 1.5: a number of samples, or a fraction"),
+            ({"budget": "many"}, [], "--budget many: a number of samples, or a fraction"),
+            ({"model": "/nowhere"}, [], "--model /nowhere: no folder with a config.json"),
+            ({"pool": "/nowhere.jsonl"}, [], "No such file"),
+            ({}, ["--set", "landmarks.count=1"], "--set landmarks.count: Input should be greater than or equal to 2"),
+            ({}, ["--set", "landmarks"], "write NAME=VALUE"),
+            ({}, ["--set", "unknown=1"], "--set unknown: Extra inputs are not permitted"),
+            ({}, ["--set", "seed=1", "--set", "seed.more=2"], "seed is set to a value already"),
+        ],
+    )
+    def test_a_mistake_is_told_in_a_line(
+        self, select: Callable[..., None], tmp_path: Path, replaced: dict[str, str], more: list[str], message: str
+    ) -> None:
+        with pytest.raises(SystemExit) as caught:
+            select(tmp_path / "out.jsonl", *more, **replaced)
+        assert str(caught.value).startswith("winnow select: ")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_pool_that_cannot_be_read_is_told_by_its_lines(self, select: Callable[..., None], tmp_path: Path) -> None:
+        (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"nothing": 1}\n')
+        with pytest.raises(SystemExit, match=r"(?s)winnow select: 1 rows cannot be used.*line 2"):
+            select(tmp_path / "out.jsonl", pool=str(tmp_path / "bad.jsonl"))
+
+    def test_another_name_of_the_output_is_refused_before_any_work(
+        self, select: Callable[..., None], tmp_path: Path
+    ) -> None:
+        with pytest.raises(SystemExit, match=r"must end in one of .jsonl, .csv, .parquet"):
+            select(tmp_path / "out.txt")
