@@ -5,8 +5,8 @@
 Every figure is the best of `--rounds`, the rounds of all stages and the rate measurements taken in turn, so that what else the
 machine does disturbs neither side of a ratio alone. A call's setup (drawing directions, checking the model) is the same for ten
 samples and ten million, so it is timed by itself, on no samples, and left out of the shares. Operation counts are those of
-`worker.influence.flops`: what the method needs, without padding and elementwise work. Without `--model` the model is random and has
-the shape of a 135M Llama.
+`worker.influence.flops`: what the method needs, without padding and elementwise work. Without `--model` the model is random,
+of the shape of a 135M Llama.
 """
 
 from __future__ import annotations

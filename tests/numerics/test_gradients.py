@@ -147,6 +147,14 @@ def test_out_of_memory_halves_the_budget(limit):
         assert len(done) > 2
 
 
+def test_the_default_token_budget_changes_nothing():
+    model, samples = build("gpt2"), ragged(*MIXED)
+    values = [
+        per_sample_gradients(model, samples, projection=None, **budget).values for budget in ({}, {"token_budget": 9})
+    ]
+    assert relative_error(*values) < 1e-12
+
+
 def test_errors_say_what_to_do():
     model = build("llama")
     with pytest.raises(ValueError, match=r"modules='fc9'.*mlp.down_proj.*self_attn.q_proj"):
