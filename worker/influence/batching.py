@@ -20,8 +20,8 @@ Progress = Callable[[int, int], None]
 def default_token_budget(device: torch.device) -> int:
     """Tokens of a padded batch where the caller names none.
 
-    On a processor few, so that activations tend to stay in its cache (docs/decisions/0002-core-speed.md), on an accelerator enough
-    to fill it.
+    On a processor few, so that activations tend to stay in its cache (docs/decisions/0002-core-speed.md), on an accelerator
+    enough to fill it.
     """
     return 512 if device.type == "cpu" else 16384
 
