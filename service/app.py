@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import errors, health
+from service import errors, health, openapi
 from service.artifacts import ArtifactStore
 from service.database import make_engine, make_sessions
 from service.datasets.router import router as datasets
@@ -80,4 +80,5 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.include_router(health.router)
     for router in (models, datasets, jobs, results):
         app.include_router(router, prefix="/v1")
+    openapi.install(app)
     return app

@@ -5,14 +5,14 @@ Nothing secret has a default: the API refuses to start without `WINNOW_SECRET_KE
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class DatabaseSettings(_Group):
@@ -50,6 +50,12 @@ class LedgerSettings(_Group):
     max_attempts: int = Field(default=3, ge=1)
     sweep_seconds: float = Field(default=5.0, gt=0, description="How often the dispatcher looks without being notified")
 
+    @model_validator(mode="after")
+    def _beats_in_time(self) -> Self:
+        if self.beat_seconds > self.lease_seconds / 2:
+            raise ValueError("beat_seconds must be at most half of lease_seconds, or one late beat loses the lease")
+        return self
+
 
 class UploadSettings(_Group):
     max_bytes: int = Field(default=8 * 2**30, description="Largest upload, and largest content once decompressed")
@@ -67,7 +73,14 @@ class WorkerSettings(_Group):
 class Settings(BaseSettings):
     """What the API and the workers share."""
 
-    model_config = SettingsConfigDict(env_prefix="WINNOW_", env_nested_delimiter="__", frozen=True, extra="ignore")
+    # A refusal names the variable and never quotes what was given: it may be a secret.
+    model_config = SettingsConfigDict(
+        env_prefix="WINNOW_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+    )
 
     database: DatabaseSettings
     broker: BrokerSettings

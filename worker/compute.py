@@ -30,9 +30,10 @@ from service.artifacts import ArtifactStore
 from service.jobs.state import Stage
 from service.settings import WorkerSettings
 from worker.errors import Cancelled, OutOfMemory, ParameterError, UnitError
+from worker.influence import default_token_budget
 from worker.models import choose_device
 from worker.stages import embed, gradients, prepare, propagate, select
-from worker.stages.context import DEFAULT_TOKEN_BUDGET, ModelCache, StageContext
+from worker.stages.context import ModelCache, StageContext
 from worker.stages.plan import JobInputs, result_key
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Compute:
             UnitError: the attempt failed.
             Cancelled: `report` said so.
         """
-        budget = self.settings.token_budget or DEFAULT_TOKEN_BUDGET[self.models.device.type]
+        budget = self.settings.token_budget or default_token_budget(self.models.device)
         context = StageContext(
             store=self.store,
             job=JobInputs(**unit["job"]),

@@ -70,7 +70,7 @@ def get_selected(
     job_id: str,
     session: SessionDep,
     caller: CallerDep,
-    after_rank: Annotated[int, Query(ge=-1, description="`last_rank` of the page before")] = -1,
+    after_rank: Annotated[int, Query(ge=-1, lt=2**63, description="`last_rank` of the page before")] = -1,
     limit: PageLimit = DEFAULT_LIMIT,
 ) -> SelectedPage:
     job = finished_job(session, caller.tenant_id, job_id)

@@ -139,9 +139,6 @@ def test_a_crash_is_a_problem_that_tells_nothing_of_the_inside(
     assert "hunter2" in caplog.text
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Starlette answers crashes outside the middleware RequestId; errors.py must set it"
-)
 def test_the_answer_to_a_crash_has_the_request_id_in_its_header(client: TestClient) -> None:
     assert client.get("/crash", headers={"X-Request-Id": "mine-3"}).headers.get("x-request-id") == "mine-3"
 

@@ -3,7 +3,7 @@
 It knows no job, file or database, and imports nothing else of the project.
 """
 
-from .batching import Progress
+from .batching import Progress, default_token_budget
 from .embeddings import EmbeddingOptions, embed
 from .flops import Operations, embedding_flops, gradient_flops, measured_matmul_rate
 from .gradients import Gradients, per_sample_gradients
@@ -24,6 +24,7 @@ __all__ = [
     "Progress",
     "Samples",
     "cosine_influence",
+    "default_token_budget",
     "embed",
     "embedding_flops",
     "fidelity",

@@ -14,9 +14,6 @@ from worker import models
 from worker.errors import ModelError
 from worker.stages.plan import JobInputs
 
-# Batches that keep a CPU's caches, and a GPU's multiprocessors, busy.
-DEFAULT_TOKEN_BUDGET = {"cpu": 2_048, "cuda": 32_768}
-
 
 @dataclass(slots=True)
 class ModelCache:
