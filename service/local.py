@@ -351,6 +351,8 @@ class StackProcess:
         if self._process.poll() is None:
             self._process.terminate()
         self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 def main() -> None:
