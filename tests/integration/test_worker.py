@@ -1,0 +1,375 @@
+"""Jobs from the request to the result: the real API, PostgreSQL and broker, and real Celery workers with their children."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.progress import Progress
+from sqlalchemy import select
+from tiny import pool_rows, save_model, target_rows
+from worker_world import Json, Worker, World, is_running, stage, until
+
+from service.datasets.storage import Sample
+from service.jobs import ledger
+from service.jobs.ledger import Claim
+from service.jobs.schemas import Parameters
+from service.jobs.tables import SelectionJob
+from service.settings import WorkerSettings
+from worker.compute import Compute
+from worker.data import tokenise
+from worker.influence import FactoredProjection, Samples, cosine_influence, per_sample_gradients
+from worker.inprocess import LocalJob
+from worker.models import find, load_model, load_tokenizer
+from worker.stages.plan import JobInputs
+from worker.units import job_inputs, unit_message
+
+MODEL = "tiny-llama"
+POOL, LANDMARKS, BUDGET = 1_300, 300, 40  # landmarks from more than one row group of the pool's tokens
+PARAMETERS: Json = {
+    "landmarks": {"count": LANDMARKS},
+    "embedding": {"blocks": 2},
+    "gradient": {"projection_dim": 1024},
+    "dtype": "float32",
+    "max_length": 128,
+}
+SLOW = {"token_budget": "128"}  # a few samples a batch: the stages last seconds
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory, postgres_url: str, broker_url: str, tiny_llama: Path
+) -> Iterator[World]:
+    with World.made(tmp_path_factory.mktemp("world"), postgres_url, broker_url, number=1) as made:
+        shutil.copytree(tiny_llama, made.folder / "models" / MODEL)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pool(world: World) -> str:
+    return world.upload(pool_rows(POOL))
+
+
+@pytest.fixture(scope="module")
+def target(world: World) -> str:
+    return world.upload(target_rows(6, "python_function"))
+
+
+class Shared:
+    """The worker of all tests that leave it alive; the others stop it, and who needs it next starts another."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._worker: Worker | None = None
+        self._count = 0
+
+    def running(self) -> Worker:
+        if self._worker is None:
+            self._count += 1
+            self._worker = Worker(self._world.settings, self._world.folder / f"shared{self._count}.log")
+        return self._worker
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
+
+
+@pytest.fixture(scope="module")
+def shared(world: World) -> Iterator[Shared]:
+    started = Shared(world)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def worker(shared: Shared) -> Worker:
+    return shared.running()
+
+
+@pytest.fixture(scope="module")
+def job_id(world: World, shared: Shared, pool: str, target: str) -> str:
+    """A job that has succeeded."""
+    shared.running()
+    job_id = post(world, pool, target, selection="weighted")
+    world.succeeded(job_id)
+    return job_id
+
+
+@pytest.fixture(scope="module")
+def weights(world: World, job_id: str) -> list[Json]:
+    """What the pages of its weights hold together."""
+    rows: list[Json] = []
+    while len(rows) < POOL:
+        page = world.get(f"{job_id}/weights", limit=1000, start=len(rows))
+        rows += page["data"]
+        assert page["has_more"] == (len(rows) < POOL)
+    return rows
+
+
+def post(world: World, pool: str, target: str, **changes: Any) -> str:
+    return world.post(**{"model": MODEL, "pool": pool, "target": target, "budget": BUDGET, **PARAMETERS, **changes})
+
+
+def reference(world: World, job_id: str, folder: Path) -> dict[str, np.ndarray]:
+    """The same job in this process, with a store of its own that holds the datasets only."""
+    shutil.copytree(world.folder / "store" / "datasets", folder / "datasets")
+    with world.sessions() as session:
+        job = job_inputs(session, session.get_one(SelectionJob, job_id))
+    settings = WorkerSettings(device="cpu", threads=1)
+    compute = Compute(artifacts=str(folder), models=world.folder / "models", settings=settings)
+    arrays: dict[str, np.ndarray] = LocalJob(compute, job, Progress(disable=True)).run(POOL)["arrays"]
+    return arrays
+
+
+def same_selection(world: World, job_id: str, arrays: dict[str, np.ndarray]) -> None:
+    found = world.selected(job_id)
+    assert [row["index"] for row in found] == arrays["selected"].tolist()
+    assert [row["weight"] for row in found] == pytest.approx(arrays["weight"][arrays["selected"]], abs=1e-4)
+
+
+@pytest.mark.usefixtures("worker")
+class TestJob:
+    def test_weights_selection_and_summary_agree(self, world: World, job_id: str, weights: list[Json]) -> None:
+        selected, summary = world.selected(job_id), world.get(f"{job_id}/results")
+        assert [row["index"] for row in weights] == list(range(POOL))
+        assert [row["rank"] for row in selected] == list(range(BUDGET))
+        assert summary["sample_count"] == POOL
+        assert summary["selected_count"] == BUDGET
+        assert {r["index"] for r in selected} == {r["index"] for r in weights if r["weight"] > 0}
+        assert sum(row["weight"] for row in selected) == pytest.approx(BUDGET, rel=1e-5)
+        for row in selected:
+            whole = weights[row["index"]]
+            assert all(row[name] == whole[name] for name in ("weight", "influence", "exact"))
+            assert row["id"] == f"row-{row['index']}"
+        assert sum(source["selected"] for source in summary["sources"].values()) == BUDGET
+
+    def test_exact_rows_are_the_landmarks(self, world: World, job_id: str, weights: list[Json]) -> None:
+        exact = [row["index"] for row in weights if row["exact"]]
+        assert len(exact) == LANDMARKS
+        assert exact == world.get(f"{job_id}/provenance")["record"]["landmarks"]
+
+    def test_exact_influence_is_the_cosine_of_exact_gradients(self, world: World, weights: list[Json]) -> None:
+        """Computed here from the uploaded rows, by way of neither artifacts nor shards."""
+        folder = find({"kind": "registered", "name": MODEL}, world.folder / "models")
+        model = load_model(folder, torch.float32, torch.device("cpu"))
+        projection = FactoredProjection(dim=1024, seed=0)
+
+        def gradients(rows: list[Json]) -> torch.Tensor:
+            samples = [Sample(i, row["id"], None, row["messages"], None) for i, row in enumerate(rows)]
+            tokens = list(tokenise(samples, load_tokenizer(folder), max_length=128, report=lambda _: None))
+            lengths = [len(row.input_ids) for row in tokens]
+            joined = Samples(
+                input_ids=np.concatenate([row.input_ids for row in tokens]),
+                response=np.concatenate([row.response for row in tokens]),
+                offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            )
+            return per_sample_gradients(model, joined, projection=projection).values
+
+        exact = [row for row in weights if row["exact"]]
+        rows = pool_rows(POOL)
+        expected = cosine_influence(
+            gradients([rows[row["index"]] for row in exact]), gradients(target_rows(6, "python_function"))
+        ).mean(dim=1)
+        assert [row["influence"] for row in exact] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert expected.std() > 1e-3
+
+    def test_it_is_the_selection_of_the_same_job_without_servers(
+        self, world: World, job_id: str, tmp_path: Path
+    ) -> None:
+        same_selection(world, job_id, reference(world, job_id, tmp_path))
+
+    def test_the_same_job_again_gives_the_same_bits(self, world: World, job_id: str, pool: str, target: str) -> None:
+        again = post(world, pool, target, selection="weighted")
+        job = world.succeeded(again)
+        assert world.selected(again) == world.selected(job_id)
+        assert world.get(f"{again}/provenance")["weights_root"] == world.get(f"{job_id}/provenance")["weights_root"]
+        assert all(s["units_reused"] == s["units"] for s in job["stages"] if s["stage"] not in ("prepare", "publish"))
+
+    def test_another_target_pays_for_the_target_alone(self, world: World, job_id: str, pool: str) -> None:
+        job = world.succeeded(post(world, pool, world.upload(target_rows(5, "polite_email")), selection="weighted"))
+        for name, all_reused in (("embed", True), ("landmark_gradients", True), ("target_gradients", False)):
+            report = stage(job, name)
+            assert report is not None
+            assert (report["units_reused"] == report["units"]) is all_reused
+        assert {r["index"] for r in world.selected(job["id"])} != {r["index"] for r in world.selected(job_id)}
+
+    def test_no_unit_failed_and_provenance_tells_who_did_what(self, world: World, job_id: str, worker: Worker) -> None:
+        units = world.get(f"{job_id}/provenance")["record"]["units"]
+        assert len([u for u in units if u["stage"] == "embed"]) > 1
+        assert {u["attempt"] for u in units} == {1}
+        assert {u["worker"].rpartition(":")[2] for u in units} == {str(worker.pid)}
+
+
+@pytest.mark.usefixtures("worker")
+class TestFailures:
+    """A job that cannot be computed fails once, with a code and a reason, and the worker goes on."""
+
+    def failed(self, world: World, **request: Any) -> Json:
+        job = world.ended(post(world, **request))
+        assert job["status"] == "failed"
+        assert job["error"]["attempts"] == 1
+        return dict(job["error"])
+
+    def test_a_model_without_weights(self, world: World, pool: str, target: str) -> None:
+        shutil.copytree(
+            world.folder / "models" / MODEL,
+            world.folder / "models" / "empty",
+            ignore=shutil.ignore_patterns("*.safetensors"),
+        )
+        error = self.failed(world, model="empty", pool=pool, target=target)
+        assert (error["code"], error["stage"]) == ("model_not_usable", "prepare")
+        assert "no safetensors weights" in error["detail"]
+
+    def test_data_without_replies(self, world: World, pool: str, target: str) -> None:
+        bare = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        save_model(world.folder / "models" / "bare", template=bare)
+        silent = target_rows(6, "python_function")
+        for row in silent:
+            row["messages"][-1]["content"] = ""
+        quiet = world.upload(silent)
+        error = self.failed(world, model="bare", pool=pool, target=quiet)
+        assert error["code"] == "data_not_usable"
+        assert "target has no response tokens" in error["detail"]
+
+        half = world.upload([*pool_rows(7), *({**row, "id": f"{i}"} for i, row in enumerate(silent))])
+        error = self.failed(world, model="bare", pool=half, target=target, budget=8)
+        assert error["code"] == "parameters_not_usable"
+        assert "budget is 8, but only 7 samples" in error["detail"]
+
+    def test_a_sample_that_the_template_refuses_is_named(self, world: World) -> None:
+        template = "{% for m in messages %}{{ m['content'] | replace('x', 'y') }}<|im_end|>{% endfor %}"
+        save_model(world.folder / "models" / "rewriting", template=template)
+        rows = [
+            {"id": f"n{i}", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]}
+            for i, c in enumerate(("fine", "boxes", "fine"))
+        ]
+        error = self.failed(world, model="rewriting", pool=world.upload(rows), target=world.upload(rows[:1]), budget=1)
+        assert error["code"] == "data_not_usable"
+        assert "'n1'" in error["detail"]
+
+
+class TestInterruptions:
+    """Each with a seed of its own, so that nothing of another job is reused, and small batches, so that it lasts."""
+
+    def test_a_cancelled_job_stops_and_its_worker_does_the_next(
+        self, world: World, worker: Worker, target: str
+    ) -> None:
+        large = world.upload(pool_rows(8_000))
+        job_id = post(world, large, target, seed=1)
+        world.computing(job_id)
+        child = worker.child()
+        answer = world.client.post(f"/v1/selection-jobs/{job_id}/cancel").json()
+        assert answer["status"] in ("cancelling", "cancelled")
+        assert world.ended(job_id)["status"] == "cancelled"
+        world.succeeded(post(world, world.upload(pool_rows(30)), target, budget=3, seed=1))
+        assert worker.child() == child  # it stopped at its next batch, and is kept
+
+    def test_a_killed_child_is_an_attempt_that_failed(
+        self, world: World, worker: Worker, pool: str, target: str
+    ) -> None:
+        job_id = post(world, pool, target, seed=2)
+
+        def child_at_work() -> int | None:
+            job = world.get(job_id)
+            return worker.child() if stage(job, "embed") is not None and job["phase"] == "embed" else None
+
+        os.kill(until("a child at work", child_at_work), signal.SIGKILL)
+        world.succeeded(job_id)
+        failures = [e["data"] for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
+        assert [(f["error"]["code"], f["retried"]) for f in failures] == [("compute_died", True)]
+
+    def test_a_killed_worker_is_replaced_and_two_share_a_job(
+        self, world: World, shared: Shared, pool: str, target: str, tmp_path: Path
+    ) -> None:
+        shared.stop()
+        with world.worker("killed", **SLOW) as killed:
+            job_id = post(world, pool, target, seed=3)
+            world.computing(job_id)
+            orphan = killed.child()
+            assert orphan is not None
+            killed.kill()
+        until("the child is gone with its worker", lambda: not is_running(orphan), 30)
+        with world.worker("first", **SLOW), world.worker("second", **SLOW):
+            world.succeeded(job_id)
+        same_selection(world, job_id, reference(world, job_id, tmp_path))
+        failures = [e["data"]["error"]["code"] for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
+        assert failures == ["lease_expired"]
+        workers = {unit["worker"] for unit in world.get(f"{job_id}/provenance")["record"]["units"]}
+        assert len(workers) >= 2
+
+    def test_a_worker_that_is_to_end_gives_its_unit_back(
+        self, world: World, shared: Shared, pool: str, target: str, tmp_path: Path
+    ) -> None:
+        shared.stop()
+        with world.worker("ending", **SLOW) as ending:
+            job_id = post(world, pool, target, seed=4)
+            world.computing(job_id)
+            child = ending.child()
+            assert child is not None
+            started = time.monotonic()
+            assert ending.terminate() == 0
+            assert time.monotonic() - started < 20
+        assert not is_running(child)
+        assert [e["data"]["stage"] for e in world.events(job_id) if e["type"] == "unit.released"] == ["embed"]
+        with world.worker("next"):
+            world.succeeded(job_id)
+        same_selection(world, job_id, reference(world, job_id, tmp_path))
+        assert not [e for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
+
+
+class TestHalving:
+    """What the child is told after a failure; no worker runs in this world."""
+
+    @pytest.fixture
+    def still(
+        self, tmp_path: Path, postgres_url: str, broker_url: str, tiny_llama: Path, request: pytest.FixtureRequest
+    ) -> Iterator[World]:
+        number = 2 + ["compute_died", "out_of_memory", "internal_error"].index(request.node.callspec.params["code"])
+        with World.made(tmp_path, postgres_url, broker_url, number=number) as made:
+            shutil.copytree(tiny_llama, made.folder / "models" / MODEL)
+            yield made
+
+    @pytest.mark.parametrize(
+        ("code", "halvings"), [("compute_died", [0, 1, 2]), ("out_of_memory", [0, 1, 2]), ("internal_error", [0, 0, 0])]
+    )
+    def test_batches_are_halved_where_memory_ran_out(self, still: World, code: str, halvings: list[int]) -> None:
+        post(still, still.upload(pool_rows(50)), still.upload(target_rows(2, "polite_email")))
+        told = []
+        for _ in range(3):
+            with still.sessions.begin() as session:
+                claim = ledger.claim_unit(session, worker_id="test", lease_seconds=60)
+                assert isinstance(claim, Claim)
+            with still.sessions.begin() as session:
+                told.append(unit_message(session, claim)["halvings"])
+                error = {"code": code, "detail": "x"}
+                ledger.fail_unit(session, claim, error, retryable=True, max_attempts=3)
+        assert told == halvings
+        with still.sessions() as session:
+            assert session.scalars(select(SelectionJob.status)).one() == "failed"
+
+    def test_a_halved_budget_reaches_the_stage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        compute = Compute(
+            artifacts=str(tmp_path), models=tmp_path, settings=WorkerSettings(device="cpu", token_budget=1024)
+        )
+        budgets: list[int] = []
+        monkeypatch.setattr("worker.stages.embed.run", lambda context, *_: budgets.append(context.token_budget) or {})
+        job = JobInputs(model={}, pool="", target="", budget=1, parameters=Parameters().model_dump(mode="json"))
+        for halvings in (0, 1, 2, 30):
+            unit = {"stage": "embed", "artifact_key": "a", "spec": {}, "job": job.as_dict(), "prepared": {}}
+            compute.run({**unit, "halvings": halvings}, lambda _: None)
+        assert budgets == [1024, 512, 256, 1]
