@@ -68,10 +68,11 @@ def _top_table(selected: Sequence[Json]) -> Table:
         ("influence", "right"),
         ("weight", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("computed")
+        # In a narrow terminal the source gives way, never the id: that is what one looks up.
+        table.add_column(name, justify=justify, no_wrap=True, min_width=24 if name == "id" else None)  # type: ignore[arg-type]
+    table.add_column("exact")
     for row in selected:
-        kind = "exactly" if row["exact"] else "propagated"
+        kind = "yes" if row["exact"] else "no"
         table.add_row(
             str(row["rank"]),
             escape(row["id"]),
