@@ -69,7 +69,7 @@ def _top_table(selected: Sequence[Json]) -> Table:
         ("weight", "right"),
     ):
         # In a narrow terminal the source gives way, never the id: that is what one looks up.
-        table.add_column(name, justify=justify, no_wrap=True, min_width=24 if name == "id" else None)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=True, min_width=20 if name == "id" else None)  # type: ignore[arg-type]
     table.add_column("exact")
     for row in selected:
         kind = "yes" if row["exact"] else "no"
