@@ -157,7 +157,8 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    command = "python benchmarks/corpus_job.py " + " ".join(a for a in sys.argv[1:] if a != str(arguments.out))
+    places = {str(arguments.corpus): "DIR", str(arguments.out): "FILE"}  # a result names no path of its machine
+    command = "python benchmarks/corpus_job.py " + " ".join(places.get(a, a) for a in sys.argv[1:])
     report: dict[str, Any] = {"command": command, "commit": commit, "machine": _machine(), "runs": {}}
     for name in ["undisturbed", *(["worker killed"] if arguments.kill else [])]:
         with tempfile.TemporaryDirectory(prefix="winnow-corpus-") as folder:

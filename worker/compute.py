@@ -45,6 +45,10 @@ class Compute:
     """Everything that stays between units: the store, the settings and the loaded model."""
 
     def __init__(self, *, artifacts: str, models: Path, settings: WorkerSettings) -> None:
+        # Every batch has a shape of its own. torch keeps up to 1,024 compiled products by shape, with their buffers:
+        # gigabytes after an hour. Keeping one bounds the memory and costs no time (docs/decisions/0005-memory.md).
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         device = choose_device(settings.device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
