@@ -1,6 +1,5 @@
 """Round robin, top k, and the closed form of the first-order weights (METHOD 9, point 4)."""
 
-
 import numpy as np
 import pytest
 import torch

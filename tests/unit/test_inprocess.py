@@ -116,7 +116,7 @@ def test_smaller_batches_change_nothing_but_rounding(
     tiny_llama: Path, pool: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = run(tiny_llama, pool, target, tmp_path / "one")["arrays"]
-    monkeypatch.setattr("worker.compute.default_token_budget", lambda device: 1)
+    monkeypatch.setattr("worker.compute.default_token_budget", lambda _: 1)
     two = run(tiny_llama, pool, target, tmp_path / "two")["arrays"]
     assert one["influence"] == pytest.approx(two["influence"], abs=2e-3)
     assert one["influence"][one["exact"]] == pytest.approx(two["influence"][two["exact"]], abs=1e-5)
