@@ -148,16 +148,7 @@ def _take(session: Session, unit_id: int, worker_id: str, lease_seconds: float) 
         return None
     if unit is None:
         return None
-    return Claim(
-        unit_id=unit.id,
-        job_id=unit.job_id,
-        attempt=unit.attempt,
-        stage=unit.stage,
-        shard=unit.shard,
-        artifact_key=unit.artifact_key,
-        spec=unit.spec,
-        total=unit.progress_total,
-    )
+    return _claim_of(unit)
 
 
 def beat(session: Session, claim: Claim, *, lease_seconds: float, done: int) -> Beat:
@@ -291,16 +282,7 @@ def expire_leases(session: Session, *, max_attempts: int) -> int:
     ).scalars()
     count = 0
     for unit in expired.all():
-        claim = Claim(
-            unit_id=unit.id,
-            job_id=unit.job_id,
-            attempt=unit.attempt,
-            stage=unit.stage,
-            shard=unit.shard,
-            artifact_key=unit.artifact_key,
-            spec=unit.spec,
-            total=unit.progress_total,
-        )
+        claim = _claim_of(unit)
         job = _lock_job(session, claim.job_id)
         still_expired = and_(*_held(claim), JobUnit.lease_expires_at < func.clock_timestamp())
         if session.scalar(select(JobUnit.id).where(still_expired).with_for_update()) is None:
@@ -386,6 +368,19 @@ def _finish_cancelled(session: Session, job: SelectionJob) -> None:
     job.status = JobStatus.CANCELLED
     job.finished_at = func.clock_timestamp()
     add_event(session, job.id, "job.cancelled")
+
+
+def _claim_of(unit: JobUnit) -> Claim:
+    return Claim(
+        unit_id=unit.id,
+        job_id=unit.job_id,
+        attempt=unit.attempt,
+        stage=unit.stage,
+        shard=unit.shard,
+        artifact_key=unit.artifact_key,
+        spec=unit.spec,
+        total=unit.progress_total,
+    )
 
 
 def _unit_of(claim: Claim) -> dict[str, Any]:
