@@ -15,67 +15,9 @@ from pydantic import (
     field_validator,
 )
 
+from service.jobs.parameters import Parameters
 from service.jobs.state import JobStatus, Stage
 from service.models import HubModel
-
-
-class _Strict(BaseModel):
-    # Infinity and NaN are no JSON, so PostgreSQL would refuse the echo of them.
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Landmarks(_Strict):
-    """The samples whose gradients are computed exactly."""
-
-    count: int = Field(default=4096, ge=2, le=65_536, description="Lowered to the number of usable samples of the pool")
-
-
-class Embedding(_Strict):
-    """The cheap embedding of every sample (docs/method.md, Embeddings)."""
-
-    kind: Literal["jvp", "hidden"] = "jvp"
-    pooling: Literal["last", "response"] = "response"
-    blocks: int = Field(
-        default=4, ge=1, le=256, description="The first blocks of the model, the only ones that are run"
-    )
-    tangents: int = Field(default=2, ge=1, le=16, description="Random directions; `jvp` only")
-
-
-class Gradient(_Strict):
-    """Exact per-sample gradients of the MLPs' down projections."""
-
-    projection_dim: int = Field(default=8192, ge=64, le=1_048_576, description="Of all layers together")
-    normalize: bool = Field(default=True, description="Influence as cosine; false: as the plain inner product")
-
-
-class Kernel(_Strict):
-    """Kernel ridge regression from embeddings to influence."""
-
-    kind: Literal["rbf", "linear"] = "rbf"
-    ridge: float = Field(default=0.01, gt=0, le=100, description="As a share of the kernel's mean diagonal")
-    bandwidth: float | None = Field(default=None, gt=0, description="null: the median distance between landmarks")
-
-
-class Parameters(_Strict):
-    """How to compute. All of it is echoed by the job and kept in its provenance."""
-
-    method: Literal["influence_distillation"] = "influence_distillation"
-    landmarks: Landmarks = Landmarks()
-    embedding: Embedding = Embedding()
-    gradient: Gradient = Gradient()
-    kernel: Kernel = Kernel()
-    selection: Literal["round_robin", "top_k", "weighted"] = Field(
-        default="round_robin",
-        description="`round_robin`: targets take turns; `top_k`: by mean influence; both weigh the selected equally."
-        " `weighted`: the closed-form first-order weights.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 where the worker's device computes it faster, else float32"
-    )
-    max_length: int = Field(
-        default=2048, ge=16, le=131_072, description="Tokens a sample; longer ones are cut, and counted"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 def _check_budget(value: Any, check: ValidatorFunctionWrapHandler) -> int | float:
@@ -142,7 +84,7 @@ class JobRequest(Parameters):
         return metadata
 
     def parameters(self) -> dict[str, Any]:
-        return Parameters(**{name: getattr(self, name) for name in Parameters.model_fields}).model_dump(mode="json")
+        return self.model_dump(mode="json", include=set(Parameters.model_fields))
 
 
 class Progress(BaseModel):

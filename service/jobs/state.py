@@ -21,26 +21,23 @@ class UnitState(StrEnum):
 
 
 class Stage(StrEnum):
-    """In the order in which a job goes through them; the three in the middle of a group may run side by side."""
+    """In the order in which a job goes through those that it needs (`worker.stages.plan` says which)."""
 
     PREPARE = "prepare"
-    EMBED = "embed"
+    WARMUP = "warmup"
     LANDMARK_GRADIENTS = "landmark_gradients"
     TARGET_GRADIENTS = "target_gradients"
+    CANDIDATES = "candidates"
+    CHOOSE_EMBEDDING = "choose_embedding"
+    CURVATURE = "curvature"
+    EMBED = "embed"
+    EMBED_TARGET = "embed_target"
     PROPAGATE = "propagate"
+    REFINE = "refine"
     SELECT = "select"
+    VALIDATE = "validate"
     PUBLISH = "publish"
 
-
-# A group's units are created together, once every unit of the group before has succeeded.
-STAGE_GROUPS: tuple[tuple[Stage, ...], ...] = (
-    (Stage.PREPARE,),
-    (Stage.EMBED, Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS),
-    (Stage.PROPAGATE,),
-    (Stage.SELECT,),
-    (Stage.PUBLISH,),
-)
-STAGE_ORDER: dict[Stage, int] = {stage: i for i, stage in enumerate(Stage)}
 
 JOB_TRANSITIONS: frozenset[tuple[JobStatus, JobStatus]] = frozenset(
     {
@@ -67,7 +64,3 @@ UNIT_TRANSITIONS: frozenset[tuple[UnitState, UnitState]] = frozenset(
 
 TERMINAL: frozenset[JobStatus] = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 
-
-def group_of(stage: Stage) -> int:
-    """The index in STAGE_GROUPS of the group that holds the stage."""
-    return next(i for i, group in enumerate(STAGE_GROUPS) if stage in group)

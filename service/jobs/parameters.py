@@ -1,0 +1,218 @@
+"""The parameters of a job: how to compute. Combinations that a method cannot use are refused, with the reason.
+
+Some defaults depend on other parameters (`gradient.normalize`, `optimizer.learning_rate`); they are written out when the
+request is read, so that the job's echo and its provenance hold the values that were used.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Strict(BaseModel):
+    # Infinity and NaN are no JSON, so PostgreSQL would refuse the echo of them.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Landmarks(_Strict):
+    """The samples whose gradients are computed exactly."""
+
+    count: int = Field(default=4096, ge=2, le=65_536, description="Lowered to the number of usable samples of the pool")
+    choice: Literal["uniform", "stratified"] = Field(
+        default="uniform", description="`uniform`: by the seed; `stratified`: each source in proportion to its size"
+    )
+
+
+class Embedding(_Strict):
+    """The cheap embedding of every sample (docs/method.md, Embeddings)."""
+
+    kind: Literal["auto", "jvp", "hidden", "rds"] = Field(
+        default="auto", description="`auto`: the cheapest whose fidelity on the landmarks is within 0.01 of the best"
+    )
+    pooling: Literal["last", "response"] = "response"
+    blocks: int = Field(default=4, ge=1, le=256, description="The first blocks of the model, the only ones run; not `rds`")
+    tangents: int = Field(default=2, ge=1, le=16, description="Random directions; `jvp` only")
+
+
+class Gradient(_Strict):
+    """Exact per-sample gradients."""
+
+    modules: str = Field(
+        default="down_proj",
+        pattern=r"^[A-Za-z0-9_.]{1,100}$",
+        description="The layers that influence is measured on: `down_proj` is the MLPs' output projection under whatever name,"
+        " anything else the end of a layer's name. A LoRA model is measured on its adapters, whatever this says.",
+    )
+    projection_dim: int | None = Field(
+        default=8192, ge=64, le=1_048_576, description="Of all layers together; null: not projected, for small models"
+    )
+    normalize: bool | None = Field(
+        default=None, description="Influence as cosine; false: as the plain inner product. null: false for `weighted`, else true"
+    )
+
+
+class Kernel(_Strict):
+    """Kernel ridge regression from embeddings to influence."""
+
+    kind: Literal["rbf", "linear"] = "rbf"
+    ridge: float = Field(default=0.01, gt=0, le=100, description="As a share of the kernel's mean diagonal")
+    bandwidth: float | None = Field(default=None, gt=0, description="null: the median distance between landmarks")
+
+
+class Optimizer(_Strict):
+    """The optimiser whose step the selection is for. Its state comes from the warm-up, or is registered with the model."""
+
+    type: Literal["none", "sgd", "adam", "adamw"] = Field(default="none", description="`none`: plain gradients, like `sgd`")
+    learning_rate: float | None = Field(
+        default=None, gt=0, le=100, description="null: 0.001 for `none` and `sgd`, 0.00002 for `adam` and `adamw`"
+    )
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="`sgd` only")
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    scaling: Literal["exact", "factored"] = Field(
+        default="exact",
+        description="How `adam` and `adamw` scale gradients: by every entry of the state, or by its best rank-one factors",
+    )
+
+    @model_validator(mode="after")
+    def _settle(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas: both must be from 0 to below 1")
+        if self.momentum and self.type != "sgd":
+            raise ValueError(f"momentum is of sgd; type is {self.type}")
+        if self.weight_decay and self.type == "none":
+            raise ValueError("weight_decay needs a type other than none")
+        if self.learning_rate is None:
+            self.learning_rate = 2e-5 if self.is_adam else 1e-3
+        return self
+
+    @property
+    def is_adam(self) -> bool:
+        return self.type in ("adam", "adamw")
+
+    @property
+    def needs_state(self) -> bool:
+        return self.is_adam or self.momentum > 0
+
+
+class Lora(_Strict):
+    """Low-rank adapters (peft) instead of the whole model."""
+
+    rank: int = Field(default=16, ge=1, le=512)
+    alpha: float = Field(default=32.0, gt=0, le=4096)
+    modules: Literal["all-linear", "attention", "mlp"] = "all-linear"
+
+
+class Warmup(_Strict):
+    """Train the model on a random part of the pool first; influence is then measured on the trained model."""
+
+    samples: int = Field(default=1000, ge=1, le=1_000_000, description="Lowered to the number of usable samples")
+    epochs: int = Field(default=1, ge=1, le=20)
+    learning_rate: float = Field(default=2e-5, gt=0, le=1)
+    batch_size: int = Field(default=16, ge=1, le=1024)
+    lora: Lora | None = Field(default=None, description="null: the whole model is trained")
+
+
+class Curvature(_Strict):
+    """What stands for the Hessian of the target loss in the second-order weights; `selection: weighted` only."""
+
+    type: Literal["none", "fisher", "ggn", "hessian"] = "none"
+    rank: int = Field(default=32, ge=1, le=256, description="Directions; `ggn` and `hessian` only")
+
+
+Method = Literal["influence_distillation", "exact_influence", "rds_plus", "random"]
+
+# What a method cannot use, though it is not the default that was named.
+_UNUSED: Mapping[str, tuple[str, ...]] = {
+    "influence_distillation": (),
+    "exact_influence": ("landmarks", "embedding", "kernel", "refine", "min_fidelity"),
+    "rds_plus": (
+        *("landmarks", "embedding", "kernel", "refine", "min_fidelity"),
+        *("gradient", "optimizer", "curvature"),
+    ),
+    "random": (
+        *("landmarks", "embedding", "kernel", "refine", "min_fidelity"),
+        *("gradient", "optimizer", "curvature", "warmup", "selection"),
+    ),
+}
+_WHY: Mapping[str, str] = {
+    "exact_influence": "exact_influence computes the gradient of every sample and approximates nothing",
+    "rds_plus": "rds_plus compares hidden states; it uses no gradients, landmarks or optimiser",
+    "random": "random draws from the seed alone",
+}
+
+
+class Parameters(_Strict):
+    """How to compute. All of it is echoed by the job and kept in its provenance."""
+
+    method: Method = Field(
+        default="influence_distillation",
+        description="`influence_distillation`: gradients of landmarks, propagated by embeddings; `exact_influence`: every"
+        " sample's gradient; `rds_plus`: cosine of hidden states; `random`: from the seed",
+    )
+    landmarks: Landmarks = Landmarks()
+    embedding: Embedding = Embedding()
+    gradient: Gradient = Gradient()
+    kernel: Kernel = Kernel()
+    optimizer: Optimizer = Optimizer()
+    warmup: Warmup | None = Field(default=None, description="null: none")
+    refine: float = Field(
+        default=0.2, ge=0, le=1, description="Share of the pool, the best by propagated influence, whose gradients are"
+        " computed exactly before the choice; 0: the propagated influence decides"
+    )
+    min_fidelity: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Landmarks are doubled until the leave-one-out Spearman correlation of the mean influence reaches this,"
+        " or exact gradients of the whole pool are cheaper",
+    )
+    curvature: Curvature = Curvature()
+    selection: Literal["round_robin", "top_k", "weighted"] = Field(
+        default="round_robin",
+        description="`round_robin`: targets take turns; `top_k`: by mean influence; both weigh the selected equally."
+        " `weighted`: the weights that lower the target loss most in one step, first or second order (`curvature`).",
+    )
+    validate_selection: bool = Field(
+        default=True, alias="validate", description="Measure what one step on the selection does to the target loss"
+    )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none", description="Load the base model in 8 or 4 bits; needs bitsandbytes on the workers"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 where the worker's device computes it faster, else float32"
+    )
+    max_length: int = Field(
+        default=2048, ge=16, le=131_072, description="Tokens a sample; longer ones are cut, and counted"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name in _UNUSED[self.method]:
+            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} cannot be used with method {self.method}: {_WHY[self.method]}; leave it out")
+        self._check_second_order()
+        if self.gradient.normalize is None:
+            self.gradient = self.gradient.model_copy(update={"normalize": self.selection != "weighted"})
+        if self.quantization != "none" and self.embedding.kind == "jvp":
+            raise ValueError("embedding.kind jvp needs derivatives along the weights, which a quantised model has not")
+        if self.quantization != "none" and self.warmup is not None and self.warmup.lora is None:
+            raise ValueError("warmup of a quantised model needs warmup.lora: quantised weights cannot be trained")
+        if self.warmup is not None and self.optimizer.momentum:
+            raise ValueError("optimizer.momentum needs a registered state of sgd; the warm-up trains with AdamW")
+        return self
+
+    def _check_second_order(self) -> None:
+        if self.curvature.type == "none":
+            return
+        if self.selection != "weighted":
+            raise ValueError(f"curvature changes the weights of selection weighted only; selection is {self.selection}")
+        if self.optimizer.type == "none":
+            raise ValueError("curvature needs an optimizer.type other than none: the step's size decides what it weighs")
+        if self.gradient.normalize:
+            raise ValueError("curvature needs gradient.normalize false: the quadratic form is of plain gradients")
