@@ -4,15 +4,22 @@ Some defaults depend on other parameters (`gradient.normalize`, `optimizer.learn
 request is read, so that the job's echo and its provenance hold the values that were used.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class _Strict(BaseModel):
     # Infinity and NaN are no JSON, so PostgreSQL would refuse the echo of them.
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _write_out(model: BaseModel, **values: Any) -> None:
+    """Writes a default out without marking it as set: what the client sent is kept as it was sent."""
+    model.__dict__.update(values)
 
 
 class Landmarks(_Strict):
@@ -31,7 +38,9 @@ class Embedding(_Strict):
         default="auto", description="`auto`: the cheapest whose fidelity on the landmarks is within 0.01 of the best"
     )
     pooling: Literal["last", "response"] = "response"
-    blocks: int = Field(default=4, ge=1, le=256, description="The first blocks of the model, the only ones run; not `rds`")
+    blocks: int = Field(
+        default=4, ge=1, le=256, description="The first blocks of the model, the only ones run; not `rds`"
+    )
     tangents: int = Field(default=2, ge=1, le=16, description="Random directions; `jvp` only")
 
 
@@ -48,7 +57,8 @@ class Gradient(_Strict):
         default=8192, ge=64, le=1_048_576, description="Of all layers together; null: not projected, for small models"
     )
     normalize: bool | None = Field(
-        default=None, description="Influence as cosine; false: as the plain inner product. null: false for `weighted`, else true"
+        default=None,
+        description="Influence as cosine; false: as the plain inner product. null: false for `weighted`, else true",
     )
 
 
@@ -60,17 +70,24 @@ class Kernel(_Strict):
     bandwidth: float | None = Field(default=None, gt=0, description="null: the median distance between landmarks")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(_Strict):
     """The optimiser whose step the selection is for. Its state comes from the warm-up, or is registered with the model."""
 
-    type: Literal["none", "sgd", "adam", "adamw"] = Field(default="none", description="`none`: plain gradients, like `sgd`")
+    type: Literal["none", "sgd", "adam", "adamw"] = Field(
+        default="none", description="`none`: plain gradients, like `sgd`"
+    )
     learning_rate: float | None = Field(
         default=None, gt=0, le=100, description="null: 0.001 for `none` and `sgd`, 0.00002 for `adam` and `adamw`"
     )
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = Field(
+        default=(0.9, 0.999), description="`adam` and `adamw` only, as `eps` and `scaling`"
+    )
     eps: float = Field(default=1e-8, gt=0, le=1)
     momentum: float = Field(default=0.0, ge=0, lt=1, description="`sgd` only")
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled for `adamw`; not of `none`")
     scaling: Literal["exact", "factored"] = Field(
         default="exact",
         description="How `adam` and `adamw` scale gradients: by every entry of the state, or by its best rank-one factors",
@@ -78,14 +95,8 @@ class Optimizer(_Strict):
 
     @model_validator(mode="after")
     def _settle(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("betas: both must be from 0 to below 1")
-        if self.momentum and self.type != "sgd":
-            raise ValueError(f"momentum is of sgd; type is {self.type}")
-        if self.weight_decay and self.type == "none":
-            raise ValueError("weight_decay needs a type other than none")
         if self.learning_rate is None:
-            self.learning_rate = 2e-5 if self.is_adam else 1e-3
+            _write_out(self, learning_rate=2e-5 if self.is_adam else 1e-3)
         return self
 
     @property
@@ -124,24 +135,34 @@ class Curvature(_Strict):
 
 Method = Literal["influence_distillation", "exact_influence", "rds_plus", "random"]
 
-# What a method cannot use, though it is not the default that was named.
-_UNUSED: Mapping[str, tuple[str, ...]] = {
-    "influence_distillation": (),
-    "exact_influence": ("landmarks", "embedding", "kernel", "refine", "min_fidelity"),
+# What a method cannot use; the named defaults are let through, since an echo holds them.
+_APPROXIMATION = ("landmarks", "embedding", "kernel", "refine", "min_fidelity")
+_UNUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "influence_distillation": ((), ""),
+    "exact_influence": (_APPROXIMATION, "it computes the gradient of every sample and approximates nothing"),
     "rds_plus": (
-        *("landmarks", "embedding", "kernel", "refine", "min_fidelity"),
-        *("gradient", "optimizer", "curvature"),
+        (*_APPROXIMATION, "gradient", "optimizer", "curvature"),
+        "it compares hidden states and uses no landmarks, gradients or optimiser",
     ),
     "random": (
-        *("landmarks", "embedding", "kernel", "refine", "min_fidelity"),
-        *("gradient", "optimizer", "curvature", "warmup", "selection"),
+        (*_APPROXIMATION, "gradient", "optimizer", "curvature", "warmup", "selection"),
+        "it draws from the seed alone",
     ),
 }
-_WHY: Mapping[str, str] = {
-    "exact_influence": "exact_influence computes the gradient of every sample and approximates nothing",
-    "rds_plus": "rds_plus compares hidden states; it uses no gradients, landmarks or optimiser",
-    "random": "random draws from the seed alone",
-}
+
+# What a choice cannot use: (the choice, the values that can, what only they can use).
+_ONLY_OF: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("embedding.kind", ("auto", "jvp"), ("embedding.tangents",)),
+    ("embedding.kind", ("auto", "jvp", "hidden"), ("embedding.blocks", "embedding.pooling")),
+    ("kernel.kind", ("rbf",), ("kernel.bandwidth",)),
+    ("optimizer.type", ("sgd",), ("optimizer.momentum",)),
+    ("optimizer.type", ("sgd", "adam", "adamw"), ("optimizer.weight_decay",)),
+    ("optimizer.type", ("adam", "adamw"), ("optimizer.betas", "optimizer.eps", "optimizer.scaling")),
+    ("curvature.type", ("ggn", "hessian"), ("curvature.rank",)),
+    ("selection", ("weighted",), ("curvature.type",)),
+)
+
+_STORED = "stored"
 
 
 class Parameters(_Strict):
@@ -159,8 +180,11 @@ class Parameters(_Strict):
     optimizer: Optimizer = Optimizer()
     warmup: Warmup | None = Field(default=None, description="null: none")
     refine: float = Field(
-        default=0.2, ge=0, le=1, description="Share of the pool, the best by propagated influence, whose gradients are"
-        " computed exactly before the choice; 0: the propagated influence decides"
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of the pool, the best by propagated influence, whose gradients are"
+        " computed exactly before the choice; 0: the propagated influence decides",
     )
     min_fidelity: float | None = Field(
         default=None,
@@ -192,27 +216,68 @@ class Parameters(_Strict):
     model_config = ConfigDict(serialize_by_alias=True)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        for name in _UNUSED[self.method]:
-            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} cannot be used with method {self.method}: {_WHY[self.method]}; leave it out")
-        self._check_second_order()
-        if self.gradient.normalize is None:
-            self.gradient = self.gradient.model_copy(update={"normalize": self.selection != "weighted"})
-        if self.quantization != "none" and self.embedding.kind == "jvp":
-            raise ValueError("embedding.kind jvp needs derivatives along the weights, which a quantised model has not")
-        if self.quantization != "none" and self.warmup is not None and self.warmup.lora is None:
-            raise ValueError("warmup of a quantised model needs warmup.lora: quantised weights cannot be trained")
-        if self.warmup is not None and self.optimizer.momentum:
-            raise ValueError("optimizer.momentum needs a registered state of sgd; the warm-up trains with AdamW")
+    def _fits_together(self, info: ValidationInfo) -> Self:
+        unused, _ = _UNUSED[self.method]
+        if info.context != _STORED:
+            misfits = [one for one in (*self._misplaced(), *self._misfits()) if one[0].partition(".")[0] not in unused]
+            refused = [*self._unused(), *misfits]
+            if refused:
+                raise ValidationError.from_exception_data("Parameters", [_error(*one) for one in refused])
+        if "gradient" not in unused and self.gradient.normalize is None:
+            gradient = self.gradient.model_copy()
+            _write_out(gradient, normalize=self.selection != "weighted")
+            _write_out(self, gradient=gradient)
         return self
 
-    def _check_second_order(self) -> None:
-        if self.curvature.type == "none":
+    @classmethod
+    def of_job(cls, stored: Mapping[str, Any]) -> Self:
+        """The parameters of a job that was accepted: those of an older version may hold what is refused by now."""
+        return cls.model_validate(stored, context=_STORED)
+
+    def _unused(self) -> Iterator[tuple[str, str]]:
+        """What is set and the method cannot use: path and reason."""
+        names, why = _UNUSED[self.method]
+        for name in names:
+            if getattr(self, name) != _default(name):
+                yield name, f"cannot be used with method {self.method}: {why}; leave it out"
+
+    def _misplaced(self) -> Iterator[tuple[str, str]]:
+        """What is set and a choice beside it cannot use."""
+        for choice, able, paths in _ONLY_OF:
+            value = attrgetter(choice)(self)
+            for path in paths if value not in able else ():
+                if attrgetter(path)(self) != _default(path):
+                    yield path, f"is used with {choice} {' or '.join(able)} only, and that is {value}; leave it out"
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        if self.curvature.type != "none" and self.optimizer.type == "none":
+            yield "curvature.type", "needs an optimizer.type other than none: the step's size decides what it weighs"
+        if self.curvature.type != "none" and self.gradient.normalize:
+            yield "gradient.normalize", "must be false with a curvature: the quadratic form is of plain gradients"
+        if self.method == "rds_plus" and self.selection == "weighted":
+            yield "selection", "weighted needs gradients, and rds_plus has none; use round_robin or top_k"
+        if self.quantization != "none" and self.embedding.kind == "jvp":
+            yield "embedding.kind", "jvp needs derivatives along the weights, which a quantised model has not"
+        if self.warmup is None:
             return
-        if self.selection != "weighted":
-            raise ValueError(f"curvature changes the weights of selection weighted only; selection is {self.selection}")
-        if self.optimizer.type == "none":
-            raise ValueError("curvature needs an optimizer.type other than none: the step's size decides what it weighs")
-        if self.gradient.normalize:
-            raise ValueError("curvature needs gradient.normalize false: the quadratic form is of plain gradients")
+        if self.quantization != "none" and self.warmup.lora is None:
+            yield "warmup.lora", "is needed to warm up a quantised model: quantised weights cannot be trained"
+        if self.optimizer.momentum:
+            yield "optimizer.momentum", "needs a registered state of sgd, and a warm-up trains with Adam; leave one out"
+        if self.warmup.lora is not None and self.gradient.modules not in ("down_proj", "lora"):
+            yield (
+                "gradient.modules",
+                "cannot be chosen with warmup.lora, whose adapters influence is measured on; leave it out",
+            )
+
+
+def _default(path: str) -> Any:
+    name, _, rest = path.partition(".")
+    default = Parameters.model_fields[name].default
+    return attrgetter(rest)(default) if rest else default
+
+
+def _error(path: str, reason: str) -> InitErrorDetails:
+    """A refusal at the field itself, so that a client sees `curvature.type` and not the whole body at fault."""
+    custom = PydanticCustomError("cannot_be_used", "{reason}", {"reason": reason})
+    return InitErrorDetails(type=custom, loc=tuple(path.split(".")), input=None)

@@ -116,7 +116,7 @@ def _describe(job: SelectionJob, rows: Sequence[Row[Any]]) -> SelectionJobOut:
         pool=job.pool_id,
         target=job.target_id,
         budget=job.budget,
-        parameters=Parameters.model_validate(job.parameters),
+        parameters=Parameters.of_job(job.parameters),
         metadata=job.job_metadata,
         error=None if job.error is None else JobError.model_validate(job.error),
         created_at=job.created_at,
