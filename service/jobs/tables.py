@@ -102,3 +102,15 @@ class JobEvent(CreatedAt, Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("selection_jobs.id", ondelete="CASCADE"))
     type: Mapped[str]
     data: Mapped[dict[str, Any]]
+
+
+class Worker(Base):
+    """A machine that computes, as it told of itself when it started. What a plan's seconds rest on before stages have run."""
+
+    __tablename__ = "workers"
+
+    worker_id: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str]
+    memory_bytes: Mapped[int] = mapped_column(BigInteger)
+    matmul_rates: Mapped[dict[str, Any]]  # {dtype: operations a second}
+    seen_at: Mapped[datetime]

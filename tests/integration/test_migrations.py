@@ -1,6 +1,7 @@
 """The migrations against the models, and what PostgreSQL itself holds: transitions, immutability, the view, names."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
@@ -10,9 +11,10 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from ledger_world import LedgerWorld, ledger_world, new_database, unit
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from service.jobs.parameters import Parameters
 from service.jobs.state import JOB_TRANSITIONS, TERMINAL, UNIT_TRANSITIONS, JobStatus, Stage, UnitState
 from service.schema import alembic_config, metadata, upgrade
 from service.settings import DatabaseSettings
@@ -256,3 +258,119 @@ def test_a_job_takes_its_units_and_events_with_it(world: LedgerWorld) -> None:
 
 def test_the_tables_are_those_of_the_models(world: LedgerWorld) -> None:
     assert set(inspect(world.engine).get_table_names()) == {*metadata.tables, "alembic_version"}
+
+
+# From the first version to this one, with data
+
+
+@pytest.fixture
+def first(postgres_url: str) -> Iterator[tuple[str, Engine]]:
+    """A database of the first version with an owner of jobs."""
+    with new_database(postgres_url, migrated=False) as url:
+        upgrade(url, "0001")
+        engine = create_engine(DatabaseSettings(url=url).url)
+        with engine.begin() as connection:
+            connection.execute(
+                text("""
+                INSERT INTO tenants (id, name) VALUES ('t', 't');
+                INSERT INTO api_keys (id, tenant_id, name, prefix, digest) VALUES ('k', 't', 'k', 'p', sha256('x'));
+                INSERT INTO datasets (id, tenant_id, name, fingerprint, row_count, byte_count, sources)
+                VALUES ('d', 't', 'd', repeat('0', 64), 4, 40, '{}');
+            """)
+            )
+        yield url, engine
+        engine.dispose()
+
+
+OLD_PARAMETERS = {
+    "method": "influence_distillation",
+    "landmarks": {"count": 64},
+    "embedding": {"kind": "hidden", "pooling": "last", "blocks": 3, "tangents": 5},
+    "gradient": {"projection_dim": 512, "normalize": True},
+    "kernel": {"kind": "linear", "ridge": 0.5, "bandwidth": 2.0},
+    "selection": "weighted",
+    "dtype": "float32",
+    "max_length": 128,
+    "seed": 9,
+}
+
+
+def add_job(engine: Engine, job_id: str, parameters: dict[str, Any], *stages: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(
+            text("""
+            INSERT INTO selection_jobs (id, tenant_id, key_id, status, pool_id, target_id, model, budget, parameters,
+                request, job_metadata)
+            VALUES (:id, 't', 'k', 'queued', 'd', 'd', '{}', 1, CAST(:parameters AS jsonb), '{}', '{}')
+        """),
+            {"id": job_id, "parameters": json.dumps(parameters)},
+        )
+        for stage in stages:
+            connection.execute(
+                text("""
+                INSERT INTO job_units (job_id, stage, shard, artifact_key, spec, state, progress_total)
+                VALUES (:id, CAST(:stage AS stage), 0, :stage, '{}', 'pending', 1)
+            """),
+                {"id": job_id, "stage": stage},
+            )
+
+
+def parameters_of(engine: Engine, job_id: str) -> dict[str, Any]:
+    with engine.connect() as connection:
+        found = connection.scalar(text("SELECT parameters FROM selection_jobs WHERE id = :id"), {"id": job_id})
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_job_of_the_first_version_says_what_it_computed_and_comes_back_unchanged(first: tuple[str, Engine]) -> None:
+    url, engine = first
+    old_stages = ["prepare", "embed", "landmark_gradients", "target_gradients", "propagate", "select", "publish"]
+    add_job(engine, "a", OLD_PARAMETERS, *old_stages)
+    upgrade(url)
+    found = parameters_of(engine, "a")
+    read = Parameters.of_job(found)
+    assert read.model_dump(mode="json") == found, "written out in full"
+    assert (read.refine, read.validate_selection, read.optimizer.type) == (0.0, False, "none")
+    assert {**found, **OLD_PARAMETERS} | {k: found[k] for k in ("landmarks", "gradient")} == found
+    with engine.connect() as connection:
+        in_order = connection.scalars(text("SELECT stage::text FROM job_units u ORDER BY u.stage")).all()
+    assert in_order == [stage.value for stage in Stage if stage.value in old_stages]
+    add_job(engine, "b", found, *(stage.value for stage in Stage if stage.value in old_stages))
+    command.downgrade(alembic_config(url), "0001")
+    assert parameters_of(engine, "a") == parameters_of(engine, "b") == OLD_PARAMETERS
+    upgrade(url)
+    assert parameters_of(engine, "a") == found
+
+
+@pytest.mark.parametrize(
+    ("change", "stage"),
+    [({"refine": 0.2}, "prepare"), ({"method": "random"}, "prepare"), ({"validate": True}, "prepare"), ({}, "warmup")],
+)
+def test_a_downgrade_that_would_leave_jobs_unreadable_is_refused(
+    first: tuple[str, Engine], change: dict[str, Any], stage: str
+) -> None:
+    url, engine = first
+    add_job(engine, "a", OLD_PARAMETERS)
+    upgrade(url)
+    add_job(engine, "b", parameters_of(engine, "a") | change, stage)
+    with pytest.raises(DBAPIError, match="1 jobs use what the older version does not know"):
+        command.downgrade(alembic_config(url), "0001")
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
+
+
+def test_a_migration_gives_way_to_a_long_query_and_changes_nothing(first: tuple[str, Engine]) -> None:
+    url, engine = first
+    with engine.begin() as connection:
+        connection.execute(text("SELECT * FROM job_units"))
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            upgrade(url)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0001"
+    upgrade(url)
+
+
+def test_the_stages_of_the_database_are_in_the_order_of_the_table(world: LedgerWorld) -> None:
+    with world.engine.connect() as connection:
+        found = connection.scalars(text("SELECT unnest(enum_range(NULL::stage))::text")).all()
+    assert found == [stage.value for stage in Stage]

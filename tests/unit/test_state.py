@@ -1,17 +1,13 @@
-"""The table of states: what a job can come to, and the order of its stages."""
+"""The table of states: what a job can come to."""
 
-from itertools import chain, pairwise
+from itertools import chain
 
 from service.jobs.state import (
     JOB_TRANSITIONS,
-    STAGE_GROUPS,
-    STAGE_ORDER,
     TERMINAL,
     UNIT_TRANSITIONS,
     JobStatus,
-    Stage,
     UnitState,
-    group_of,
 )
 
 
@@ -44,12 +40,3 @@ def test_a_job_succeeds_or_fails_only_while_it_runs() -> None:
 
 def test_a_transition_changes_the_state() -> None:
     assert not [step for step in chain(JOB_TRANSITIONS, UNIT_TRANSITIONS) if step[0] == step[1]]
-
-
-def test_the_groups_hold_every_stage_once_in_order() -> None:
-    assert list(chain.from_iterable(STAGE_GROUPS)) == list(Stage)
-    assert all(STAGE_ORDER[a] < STAGE_ORDER[b] for a, b in pairwise(Stage))
-
-
-def test_a_stage_is_found_in_its_group() -> None:
-    assert [group_of(stage) for stage in Stage] == [0, 1, 1, 1, 2, 3, 4]
