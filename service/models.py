@@ -1,11 +1,13 @@
 """Models a job may name: folders registered by the operator, and Hugging Face Hub repositories at a pinned commit.
 
-A registered model is a folder with a config.json inside the operator's models folder; users know its name, never its path.
+A registered model is a folder inside the operator's models folder, with a config.json, or with the adapter_config.json of a LoRA
+adapter (peft) of another model; users know its name, never its path. Beside the weights it may hold the state of its optimiser.
 """
 
 import json
 import logging
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -14,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import Unauthorized, Unavailable, Unprocessable, responses
+from service.jobs.parameters import Parameters
 from service.settings import ApiSettings, ModelSettings
 from service.tenants.service import CallerDep
 
@@ -21,6 +24,22 @@ log = logging.getLogger(__name__)
 
 # The families whose gradient hooks, embeddings and masks are covered by tests.
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox"})
+
+ADAPTER_CONFIG = "adapter_config.json"
+OPTIMIZER_STATE = "optimizer.safetensors"
+
+# Of an adapter's configuration: what describes a plain LoRA, and what has no part in what is computed. Any other setting
+# that is in use changes the layers, their weights or the base model in a way that the gradients here do not know.
+_PLAIN = {
+    *("peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("peft_version", "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "runtime_config"),
+}
+_PLAIN_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base's weights
+}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -39,8 +58,12 @@ class HubModel(BaseModel):
 
 class RegisteredModel(BaseModel):
     name: str = Field(examples=["smollm2-135m-instruct"])
-    model_type: str = Field(examples=["llama"])
-    blocks: int = Field(description="Transformer blocks", examples=[30])
+    model_type: str | None = Field(description="null: of a base model on the hub", examples=["llama"])
+    blocks: int | None = Field(description="Transformer blocks; null: of a base model on the hub", examples=[30])
+    base: str | None = Field(
+        default=None, description="The model that this one is a LoRA adapter of: a name or a hub id"
+    )
+    optimizer_state: bool = Field(default=False, description="Whether the state of its optimiser is registered with it")
 
 
 class RegisteredModels(BaseModel):
@@ -49,57 +72,122 @@ class RegisteredModels(BaseModel):
 
 
 def registered(settings: ModelSettings) -> list[RegisteredModel]:
-    """The registered models by name. A folder whose config.json says nothing of use is passed over, and logged."""
+    """The registered models by name. A folder whose configuration says nothing of use is passed over, and logged."""
     if not settings.folder.is_dir():
         return []
-    names = sorted(p.parent.name for p in settings.folder.glob("*/config.json") if _NAME.fullmatch(p.parent.name))
+    files = (p for name in ("config.json", ADAPTER_CONFIG) for p in settings.folder.glob(f"*/{name}"))
+    names = sorted({p.parent.name for p in files if _NAME.fullmatch(p.parent.name)})
     found = (_describe(settings, name) for name in names)
     return [model for model in found if model is not None]
 
 
 def _describe(settings: ModelSettings, name: str) -> RegisteredModel | None:
-    path = settings.folder / name / "config.json"
+    folder = settings.folder / name
+    has_state = (folder / OPTIMIZER_STATE).is_file()
+    base: str | None = None
     try:
-        config = json.loads(path.read_text())
-        blocks = next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), 0)
-        return RegisteredModel(name=name, model_type=str(config.get("model_type", "")), blocks=blocks)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        log.warning("models: %s cannot be used (%s: %s)", path, type(error).__name__, error)
+        if (folder / ADAPTER_CONFIG).is_file():
+            base = str(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
+            if "/" in base:
+                return RegisteredModel(name=name, model_type=None, blocks=None, base=base, optimizer_state=has_state)
+            folder = settings.folder / base
+        config = json.loads((folder / "config.json").read_text())
+        blocks = int(next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), 0))
+        kind = str(config.get("model_type", ""))
+        return RegisteredModel(name=name, model_type=kind, blocks=blocks, base=base, optimizer_state=has_state)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        log.warning("models: %s cannot be used (%s: %s)", name, type(error).__name__, error)
         return None
 
 
-def resolve(settings: ModelSettings, model: str | HubModel, *, blocks: int) -> dict[str, Any]:
-    """What the job's model is from now on: a registered name, or a hub id at a commit.
+def adapter_problem(config: Mapping[str, Any]) -> str | None:
+    """Why an adapter of this adapter_config.json cannot be used, for the end of a sentence; None where it can."""
+    if config.get("peft_type") != "LORA":
+        return f"it is of the type {config.get('peft_type')!r}; only LORA is supported"
+    for name, value in config.items():
+        if name not in _PLAIN and value and value not in _PLAIN_VALUES.get(name, ()):
+            return (
+                f"it sets {name} to {value!r}, which is not supported; train a plain LoRA, or register the merged model"
+            )
+    return None
+
+
+def resolve(settings: ModelSettings, model: str | HubModel, parameters: Parameters) -> dict[str, Any]:
+    """What the job's model is from now on: `{"kind": "registered", "name"}` or `{"kind": "hub", "id", "revision", "commit"}`.
+
+    An adapter has its resolved model as `base`; a model that is registered with its optimiser's state, `optimizer_state: true`.
 
     Raises:
-        Unprocessable: there is no such model, or it is not one that can be used; `param` is "model".
+        Unprocessable: there is no such model, or it is not one that can be used; `param` is "model". Or it does not fit the
+            parameters, whose name is then `param`.
         Unavailable: the hub cannot be asked.
     """
     if isinstance(model, str) and "/" not in model:
-        return _resolve_registered(settings, model, blocks)
-    if isinstance(model, str):
-        return _resolve_hub(settings, model, "main")
-    return _resolve_hub(settings, model.id, model.revision)
+        resolved = _resolve_registered(settings, model, parameters)
+    elif isinstance(model, str):
+        resolved = _resolve_hub(settings, model, "main")
+    else:
+        resolved = _resolve_hub(settings, model.id, model.revision)
+    if parameters.optimizer.needs_state and parameters.warmup is None and "optimizer_state" not in resolved:
+        raise Unprocessable(
+            f"optimizer.type {parameters.optimizer.type} needs the optimizer's state, and none is registered with the model: "
+            f"ask for a warmup, or put the state as {OPTIMIZER_STATE} into a registered model's folder.",
+            param="optimizer.type",
+        )
+    return resolved
 
 
-def _resolve_registered(settings: ModelSettings, name: str, blocks: int) -> dict[str, Any]:
+def _resolve_registered(settings: ModelSettings, name: str, parameters: Parameters) -> dict[str, Any]:
     found = {m.name: m for m in registered(settings)}
+    if name not in found and _NAME.fullmatch(name) and (settings.folder / name / ADAPTER_CONFIG).is_file():
+        raise Unprocessable(
+            f"The adapter {name!r} cannot be used: base_model_name_or_path of its {ADAPTER_CONFIG} must be the name of a"
+            " registered model or a hub id.",
+            param="model",
+        )
     if name not in found:
         known = ", ".join(found) or "none"
         raise Unprocessable(
             f"No model is registered as {name!r}. Registered: {known}. A hub model is named owner/name.", param="model"
         )
     model = found[name]
-    if model.model_type not in MODEL_TYPES:
+    if model.model_type is not None and model.model_type not in MODEL_TYPES:
         raise Unprocessable(
             f"Model {name!r} is of type {model.model_type!r}; supported are {', '.join(sorted(MODEL_TYPES))}.",
             param="model",
         )
-    if blocks > model.blocks:
+    blocks = parameters.embedding.blocks
+    embeds_blocks = parameters.method == "influence_distillation" and parameters.embedding.kind != "rds"
+    if embeds_blocks and model.blocks is not None and blocks > model.blocks:
         raise Unprocessable(
             f"embedding.blocks is {blocks}, but model {name!r} has {model.blocks} blocks.", param="embedding.blocks"
         )
-    return {"kind": "registered", "name": name}
+    resolved: dict[str, Any] = {"kind": "registered", "name": name}
+    if model.base is not None:
+        resolved["base"] = _resolve_base(settings, name, parameters)
+    return resolved | ({"optimizer_state": True} if model.optimizer_state else {})
+
+
+def _resolve_base(settings: ModelSettings, name: str, parameters: Parameters) -> dict[str, Any]:
+    config = json.loads((settings.folder / name / ADAPTER_CONFIG).read_text())
+    base = config["base_model_name_or_path"]
+    if problem := adapter_problem(config):
+        raise Unprocessable(f"The adapter {name!r} cannot be used: {problem}.", param="model")
+    if parameters.warmup is not None and parameters.warmup.lora is not None:
+        raise Unprocessable(
+            f"{name!r} is an adapter already: without warmup.lora, it is what is trained.", param="warmup.lora"
+        )
+    if "/" in base:
+        if not _HUB_ID.fullmatch(base):
+            raise Unprocessable(
+                f"The base of the adapter {name!r} is {base!r}, neither a registered name nor a hub id: write one of them into"
+                f" base_model_name_or_path of its {ADAPTER_CONFIG}.",
+                param="model",
+            )
+        return _resolve_hub(settings, base, config.get("revision") or "main")
+    if (settings.folder / base / ADAPTER_CONFIG).is_file():
+        raise Unprocessable(f"The base {base!r} of the adapter {name!r} is an adapter itself.", param="model")
+    return {"kind": "registered", "name": base}
 
 
 def _resolve_hub(settings: ModelSettings, hub_id: str, revision: str) -> dict[str, Any]:
@@ -121,6 +209,10 @@ def _resolve_hub(settings: ModelSettings, hub_id: str, revision: str) -> dict[st
             param="model",
         ) from error
     files = [sibling.rfilename for sibling in info.siblings or []]
+    if ADAPTER_CONFIG in files:
+        raise Unprocessable(
+            f"{hub_id!r} is an adapter: download and register it; its base may be of the hub.", param="model"
+        )
     if not any(name.endswith(".safetensors") for name in files):
         raise Unprocessable(f"{hub_id!r} has no safetensors weights; other formats are not loaded.", param="model")
     return {"kind": "hub", "id": hub_id, "revision": revision, "commit": info.sha}

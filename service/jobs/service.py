@@ -27,7 +27,7 @@ def create(session: Session, caller: Caller, request: JobRequest, settings: Mode
     """
     pool = datasets.require(session, caller.tenant_id, request.pool, "pool")
     target = datasets.require(session, caller.tenant_id, request.target, "target")
-    model = models.resolve(settings, request.model, blocks=request.embedding.blocks)
+    model = models.resolve(settings, request.model, request)
     job = SelectionJob(
         id=new_id("job"),
         tenant_id=caller.tenant_id,

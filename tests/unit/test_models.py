@@ -14,6 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import ApiError, Unavailable, Unprocessable
+from service.jobs.parameters import Parameters
 from service.models import MODEL_TYPES, HubModel, RegisteredModel, registered, resolve
 from service.settings import ModelSettings
 
@@ -33,11 +34,13 @@ def settings(tmp_path: Path) -> ModelSettings:
     return ModelSettings(folder=tmp_path)
 
 
-def refusal(
-    settings: ModelSettings, model: str | HubModel, kind: type[ApiError] = Unprocessable, blocks: int = 4
-) -> Any:
+def blocks(count: int) -> Parameters:
+    return Parameters(embedding={"blocks": count})  # type: ignore[arg-type]
+
+
+def refusal(settings: ModelSettings, model: str | HubModel, kind: type[ApiError] = Unprocessable, **given: Any) -> Any:
     with pytest.raises(kind) as caught:
-        resolve(settings, model, blocks=blocks)
+        resolve(settings, model, Parameters(**given))
     return caught.value
 
 
@@ -60,7 +63,7 @@ def test_no_folder_is_no_model(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_used_hides_no_other(settings: ModelSettings, config: str) -> None:
     register(settings.folder, "broken", config)
     assert [model.name for model in registered(settings)] == ["bert", "gpt", "small"]
-    assert resolve(settings, "small", blocks=4) == {"kind": "registered", "name": "small"}
+    assert resolve(settings, "small", Parameters()) == {"kind": "registered", "name": "small"}
     assert refusal(settings, "broken").param == "model"
 
 
@@ -74,7 +77,7 @@ def test_what_is_no_model_is_not_listed(settings: ModelSettings) -> None:
 
 
 def test_a_registered_model_is_resolved_to_its_name_and_to_no_path(settings: ModelSettings) -> None:
-    assert resolve(settings, "small", blocks=30) == {"kind": "registered", "name": "small"}
+    assert resolve(settings, "small", blocks(30)) == {"kind": "registered", "name": "small"}
 
 
 @pytest.mark.parametrize("name", ["none", "", "..", "small\0", "SMALL", ".", "~", "small "])
@@ -92,8 +95,91 @@ def test_a_type_that_is_not_supported_is_refused(settings: ModelSettings) -> Non
 
 
 def test_more_blocks_than_the_model_has_are_refused(settings: ModelSettings) -> None:
-    resolve(settings, "gpt", blocks=12)
-    assert refusal(settings, "gpt", blocks=13).param == "embedding.blocks"
+    resolve(settings, "gpt", blocks(12))
+    assert refusal(settings, "gpt", embedding={"blocks": 13}).param == "embedding.blocks"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"method": "exact_influence"}, {"method": "random"}, {"embedding": {"kind": "rds"}}],
+)
+def test_blocks_that_are_not_embedded_are_not_counted(settings: ModelSettings, given: dict[str, Any]) -> None:
+    register(settings.folder, "flat", {"model_type": "gpt2", "n_layer": 2})
+    assert resolve(settings, "flat", Parameters(**given))["name"] == "flat"
+
+
+# Adapters and optimiser states
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "small", "r": 8, "lora_alpha": 16, "bias": "none"}
+
+
+def register_adapter(settings: ModelSettings, name: str = "tuned", **changes: Any) -> None:
+    (settings.folder / name).mkdir()
+    (settings.folder / name / "adapter_config.json").write_text(json.dumps({**ADAPTER, **changes}))
+
+
+def test_an_adapter_is_listed_and_resolved_with_its_base(settings: ModelSettings) -> None:
+    register_adapter(settings, use_dora=False, modules_to_save=None, rank_pattern={"q_proj": 4})
+    assert registered(settings)[-1] == RegisteredModel(name="tuned", model_type="llama", blocks=30, base="small")
+    base = {"kind": "registered", "name": "small"}
+    assert resolve(settings, "tuned", blocks(30)) == {"kind": "registered", "name": "tuned", "base": base}
+    assert refusal(settings, "tuned", embedding={"blocks": 31}).param == "embedding.blocks"
+
+
+def test_the_base_of_an_adapter_may_be_of_the_hub(settings: ModelSettings, hub: "Hub") -> None:
+    register_adapter(settings, base_model_name_or_path="org/model", revision="refs/pr/1")
+    assert registered(settings)[-1].blocks is None
+    base = {"kind": "hub", "id": "org/model", "revision": "refs/pr/1", "commit": COMMIT}
+    assert resolve(settings, "tuned", Parameters())["base"] == base
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "IA3"}, "'IA3'; only LORA"),
+        ({"use_dora": True}, "use_dora to True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias to 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"base_model_name_or_path": "/home/me/model"}, "neither a registered name nor a hub id"),
+        ({"base_model_name_or_path": "gone"}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": "bert"}, "supported are"),
+        ({"base_model_name_or_path": "other"}, "adapter itself"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_refused_with_the_reason(
+    settings: ModelSettings, changes: dict[str, Any], said: str
+) -> None:
+    register(settings.folder, "other", {"model_type": "llama", "num_hidden_layers": 30})
+    (settings.folder / "other" / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    register_adapter(settings, **changes)
+    error = refusal(settings, "tuned")
+    assert error.param == "model"
+    assert said in error.detail
+
+
+def test_an_adapter_is_not_wrapped_into_another(settings: ModelSettings) -> None:
+    register_adapter(settings)
+    resolve(settings, "tuned", Parameters(warmup={}))  # type: ignore[arg-type]
+    assert refusal(settings, "tuned", warmup={"lora": {}}).param == "warmup.lora"
+
+
+@pytest.mark.parametrize("optimizer", [{"type": "adam"}, {"type": "adamw"}, {"type": "sgd", "momentum": 0.9}])
+def test_an_optimiser_with_a_state_needs_one(settings: ModelSettings, optimizer: dict[str, Any]) -> None:
+    error = refusal(settings, "small", optimizer=optimizer)
+    assert error.param == "optimizer.type"
+    assert "warmup" in error.detail
+    assert "optimizer.safetensors" in error.detail
+    (settings.folder / "small" / "optimizer.safetensors").write_bytes(b"")
+    assert registered(settings)[-1].optimizer_state
+    resolved = resolve(settings, "small", Parameters(optimizer=optimizer))  # type: ignore[arg-type]
+    assert resolved == {"kind": "registered", "name": "small", "optimizer_state": True}
+
+
+def test_the_warm_up_makes_the_state_of_a_hub_model(settings: ModelSettings, hub: "Hub") -> None:
+    assert refusal(settings, "org/model", optimizer={"type": "adamw"}).param == "optimizer.type"
+    warmed = Parameters(optimizer={"type": "adamw"}, warmup={})  # type: ignore[arg-type]
+    assert "optimizer_state" not in resolve(settings, "org/model", warmed)
 
 
 # Of the hub
@@ -143,7 +229,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         hub = Hub(f"http://127.0.0.1:{server.server_port}")
         hub.models["org/model", "main"] = ["config.json", "model.safetensors"]
-        hub.models["org/model", "refs/pr/1"] = ["model-00001-of-00002.safetensors"]
+        hub.models["org/model", "refs/pr/1"] = ["config.json", "model-00001-of-00002.safetensors"]
+        hub.models["org/adapter", "main"] = ["adapter_config.json", "adapter_model.safetensors"]
         hub.models["org/pickles", "main"] = ["config.json", "pytorch_model.bin"]
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -156,13 +243,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.mark.parametrize("model", ["org/model", HubModel(id="org/model")])
 def test_a_hub_model_is_resolved_to_a_commit(settings: ModelSettings, hub: Hub, model: str | HubModel) -> None:
-    resolved = resolve(settings, model, blocks=4)
+    resolved = resolve(settings, model, Parameters())
     assert resolved == {"kind": "hub", "id": "org/model", "revision": "main", "commit": COMMIT}
     assert hub.asked == ["org/model@main"]
 
 
 def test_the_revision_that_was_asked_for_is_the_one_resolved(settings: ModelSettings, hub: Hub) -> None:
-    resolved = resolve(settings, HubModel(id="org/model", revision="refs/pr/1"), blocks=4)
+    resolved = resolve(settings, HubModel(id="org/model", revision="refs/pr/1"), Parameters())
     assert (resolved["revision"], resolved["commit"]) == ("refs/pr/1", COMMIT)
     assert hub.asked == ["org/model@refs/pr/1"]
 
@@ -188,6 +275,10 @@ def test_a_model_without_safetensors_is_refused(settings: ModelSettings, hub: Hu
     error = refusal(settings, "org/pickles")
     assert error.param == "model"
     assert "safetensors" in error.detail
+
+
+def test_an_adapter_of_the_hub_is_refused_with_what_to_do(settings: ModelSettings, hub: Hub) -> None:
+    assert "register it" in refusal(settings, "org/adapter").detail
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -243,4 +334,4 @@ def test_a_hub_that_is_switched_off_is_not_asked(settings: ModelSettings, hub: H
     for model in ("org/model", HubModel(id="org/model")):
         assert refusal(closed, model).param == "model"
     assert hub.asked == []
-    assert resolve(closed, "small", blocks=4)["kind"] == "registered"
+    assert resolve(closed, "small", Parameters())["kind"] == "registered"
