@@ -1,8 +1,12 @@
 """JVP and hidden embeddings against plain forwards, torch.func.jvp and central differences (METHOD 9, point 2)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from numerics_reference import EXACT, FAMILIES, MIXED, build, poolable, ragged, relative_error, state_function
+from peft import LoraConfig, inject_adapter_in_model
 from torch.func import jvp
 
 from worker.influence import EmbeddingOptions, embed
@@ -99,6 +103,77 @@ def test_hidden_equals_a_plain_forward(family, pooling):
             assert not actual[i].any()
 
 
+@pytest.mark.parametrize("token_budget", [1, 33, 10_000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rds_is_the_position_weighted_mean_of_the_models_last_state(family, token_budget):
+    model, samples = build(family), ragged(*MIXED)
+    options = EmbeddingOptions(kind="rds", blocks=99)  # which `rds` does not look at
+    actual = embed(model, samples, options=options, token_budget=token_budget)
+    for i, (start, stop) in enumerate(pairwise(samples.offsets)):
+        if start == stop:
+            assert not actual[i].any()
+            continue
+        with torch.no_grad():
+            ids = torch.from_numpy(samples.input_ids[start:stop]).long()[None]
+            states = model(ids, output_hidden_states=True).hidden_states[-1][0]
+        mean = sum((place + 1) * state for place, state in enumerate(states)) / sum(range(1, len(states) + 1))
+        assert relative_error(actual[i], mean / mean.norm()) < 1e-6
+
+
+def with_adapters(family):
+    """Adapters whose B is not zero, so that they change what the model computes."""
+    model = build(family)
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules="all-linear", lora_dropout=0.3, fan_in_fan_out=family == "gpt2"
+    )
+    inject_adapter_in_model(config, model)
+    model.to(torch.float64).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_adapters_are_part_of_the_embedding(family):
+    model, samples, plain = with_adapters(family), ragged(*MIXED), build(family)
+    for kind in ("hidden", "rds"):
+        options = EmbeddingOptions(kind=kind, blocks=2)
+        assert relative_error(embed(model, samples, options=options), embed(plain, samples, options=options)) > 0.05
+    options = EmbeddingOptions(blocks=2, tangents=2)
+    actual = embed(model, samples, options=options, token_budget=29)
+    model.eval()
+    attend_plainly(model)
+    assert relative_error(actual, expected_jvp(model, samples, options, forward_mode)) < 1e-10
+
+
+def test_quantised_weights_are_refused_by_jvp_alone():
+    model = build("llama", torch.float32)
+    layer = model.model.layers[1].mlp.up_proj
+    packed = torch.nn.Parameter(layer.weight.detach().mul(32).round().to(torch.int8), requires_grad=False)
+    layer.weight = packed
+    layer.forward = lambda x: torch.nn.functional.linear(x, packed.to(x.dtype) / 32)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is torch.int8.*use kind='hidden'"):
+        embed(model, ragged("..r"), options=EmbeddingOptions(blocks=2))
+    for options in (
+        EmbeddingOptions(kind="hidden", blocks=2),
+        EmbeddingOptions(kind="rds"),
+        EmbeddingOptions(blocks=1),
+    ):
+        assert embed(model, ragged("..r"), options=options).norm() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["jvp", "hidden", "rds"])
+def test_a_model_spread_by_a_device_map(kind):
+    """The hooks that move tensors between devices replace forward functions; the cut and the replaced ones must survive it."""
+    options = EmbeddingOptions(kind=kind, blocks=2)
+    expected = embed(build("llama"), ragged(*MIXED), options=options, token_budget=50)
+    spread = build("llama")
+    attach_execution_device_hook(spread, "cpu")
+    assert relative_error(embed(spread, ragged(*MIXED), options=options, token_budget=50), expected) < 1e-12
+
+
 def test_rows_have_unit_length_or_are_zero():
     rows = embed(build("llama", torch.float32), ragged(*MIXED), options=EmbeddingOptions(blocks=1), token_budget=50)
     assert rows.dtype == torch.float32
@@ -133,7 +208,7 @@ def test_long_embeddings_are_reduced_and_keep_their_angles():
     assert abs(sum(grams) / len(grams) - float(whole[0] @ whole[1])) < 0.05
 
 
-@pytest.mark.parametrize("kind", ["jvp", "hidden"])
+@pytest.mark.parametrize("kind", ["jvp", "hidden", "rds"])
 def test_same_bits_twice_and_model_left_as_it_was(kind):
     model, samples = build("llama", torch.float32).train(), ragged(*MIXED)
     before = (model.config._attn_implementation, len(model.model.layers), list(model.model._modules))
@@ -146,7 +221,7 @@ def test_same_bits_twice_and_model_left_as_it_was(kind):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["jvp", "hidden"])
+@pytest.mark.parametrize("kind", ["jvp", "hidden", "rds"])
 def test_bfloat16_is_close_to_float32(kind):
     options = EmbeddingOptions(kind=kind, blocks=2)
     rows = [
@@ -163,7 +238,7 @@ def test_too_many_blocks_names_both():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("kind", "rds"), ("pooling", "mean"), ("blocks", 0), ("tangents", 0), ("max_dim", 0)]
+    ("field", "value"), [("kind", "rds+"), ("pooling", "mean"), ("blocks", 0), ("tangents", 0), ("max_dim", 0)]
 )
 def test_wrong_options_are_named(field, value):
     with pytest.raises(ValueError, match=field):

@@ -55,7 +55,7 @@ def test_gradient_count():
     assert count.total - count.attention == pytest.approx(actual), "fused attention is no matrix product here"
 
 
-@pytest.mark.parametrize("kind", ["jvp", "hidden"])
+@pytest.mark.parametrize("kind", ["jvp", "hidden", "rds"])
 def test_embedding_count(kind):
     model, options = build("llama", torch.float32), EmbeddingOptions(kind=kind, blocks=2)
     actual = counted(

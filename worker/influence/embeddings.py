@@ -1,4 +1,4 @@
-"""Cheap sample embeddings: JVP and hidden states of the first blocks (METHOD 4; arXiv 2505.19051, section 4).
+"""Cheap sample embeddings: JVP and hidden states of the first blocks, RDS+ (METHOD 4; arXiv 2505.19051, section 4).
 
 Shape suffixes: n samples, e embedding size, B samples of a batch, T tokens, D hidden size, R pooled positions,
 S stacked copies (the primal and k tangents), F = S B.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from .models import parameter_dtype as dtype_of
 from .projection import seeded_generator
 from .samples import BoolArray, IntArray, Samples, last_marked
 
+FloatArray = npt.NDArray[np.float64]
+
 POSITIONWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj", "attention.dense")
 """Parts of a block whose output at one position matters to no other position of the same block."""
 
@@ -31,14 +34,16 @@ POSITIONWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj", "a
 class EmbeddingOptions:
     """How to embed (METHOD 4).
 
-    kind: `jvp`, the derivative of the block-b hidden state along random directions in the first b blocks' parameters, or
-        `hidden`, that state itself; both after the model's final norm.
-    pooling: `last` token, or mean over the `response` tokens.
-    blocks: how many blocks are run.  tangents: how many directions.  seed: of the directions and of the reduction.
+    kind: `jvp`, the derivative of the block-b hidden state along random directions in the first b blocks' parameters;
+        `hidden`, that state itself; or `rds`, the last block's state, averaged over all tokens of the sample, the t-th of them
+        with weight t (Ivison et al., arXiv 2503.01807); all after the model's final norm.
+    pooling: `last` token, or mean over the `response` tokens; `rds` has its own.
+    blocks: how many blocks are run, for `rds` all of them.  tangents: how many directions, of `jvp` alone.
+    seed: of the directions and of the reduction.
     max_dim: longer embeddings are reduced to this size by a seeded random projection.
     """
 
-    kind: Literal["jvp", "hidden"] = "jvp"
+    kind: Literal["jvp", "hidden", "rds"] = "jvp"
     pooling: Literal["last", "response"] = "response"
     blocks: int = 4
     tangents: int = 2
@@ -46,8 +51,8 @@ class EmbeddingOptions:
     max_dim: int = 4096
 
     def __post_init__(self) -> None:
-        if self.kind not in ("jvp", "hidden"):
-            raise ValueError(f"kind must be jvp or hidden, not {self.kind!r}")
+        if self.kind not in ("jvp", "hidden", "rds"):
+            raise ValueError(f"kind must be jvp, hidden or rds, not {self.kind!r}")
         if self.pooling not in ("last", "response"):
             raise ValueError(f"pooling must be last or response, not {self.pooling!r}")
         for name in ("blocks", "tangents", "max_dim"):
@@ -71,22 +76,26 @@ def embed(
     each batch.
 
     Raises ValueError where `blocks` exceeds the model's layers, where samples do not fit the model, and, for `jvp`, where the
-    derivative of a part of the architecture is not known; torch.OutOfMemoryError where one sample does not fit.
+    derivative of a part of the architecture is not known or weights are quantised; torch.OutOfMemoryError where one sample
+    does not fit.
     """
     check_samples(model, samples)
-    base = first_blocks(model.base_model, options.blocks)
-    pooled = _pooled_tokens(samples, options.pooling)
+    total = len(block_list(model.base_model)[1])
+    base = first_blocks(model.base_model, total if options.kind == "rds" else options.blocks)
+    pooled = pooled_tokens(samples, options)
     lengths = last_marked(pooled, samples.offsets) + 1
     active = np.flatnonzero(lengths)
     streams = options.tangents if options.kind == "jvp" else 1
     size = streams * model.get_input_embeddings().weight.shape[1]
-    reduction_eE = _reduction(size, options, dtype_of(model), device_of(model))
+    device = device_of(model)  # of the inputs; the blocks may be on others
+    reduction_eE = _reduction(size, options, dtype_of(model), device)
     dtype = accumulation_dtype(dtype_of(model))
     embeddings_ne = torch.zeros(len(samples), min(size, options.max_dim), dtype=dtype)
 
     with torch.no_grad(), frozen(model), ExitStack() as stack:
         copies = 1
         if options.kind == "jvp":
+            _check_differentiable(base, options.blocks)
             tangents = random_tangents(base, options.blocks, options.tangents, options.seed)
             check_dual(model, base, tangents)
             stack.enter_context(dual_forward(base, tangents))
@@ -95,18 +104,37 @@ def embed(
 
         def run(batch: IntArray) -> None:
             indices = active[batch]
-            pooled_BE = _batch_embeddings(model, base, samples, pooled, indices, lengths, positions, copies)
+            ids_BT = padded(samples, indices, lengths, device)
+            rows, places = marked_positions(pooled, samples, indices)
+            positions(torch.from_numpy(rows * ids_BT.shape[1] + places).to(device))
+            states_FTD = hidden_states(model, base, ids_BT)
+            weights = places + 1.0 if options.kind == "rds" else np.ones(rows.size)
+            states_SND = states_FTD.view(copies, ids_BT.numel(), -1)
+            pooled_BE = _pool(states_SND, ids_BT.shape, rows, places, weights).to(device)
             reduced_Be = pooled_BE if reduction_eE is None else pooled_BE @ reduction_eE.T
             embeddings_ne[torch.from_numpy(indices)] = nn.functional.normalize(reduced_Be, dim=1).cpu()
 
-        budget = default_token_budget(device_of(model)) if token_budget is None else token_budget
+        budget = default_token_budget(device) if token_budget is None else token_budget
         run_batches(lengths[active], budget, run, progress)
     return embeddings_ne
 
 
-def _pooled_tokens(samples: Samples, pooling: str) -> BoolArray:
+def _check_differentiable(base: Any, blocks: int) -> None:
+    """Raise ValueError where the directions of `jvp` would be in parameters that are no floating-point numbers."""
+    prefix, used = block_list(base)
+    for name, parameter in used[:blocks].named_parameters(prefix):
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"the jvp embedding has no derivative along quantised weights ({name} is {parameter.dtype}): use kind='hidden' "
+                "or kind='rds', or load the model without quantisation"
+            )
+
+
+def pooled_tokens(samples: Samples, options: EmbeddingOptions) -> BoolArray:
     """The tokens whose hidden states are averaged, bool (N,)."""
-    if pooling == "response":
+    if options.kind == "rds":
+        return np.ones_like(samples.response)
+    if options.pooling == "response":
         return samples.response
     last = np.zeros_like(samples.response)
     last[samples.offsets[1:][samples.lengths > 0] - 1] = True
@@ -122,30 +150,16 @@ def _reduction(size: int, options: EmbeddingOptions, dtype: torch.dtype, device:
     return torch.from_numpy(values).to(device, accumulation_dtype(dtype)) * float(options.max_dim**-0.5)
 
 
-def _batch_embeddings(
-    model: Any,
-    base: Any,
-    samples: Samples,
-    pooled: BoolArray,
-    indices: IntArray,
-    lengths: IntArray,
-    positions: Callable[[Tensor], None],
-    copies: int,
-) -> Tensor:
-    """Pooled states, or tangents one after the other, of one batch: (B, E)."""
-    device = device_of(model)
-    ids_BT = padded(samples, indices, lengths, device)
-    rows, places = marked_positions(pooled, samples, indices)
-    flat_R = torch.from_numpy(rows * ids_BT.shape[1] + places).to(device)
-    positions(flat_R)
-    states_FTD = hidden_states(model, base, ids_BT)
-    states_SND = states_FTD.view(copies, ids_BT.numel(), -1)
-    wanted_SRD = states_SND[min(copies - 1, 1) :, flat_R].to(accumulation_dtype(states_FTD.dtype))
-    shape = (wanted_SRD.shape[0], indices.size, wanted_SRD.shape[2])
-    row_R = torch.from_numpy(rows).to(device)
-    sums_SBD = wanted_SRD.new_zeros(shape).index_add_(1, row_R, wanted_SRD)
-    counts_B = torch.from_numpy(np.bincount(rows, minlength=indices.size)).to(device)
-    return (sums_SBD / counts_B[:, None]).transpose(0, 1).flatten(1)
+def _pool(states_SND: Tensor, shape: tuple[int, int], rows: IntArray, places: IntArray, weights: FloatArray) -> Tensor:
+    """Weighted means over the pooled tokens (R,) of each sample of a batch, or of its tangents one after the other: (B, E)."""
+    device, (count, tokens) = states_SND.device, shape
+    shares = weights / np.bincount(rows, weights=weights, minlength=count)[rows]
+    flat_R, row_R = (torch.from_numpy(index).to(device) for index in (rows * tokens + places, rows))
+    # Of a stack, the first is the primal, which only a hidden state keeps.
+    wanted_SRD = states_SND[min(len(states_SND) - 1, 1) :, flat_R].to(accumulation_dtype(states_SND.dtype))
+    wanted_SRD *= torch.from_numpy(shares).to(device, wanted_SRD.dtype)[:, None]
+    means_SBD = wanted_SRD.new_zeros(wanted_SRD.shape[0], count, wanted_SRD.shape[2]).index_add_(1, row_R, wanted_SRD)
+    return means_SBD.transpose(0, 1).flatten(1)
 
 
 @contextmanager
@@ -159,9 +173,10 @@ def _only_at_positions(base: Any, copies: int) -> Iterator[Callable[[Tensor], No
     def positionwise(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(x_FTD: Tensor) -> Tensor:
             x_SND = x_FTD.reshape(copies, -1, x_FTD.shape[-1])
-            y_SRO = inner(x_SND[:, current[0]])
+            flat_R = current[0].to(x_FTD.device)
+            y_SRO = inner(x_SND[:, flat_R])
             y_SNO = y_SRO.new_zeros(copies, x_SND.shape[1], y_SRO.shape[-1])
-            y_SNO[:, current[0]] = y_SRO
+            y_SNO[:, flat_R] = y_SRO
             return y_SNO.view(*x_FTD.shape[:-1], -1)
 
         return forward

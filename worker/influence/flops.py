@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .embeddings import POSITIONWISE, EmbeddingOptions
+from .embeddings import POSITIONWISE, EmbeddingOptions, pooled_tokens
 from .models import block_list, linear_layers, linear_size
 from .projection import FactoredProjection
 from .samples import Samples, last_marked
@@ -74,16 +74,15 @@ def gradient_flops(
 
 
 def embedding_flops(model: Any, samples: Samples, *, options: EmbeddingOptions) -> Operations:
-    """Operations of `embed`: 1 + 2 k forward passes of the first blocks, k = 0 for `hidden`.
+    """Operations of `embed`: 1 + 2 k forward passes of the first blocks, k = 0 for `hidden`; for `rds` one of all blocks.
 
     What is positionwise in the last block is counted at pooled positions only.
     """
-    blocks = block_list(model.base_model)[1][: options.blocks]
-    lengths_n = samples.lengths.astype(np.float64)
-    pooled = float((lengths_n > 0).sum())
-    if options.pooling == "response":
-        lengths_n = (last_marked(samples.response, samples.offsets) + 1).astype(np.float64)
-        pooled = float(samples.response.sum())
+    every = block_list(model.base_model)[1]
+    blocks = every if options.kind == "rds" else every[: options.blocks]
+    pooled_N = pooled_tokens(samples, options)
+    lengths_n = (last_marked(pooled_N, samples.offsets) + 1).astype(np.float64)
+    pooled = float(pooled_N.sum())
     passes = 1 + 2 * options.tangents if options.kind == "jvp" else 1
     parts = [module for name, module in blocks[-1].named_modules() if name in POSITIONWISE]
     at_pooled = sum(_weights(part) for part in parts)
