@@ -77,18 +77,16 @@ def test_float32_and_bfloat16_are_close_to_float64():
 
 def test_bfloat16_outer_products_accumulate_in_float32():
     """A thousand equal small terms: a bfloat16 sum would stop growing near 256 times a term."""
-    from worker.influence.gradients import _Layer, _outer_product
-    from worker.influence.projection import LayerProjection
+    from worker.influence.gradients import _PerSample
 
-    layer = _Layer(
-        module=torch.nn.Identity(),
-        projection=LayerProjection(P_Op=None, P_Iq=None, scale=1.0),
-        columns=slice(0, 1),
-    )
-    out = torch.empty(1, 1)
-    ones = torch.ones(1, 1001, 1)
-    _outer_product(ones.to(torch.bfloat16), layer=layer, a_BTq=ones, gradients_Bk=out)
-    assert out.item() == 1001
+    model = torch.nn.Embedding(1, 1)
+    model.get_input_embeddings = lambda: model
+    use = _PerSample(model, {"layer": torch.nn.Linear(1, 1)}, None, None, 1)
+    ones = torch.ones(1, 1001, 1, dtype=torch.bfloat16)
+    use.start(torch.arange(1))
+    use.take("layer", use.keep("layer", ones), ones)
+    use.finish(torch.arange(1))
+    assert use.values_nk.item() == 1001
 
 
 def test_dropout_is_off_and_the_model_is_left_as_it_was():

@@ -46,11 +46,17 @@ def marked_positions(marked: np.ndarray, samples: Samples, indices: IntArray) ->
 
 
 def run_batches(
-    lengths: IntArray, token_budget: int, run: Callable[[IntArray], None], progress: Progress | None = None
+    lengths: IntArray,
+    token_budget: int,
+    run: Callable[[IntArray], None],
+    progress: Progress | None = None,
+    restart: Callable[[], None] | None = None,
 ) -> None:
     """Call `run` with the indices of each token batch of samples of length `lengths` (n,), each sample once.
 
-    Where the device runs out of memory, the budget is halved for that batch and all that follow, down to one sample.
+    Where the device runs out of memory, the budget is halved for that batch and all that follow, down to one sample. A `run`
+    that adds to a sum may then have added part of the failed batch: `restart` must clear the sum, and all samples are run
+    again. The longest samples come first, so that it is nearly always the first batch that fails.
     Raises torch.OutOfMemoryError, saying what to lower, where a single sample does not fit.
     """
     pending = token_batches(lengths, token_budget)[::-1]
@@ -64,7 +70,8 @@ def run_batches(
             if batch.size == 1:
                 raise torch.OutOfMemoryError(
                     f"a single sample of {lengths[batch[0]]} tokens does not fit in device memory: lower the maximum "
-                    "sample length, the projection dimension, or the number of tangents, or load the model in bfloat16"
+                    "sample length, the projection dimension, or the number of tangents or directions, or load the "
+                    "model in bfloat16"
                 ) from error
             exhausted = True
         if exhausted:  # outside of the handler, where the traceback no longer keeps the failed batch's tensors alive
@@ -72,6 +79,9 @@ def run_batches(
                 torch.cuda.empty_cache()
             budget = max(int(lengths[batch].max()) * batch.size // 2, 1)
             left = np.concatenate([batch, *pending[::-1]])
+            if restart is not None:
+                restart()
+                left, done = np.arange(len(lengths)), 0
             pending = [left[part] for part in token_batches(lengths[left], budget)][::-1]
             continue
         done += batch.size

@@ -1,42 +1,33 @@
-"""Exact per-sample gradients of the mean response cross-entropy, batched (METHOD 3; arXiv 2505.19051, section 3).
+"""Exact per-sample gradients of the mean response cross-entropy, their weighted sums and their products (METHOD 1 and 3).
 
-For a linear layer with input a and output gradient delta the gradient of sample b is sum_t delta_bt a_btT. Forward hooks keep
-the projected inputs, gradient hooks on the outputs multiply them with the projected output gradients. No parameter requires
-a gradient, so the backward pass computes input gradients only, and the graph begins at the first hooked layer.
+For a linear layer with input a and output gradient delta the gradient of sample b is sum_t delta_bt a_btT. Where it is projected
+the factors are applied to delta and a, and the (O, I) matrix never exists; the other uses form it for as many samples at a time
+as `PIECE_BYTES` holds.
 
-Shape suffixes: n samples, k values a gradient, B samples of a batch, T tokens, D hidden size, R response positions,
+Shape suffixes: n samples, k values a gradient, c directions or weightings, B samples of a batch, b of a piece, T tokens,
 O and I layer output and input, p and q their projected sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .batching import Progress, default_token_budget, marked_positions, padded, run_batches
-from .models import (
-    accumulation_dtype,
-    check_head,
-    check_samples,
-    frozen,
-    head_logits,
-    hidden_states,
-    linear_layers,
-    linear_size,
-    parameter_device,
-    parameter_dtype,
-)
+from .backward import Use, over_samples
+from .batching import Progress
+from .models import accumulation_dtype, linear_layers, linear_size, parameter_device, parameter_dtype
+from .optimizers import Scaling
 from .projection import FactoredProjection, LayerProjection
-from .samples import BoolArray, IntArray, Samples, last_marked
+from .samples import Samples
 
-LOGIT_BYTES = 64 * 2**20
-"""Logits are made in pieces of about this size: whole batches of a large vocabulary would dominate memory."""
+PIECE_BYTES = 128 * 2**20
+"""Gradients in full are formed for as many samples at a time as this holds, at least one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,21 +44,13 @@ class Gradients:
     nonfinite: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Layer:
-    """A hooked layer: its projection and the columns of the result that it fills."""
-
-    module: nn.Module
-    projection: LayerProjection
-    columns: slice
-
-
 def per_sample_gradients(
     model: Any,
     samples: Samples,
     *,
     modules: str = "down_proj",
     projection: FactoredProjection | None,
+    scaling: Scaling | None = None,
     token_budget: int | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
@@ -76,121 +59,231 @@ def per_sample_gradients(
 
     The loss is the mean cross-entropy of the sample's predicted response tokens. Dropout is off whatever the model's mode. A
     result depends on its own sample only, beyond rounding: not on batch, padding or order. Samples without a predicted
-    token have gradient 0 and loss 0. `modules` is the role `down_proj` or the end of a layer name; `projection=None` keeps
-    all O x I values of each layer. `device` moves the model there first; None leaves it. `token_budget` bounds the padded tokens
-    of a batch; None is a default for the device. `progress` is called after each batch.
+    token have gradient 0 and loss 0. `modules` is as in `linear_layers`; `projection=None` keeps all O x I values of each layer.
+    `scaling` multiplies the gradients by a before they are projected; where it is exact each layer's inputs are kept in full for
+    the length of a batch, and the gradient is formed in full, `PIECE_BYTES` at a time. `device` moves the model there first;
+    None leaves it. `token_budget` bounds the padded tokens of a batch; None is a default for the device. `progress` is called
+    after each batch.
 
-    Raises ValueError for unknown modules, samples that do not fit the model, and families with an unknown output head;
-    torch.OutOfMemoryError where one sample alone does not fit.
+    Raises ValueError for unknown modules, samples that do not fit the model, a scaling of other modules, and families with an
+    unknown output head; torch.OutOfMemoryError where one sample alone does not fit.
     """
     if device is not None:
         model.to(device)
-    check_samples(model, samples)
-    dtype = accumulation_dtype(parameter_dtype(model))
-    with frozen(model):
-        check_head(model)
-        layers = _layers(model, modules, projection)
-        counted = samples.predictable()
-        # The input needed ends before the last response token: what follows it has no influence on the loss.
-        lengths = np.maximum(last_marked(counted, samples.offsets), 0)
-        values_nk = torch.zeros(len(samples), layers[-1].columns.stop, dtype=dtype)
-        loss_n = torch.zeros(len(samples), dtype=dtype)
-        active = np.flatnonzero(lengths)
-
-        def run(batch: IntArray) -> None:
-            indices = active[batch]
-            gradients_Bk, loss_B = _batch_gradients(model, layers, samples, counted, indices, lengths)
-            where = torch.from_numpy(indices)
-            values_nk[where] = gradients_Bk.cpu()
-            loss_n[where] = loss_B.cpu()
-
-        budget = default_token_budget(parameter_device(model)) if token_budget is None else token_budget
-        run_batches(lengths[active], budget, run, progress)
-    finite_n = torch.isfinite(values_nk).all(dim=1) & torch.isfinite(loss_n)
-    return Gradients(values=values_nk, loss=loss_n, nonfinite=torch.nonzero(~finite_n).flatten())
+    layers = linear_layers(model, modules)
+    if scaling is not None:
+        scaling.check(layers)
+    use = _PerSample(model, layers, projection, scaling, len(samples))
+    loss_n = over_samples(model, samples, layers, use, token_budget=token_budget, progress=progress)
+    finite_n = torch.isfinite(use.values_nk).all(dim=1) & torch.isfinite(loss_n)
+    return Gradients(values=use.values_nk, loss=loss_n, nonfinite=torch.nonzero(~finite_n).flatten())
 
 
-def _layers(model: Any, modules: str, projection: FactoredProjection | None) -> list[_Layer]:
-    chosen = linear_layers(model, modules)
-    dtype, device = parameter_dtype(model), parameter_device(model)
-    layers: list[_Layer] = []
-    start = 0
-    for name, module in chosen.items():
+def weighted_gradients(
+    model: Any,
+    samples: Samples,
+    weights_nc: Tensor | npt.NDArray[np.float64],
+    *,
+    modules: str = "down_proj",
+    token_budget: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Sums over the samples of w_ic g_i by layer, (c, O, I), in one pass (METHOD 1, Curvature).
+
+    g_i is the whole gradient of sample i's loss, as in `per_sample_gradients`. float32 (float64 from a float64 model), each on
+    its layer's device: the result holds c x d values for the d weights of the chosen layers, so the caller bounds c. Samples
+    whose weights are all 0 are not run. Raises ValueError as `per_sample_gradients` does, for weights of another shape or not
+    finite, and where a sample's gradient is not finite, naming the samples.
+    """
+    weights = torch.as_tensor(weights_nc)
+    if weights.ndim != 2 or weights.shape[0] != len(samples) or not torch.isfinite(weights).all():
+        raise ValueError(f"weights_nc must be finite and ({len(samples)}, c), not of shape {tuple(weights.shape)}")
+    layers = linear_layers(model, modules)
+    use = _WeightedSums(model, layers, weights)
+    skip_n = (weights == 0).all(dim=1).numpy()
+    loss_n = over_samples(
+        model, samples, layers, use, skip_n=skip_n, token_budget=token_budget, progress=progress, restart=use.clear
+    )
+    wrong = torch.nonzero(~(use.finite_n.cpu() & torch.isfinite(loss_n))).flatten().tolist()
+    if wrong:
+        listed = ", ".join(map(str, wrong[:20]))
+        raise ValueError(f"samples without a finite gradient: {listed} ({len(wrong)} in all); give them weight 0")
+    return use.sums
+
+
+def directional_derivatives(
+    model: Any,
+    samples: Samples,
+    directions: Mapping[str, Tensor],
+    *,
+    modules: str = "down_proj",
+    token_budget: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Products g_i . v_c of each sample's whole gradient with directions, (n, c) on the CPU, in one pass.
+
+    directions: (c, O, I) by layer name, of every chosen layer; copied to the layer's device in float32 (float64 for a float64
+    model). Samples without a predicted token have 0; the row of a sample whose gradient is not finite is not finite. Raises
+    ValueError as `per_sample_gradients` does, and for directions that do not fit the layers.
+    """
+    layers = linear_layers(model, modules)
+    use = _Products(model, layers, directions, len(samples))
+    over_samples(model, samples, layers, use, token_budget=token_budget, progress=progress)
+    return use.values_nc
+
+
+def sample_losses(
+    model: Any, samples: Samples, *, token_budget: int | None = None, progress: Progress | None = None
+) -> Tensor:
+    """Mean cross-entropy in nats of each sample's predicted response tokens, (n,) on the CPU: forward passes alone.
+
+    float32 (float64 from a float64 model); 0 for a sample without a predicted token. Raises as `per_sample_gradients` does.
+    """
+    return over_samples(model, samples, {}, None, token_budget=token_budget, progress=progress)
+
+
+def _in_pieces(delta_BTO: Tensor, a_BTI: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Gradients in full, (b, O, I), of a few samples at a time, summed over tokens in `dtype`; the slice says which."""
+    size = delta_BTO.shape[-1] * a_BTI.shape[-1] * dtype.itemsize
+    step = max(PIECE_BYTES // size, 1)
+    for start in range(0, delta_BTO.shape[0], step):
+        part = slice(start, start + step)
+        yield part, torch.bmm(delta_BTO[part].to(dtype).mT, a_BTI[part].to(delta_BTO.device, dtype))
+
+
+class _Side:
+    """What one side of a layer's gradient is multiplied with before the outer product: projection, factor of a, both or none.
+
+    It follows the tensors it meets: a layer of an adapter may compute in another dtype than the model, or on another device.
+    """
+
+    def __init__(self, projection: Tensor | None, factor: Tensor | None) -> None:
+        self.matrix = projection
+        self.vector = factor if projection is None else None
+        if projection is not None and factor is not None:
+            self.matrix = projection.to(factor) * factor[:, None]
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.matrix is not None:
+            self.matrix = self.matrix.to(x)  # copies at the first batch only
+            return x @ self.matrix
+        return x if self.vector is None else x * self.vector.to(x)
+
+
+class _PerSample(Use):
+    """Use: the (scaled, projected) gradient of each sample."""
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Mapping[str, nn.Module],
+        projection: FactoredProjection | None,
+        scaling: Scaling | None,
+        count: int,
+    ) -> None:
+        self.dtype, self.device = accumulation_dtype(parameter_dtype(model)), parameter_device(model)
+        self.exact = scaling if scaling is not None and scaling.full else None
+        self.projections: dict[str, LayerProjection] = {}
+        self.sides: dict[str, tuple[_Side, _Side]] = {}
+        self.columns: dict[str, slice] = {}
+        start = 0
+        for name, module in layers.items():
+            size = linear_size(module)
+            assert size is not None
+            p, q = size
+            found = LayerProjection(P_Op=None, P_Iq=None, scale=1.0)
+            if projection is not None:
+                p, q = projection.size(len(layers), *size)
+                found = projection.layer(name, len(layers), *size, dtype=self.dtype)
+            row, column = scaling.factors[name] if scaling is not None and scaling.factors else (None, None)
+            self.projections[name] = found
+            self.sides[name] = _Side(found.P_Op, row), _Side(found.P_Iq, column)
+            self.columns[name] = slice(start, start + p * q)
+            start += p * q
+        self.values_nk = torch.zeros(count, start, dtype=self.dtype)
+
+    def start(self, samples_B: Tensor) -> None:
+        self.batch_Bk = torch.zeros(len(samples_B), self.values_nk.shape[1], dtype=self.dtype, device=self.device)
+
+    def keep(self, layer: str, a_BTI: Tensor) -> Tensor:
+        return a_BTI if self.exact is not None else self.sides[layer][1].apply(a_BTI).to(self.dtype)
+
+    def take(self, layer: str, kept_BTq: Tensor, delta_BTO: Tensor) -> None:
+        found, columns = self.projections[layer], self.columns[layer]
+        if self.exact is None:
+            delta_BTp = self.sides[layer][0].apply(delta_BTO).to(self.dtype)
+            G_Bpq = torch.bmm(delta_BTp.mT, kept_BTq.to(delta_BTp.device))
+            self.batch_Bk[:, columns] += (G_Bpq.flatten(1) * found.scale).to(self.device)
+            return
+        for part, G_bOI in _in_pieces(delta_BTO, kept_BTq, self.dtype):
+            G_bOI *= self.exact.full[layer].to(G_bOI)
+            self.batch_Bk[part, columns] += found.to(G_bOI).apply(G_bOI).flatten(1).to(self.device)
+
+    def finish(self, samples_B: Tensor) -> None:
+        self.values_nk[samples_B] = self.batch_Bk.cpu()
+        del self.batch_Bk
+
+
+class _WeightedSums(Use):
+    """Use: the sums over samples, and which samples are not finite."""
+
+    def __init__(self, model: Any, layers: Mapping[str, nn.Module], weights_nc: Tensor) -> None:
+        self.dtype = accumulation_dtype(parameter_dtype(model))
+        self.weights_nc = weights_nc.to(self.dtype)
+        self.sums = {name: self._zeros(module) for name, module in layers.items()}
+        self.finite_n = torch.ones(len(weights_nc), dtype=torch.bool, device=parameter_device(model))
+
+    def _zeros(self, module: nn.Module) -> Tensor:
         size = linear_size(module)
         assert size is not None
-        p, q = size
-        factors = LayerProjection(P_Op=None, P_Iq=None, scale=1.0)
-        if projection is not None:
-            p, q = projection.size(len(chosen), *size)
-            factors = projection.layer(name, len(chosen), *size, dtype=dtype, device=device)
-        layers.append(_Layer(module=module, projection=factors, columns=slice(start, start + p * q)))
-        start += p * q
-    return layers
+        device = next(module.parameters()).device
+        return torch.zeros(self.weights_nc.shape[1], *size, dtype=self.dtype, device=device)
+
+    def clear(self) -> None:
+        for sum_cOI in self.sums.values():
+            sum_cOI.zero_()
+
+    def start(self, samples_B: Tensor) -> None:
+        self.samples_B, self.weights_Bc = samples_B.to(self.finite_n.device), self.weights_nc[samples_B]
+
+    def take(self, layer: str, kept_BTq: Tensor, delta_BTO: Tensor) -> None:
+        for x in (kept_BTq, delta_BTO):  # a sum is finite where all its terms are
+            finite_B = torch.isfinite(x.sum(dim=(1, 2), dtype=self.dtype))
+            self.finite_n[self.samples_B] &= finite_B.to(self.finite_n.device)
+        weights_Bc = self.weights_Bc.to(delta_BTO.device)
+        sum_cOI = self.sums[layer]
+        if sum_cOI.shape[0] == 1:  # tokens of all samples at once: no gradient of a single one is formed
+            delta_NO = (delta_BTO.to(self.dtype) * weights_Bc[:, :, None]).flatten(0, 1)
+            sum_cOI[0].addmm_(delta_NO.T, kept_BTq.to(delta_NO).flatten(0, 1))
+            return
+        for part, G_bOI in _in_pieces(delta_BTO, kept_BTq, self.dtype):
+            sum_cOI.flatten(1).addmm_(weights_Bc[part].T, G_bOI.flatten(1))
 
 
-def _batch_gradients(
-    model: Any, layers: list[_Layer], samples: Samples, counted: BoolArray, indices: IntArray, lengths: IntArray
-) -> tuple[Tensor, Tensor]:
-    """Gradients (B, k) and losses (B,) of one batch, on the model's device."""
-    device = parameter_device(model)
-    ids_BT = padded(samples, indices, lengths, device)
-    rows, positions = marked_positions(counted, samples, indices)
-    labels_R = torch.from_numpy(samples.input_ids[samples.offsets[indices][rows] + positions].astype(np.int64)).to(
-        device
-    )
-    weights_R = torch.from_numpy(1.0 / np.bincount(rows, minlength=indices.size)[rows]).to(device)
-    row_R = torch.from_numpy(rows).to(device)
-    before_R = torch.from_numpy(positions - 1).to(device)
+class _Products(Use):
+    """Use: the inner products of each sample's gradient with directions."""
 
-    dtype = accumulation_dtype(parameter_dtype(model))
-    gradients_Bk = torch.empty(indices.size, layers[-1].columns.stop, dtype=dtype, device=device)
-    handles = [layer.module.register_forward_hook(_forward_hook(layer, gradients_Bk)) for layer in layers]
-    try:
-        with torch.enable_grad():
-            hidden_BTD = hidden_states(model, model.base_model, ids_BT)
-    finally:
-        for handle in handles:
-            handle.remove()
-    loss_R, grad_RD = _head_gradient(model, hidden_BTD.detach()[row_R, before_R], labels_R, weights_R)
-    grad_BTD = torch.zeros_like(hidden_BTD)
-    grad_BTD[row_R, before_R] = grad_RD
-    torch.autograd.backward(hidden_BTD, grad_BTD)
-    loss_B = torch.zeros(indices.size, dtype=dtype, device=device).index_add_(0, row_R, loss_R)
-    return gradients_Bk, loss_B
+    def __init__(
+        self, model: Any, layers: Mapping[str, nn.Module], directions: Mapping[str, Tensor], count: int
+    ) -> None:
+        self.dtype, self.device = accumulation_dtype(parameter_dtype(model)), parameter_device(model)
+        self.directions: dict[str, Tensor] = {}
+        columns = {len(direction) for direction in directions.values()}
+        for name, module in layers.items():
+            if name not in directions:
+                raise ValueError(f"directions has no layer {name}: it must have every layer of the chosen modules")
+            if len(columns) != 1 or directions[name].shape[1:] != linear_size(module):
+                shape, size = tuple(directions[name].shape), linear_size(module)
+                raise ValueError(f"directions of layer {name} must be (c, *{size}), the same c for all, not {shape}")
+            self.directions[name] = directions[name].to(next(module.parameters()).device, self.dtype).flatten(1)
+        self.values_nc = torch.zeros(count, columns.pop(), dtype=self.dtype)
 
+    def start(self, samples_B: Tensor) -> None:
+        self.batch_Bc = torch.zeros(len(samples_B), self.values_nc.shape[1], dtype=self.dtype, device=self.device)
 
-def _forward_hook(layer: _Layer, gradients_Bk: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> Tensor:
-        if not output_BTO.requires_grad:
-            output_BTO.requires_grad_()  # the first hooked layer: the graph begins here
-        a_BTq = layer.projection.project_input(inputs[0].detach()).to(gradients_Bk.dtype)
-        output_BTO.register_hook(partial(_outer_product, layer=layer, a_BTq=a_BTq, gradients_Bk=gradients_Bk))
-        return output_BTO
+    def take(self, layer: str, kept_BTq: Tensor, delta_BTO: Tensor) -> None:
+        for part, G_bOI in _in_pieces(delta_BTO, kept_BTq, self.dtype):
+            self.batch_Bc[part] += (G_bOI.flatten(1) @ self.directions[layer].T).to(self.device)
 
-    return hook
-
-
-def _outer_product(delta_BTO: Tensor, *, layer: _Layer, a_BTq: Tensor, gradients_Bk: Tensor) -> None:
-    """Write the projected gradient of one layer, accumulated over tokens in float32 or float64."""
-    delta_BTp = layer.projection.project_output(delta_BTO).to(gradients_Bk.dtype)
-    G_Bpq = torch.bmm(delta_BTp.mT, a_BTq)
-    gradients_Bk[:, layer.columns] = G_Bpq.flatten(1) * layer.projection.scale
-
-
-def _head_gradient(model: Any, hidden_RD: Tensor, labels_R: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted losses (R,) and their gradient (R, D) with respect to the hidden states, in pieces of bounded memory."""
-    dtype = accumulation_dtype(hidden_RD.dtype)
-    weights_R = weights_R.to(dtype)
-    loss_R = torch.empty(hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
-    grad_RD = torch.empty_like(hidden_RD)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    step = max(LOGIT_BYTES // (vocabulary * dtype.itemsize), 1)
-    for start in range(0, hidden_RD.shape[0], step):
-        part = slice(start, start + step)
-        with torch.enable_grad():
-            piece_RD = hidden_RD[part].requires_grad_()
-            logits_RV = head_logits(model, piece_RD).to(dtype)
-            piece_R = nn.functional.cross_entropy(logits_RV, labels_R[part], reduction="none") * weights_R[part]
-        (grad_RD[part],) = torch.autograd.grad(piece_R.sum(), piece_RD)
-        loss_R[part] = piece_R.detach()
-    return loss_R, grad_RD
+    def finish(self, samples_B: Tensor) -> None:
+        self.values_nc[samples_B] = self.batch_Bc.cpu()

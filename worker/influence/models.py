@@ -21,11 +21,14 @@ MLP_OUTPUT_NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")
 
 
 def parameter_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first parameter that is not quantised: that of the embeddings, and so of the hidden states."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def parameter_device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def parameter_device(model: Any) -> torch.device:
+    """Where inputs go: the device of the input embeddings. Other parts of the model may be on others."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,16 +53,26 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def output_by_input(module: nn.Module, stored: Tensor) -> Tensor:
+    """A tensor of the shape in which the layer stores its weight, as (O, I); its own inverse."""
+    return stored.T if isinstance(module, Conv1D) else stored
+
+
 def linear_layers(model: Any, modules: str) -> dict[str, nn.Module]:
     """The block layers that influence is measured on, by name, in model order.
 
-    `down_proj` is a role: the output projection of the MLP, under whatever name the family gives it. Any other value is
-    the end of a layer's name, such as `self_attn.o_proj`. Raises ValueError that lists the linear layers there are.
+    `down_proj` is a role: the output projection of the MLP, under whatever name the family gives it. `lora` is every adapter
+    layer of a model with peft adapters. Any other value is the end of a layer's name, such as `self_attn.o_proj`. A layer that an
+    adapter wraps keeps its own name, so that its projection stays the same. Raises ValueError that lists the linear layers.
     """
     prefix, blocks = block_list(model.base_model)
-    linear = {f"{prefix}.{k}": v for k, v in blocks.named_modules() if linear_size(v) is not None}
-    ends = MLP_OUTPUT_NAMES if modules == "down_proj" else (modules,)
-    chosen = {name: layer for name, layer in linear.items() if any(f".{name}".endswith(f".{end}") for end in ends)}
+    found = ((name, module) for name, module in blocks.named_modules() if linear_size(module) is not None)
+    linear = {f"{prefix}.{name.removesuffix('.base_layer')}": module for name, module in found}
+    if modules == "lora":
+        chosen = {name: layer for name, layer in linear.items() if {"lora_A", "lora_B"} & set(name.split("."))}
+    else:
+        ends = MLP_OUTPUT_NAMES if modules == "down_proj" else (modules,)
+        chosen = {name: layer for name, layer in linear.items() if any(f".{name}".endswith(f".{end}") for end in ends)}
     if not chosen:
         kinds = sorted({name.split(".", 2)[-1] for name in linear})
         listed = ", ".join(kinds) if kinds else "none"
@@ -136,4 +149,5 @@ def first_blocks(base: Any, count: int) -> Any:
     cut = copy.copy(base)
     cut._modules = dict(base._modules)
     cut._modules[name] = nn.ModuleList(list(blocks)[:count])
+    cut.__dict__.pop("forward", None)  # accelerate's hooks put one here, which would run the whole base and not the cut
     return cut

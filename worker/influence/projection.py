@@ -40,6 +40,11 @@ class LayerProjection:
     P_Iq: Tensor | None
     scale: float
 
+    def to(self, like: Tensor) -> LayerProjection:
+        """The same factors in the dtype and on the device of a tensor."""
+        P_Op, P_Iq = (None if factor is None else factor.to(like) for factor in (self.P_Op, self.P_Iq))
+        return LayerProjection(P_Op=P_Op, P_Iq=P_Iq, scale=self.scale)
+
     def project_output(self, delta_BTO: Tensor) -> Tensor:
         return delta_BTO if self.P_Op is None else delta_BTO @ self.P_Op
 

@@ -1,0 +1,170 @@
+"""Batched forward and backward passes that hand each hooked layer's inputs and output gradients to a `Use` (METHOD 3).
+
+No parameter requires a gradient, so the backward pass computes input gradients only, and the graph begins at the first hooked
+layer. The layers may lie on different devices.
+
+Shape suffixes: n samples, B samples of a batch, T tokens, D hidden size, R response positions, V vocabulary, O and I layer output
+and input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batching import Progress, default_token_budget, marked_positions, padded, run_batches
+from .models import (
+    accumulation_dtype,
+    check_head,
+    check_samples,
+    frozen,
+    head_logits,
+    hidden_states,
+    parameter_device,
+    parameter_dtype,
+)
+from .samples import BoolArray, IntArray, Samples, last_marked
+
+LOGIT_BYTES = 64 * 2**20
+"""Logits are made in pieces of about this size: whole batches of a large vocabulary would dominate memory."""
+
+
+class Use:
+    """What is done with the gradients of a batch's samples; a layer that runs twice in a pass is handed over twice."""
+
+    def start(self, samples_B: Tensor) -> None:
+        """A batch of the samples of these indices begins. One that was started and not finished is void."""
+
+    def keep(self, layer: str, a_BTI: Tensor) -> Tensor:  # noqa: ARG002
+        """What is kept of a layer's input until its output gradient is there: here all of it."""
+        return a_BTI
+
+    def take(self, layer: str, kept_BTq: Tensor, delta_BTO: Tensor) -> None:
+        """The gradient of sample b is the sum over t of delta_bt a_btT; `kept` is what `keep` made of a."""
+        raise NotImplementedError
+
+    def finish(self, samples_B: Tensor) -> None:
+        """The batch is done."""
+
+
+def over_samples(
+    model: Any,
+    samples: Samples,
+    layers: Mapping[str, nn.Module],
+    use: Use | None,
+    *,
+    skip_n: BoolArray | None = None,
+    token_budget: int | None = None,
+    progress: Progress | None = None,
+    restart: Callable[[], None] | None = None,
+) -> Tensor:
+    """Pass every sample that has a predicted token through the model, in batches; the losses (n,) on the CPU.
+
+    Without a `use` the backward pass is left out. `skip_n` marks samples that are not needed; their loss is 0, as without a
+    predicted token. `restart`, where given, is called when a batch ran out of memory; all batches are then run again, smaller.
+    Raises ValueError for samples that do not fit the model and families with an unknown output head.
+    """
+    check_samples(model, samples)
+    loss_n = torch.zeros(len(samples), dtype=accumulation_dtype(parameter_dtype(model)))
+    with frozen(model):
+        check_head(model)
+        counted = samples.predictable()
+        # The input needed ends before the last response token: what follows it has no influence on the loss.
+        lengths = np.maximum(last_marked(counted, samples.offsets), 0)
+        active = np.flatnonzero(lengths if skip_n is None else lengths * ~skip_n)
+
+        def run(batch: IntArray) -> None:
+            indices = active[batch]
+            where = torch.from_numpy(indices)
+            if use is not None:
+                use.start(where)
+            loss_n[where] = _run_batch(model, layers, use, samples, counted, indices, lengths).cpu()
+            if use is not None:
+                use.finish(where)
+
+        budget = default_token_budget(parameter_device(model)) if token_budget is None else token_budget
+        run_batches(lengths[active], budget, run, progress, restart)
+    return loss_n
+
+
+def _run_batch(
+    model: Any,
+    layers: Mapping[str, nn.Module],
+    use: Use | None,
+    samples: Samples,
+    counted: BoolArray,
+    indices: IntArray,
+    lengths: IntArray,
+) -> Tensor:
+    """Losses (B,) of one batch; where there is a use, every layer's gradients have been handed to it."""
+    ids_BT = padded(samples, indices, lengths, parameter_device(model))
+    handles = []
+    if use is not None:
+        hooks = {name: partial(_after_forward, use=use, layer=name, shape=ids_BT.shape) for name in layers}
+        handles = [module.register_forward_hook(hooks[name]) for name, module in layers.items()]
+    try:
+        with torch.set_grad_enabled(use is not None):
+            hidden_BTD = hidden_states(model, model.base_model, ids_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    rows, positions = marked_positions(counted, samples, indices)
+    device = hidden_BTD.device  # of the last block; the head may be elsewhere
+    labels = samples.input_ids[samples.offsets[indices][rows] + positions].astype(np.int64)
+    weights_R = torch.from_numpy(1.0 / np.bincount(rows, minlength=indices.size)[rows]).to(device)
+    row_R = torch.from_numpy(rows).to(device)
+    before_R = torch.from_numpy(positions - 1).to(device)
+    hidden_RD = hidden_BTD.detach()[row_R, before_R]
+    loss_R, grad_RD = _head(model, hidden_RD, torch.from_numpy(labels).to(device), weights_R, backward=use is not None)
+    if use is not None:
+        grad_BTD = torch.zeros_like(hidden_BTD)
+        grad_BTD[row_R, before_R] = grad_RD
+        torch.autograd.backward(hidden_BTD, grad_BTD)
+    return loss_R.new_zeros(indices.size).index_add_(0, row_R, loss_R)
+
+
+def _after_forward(
+    _: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor, *, use: Use, layer: str, shape: torch.Size
+) -> Tensor:
+    """Forward hook: keep the layer's input, and have its output gradient taken when the backward pass reaches it."""
+    if inputs[0].shape[:2] != shape:
+        raise ValueError(
+            f"layer {layer} gets an input of shape {tuple(inputs[0].shape)}, not samples x tokens of {tuple(shape)}: "
+            "choose other modules"
+        )
+    if not output_BTO.requires_grad:
+        output_BTO.requires_grad_()  # the first hooked layer: the graph begins here
+    kept_BTq = use.keep(layer, inputs[0].detach())
+    output_BTO.register_hook(partial(use.take, layer, kept_BTq))
+    return output_BTO
+
+
+def _head(
+    model: Any, hidden_RD: Tensor, labels_R: Tensor, weights_R: Tensor, *, backward: bool
+) -> tuple[Tensor, Tensor]:
+    """Weighted losses (R,), and their gradient (R, D) with respect to the hidden states, in pieces of bounded memory.
+
+    Without `backward` the gradient is zero.
+    """
+    dtype = accumulation_dtype(hidden_RD.dtype)
+    weights_R = weights_R.to(dtype)
+    loss_R = torch.empty(hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
+    grad_RD = torch.zeros_like(hidden_RD)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    step = max(LOGIT_BYTES // (vocabulary * dtype.itemsize), 1)
+    for start in range(0, hidden_RD.shape[0], step):
+        part = slice(start, start + step)
+        with torch.set_grad_enabled(backward):
+            piece_RD = hidden_RD[part].requires_grad_(backward)
+            logits_RV = head_logits(model, piece_RD).to(hidden_RD.device, dtype)
+            piece_R = nn.functional.cross_entropy(logits_RV, labels_R[part], reduction="none") * weights_R[part]
+        if backward:
+            (grad_RD[part],) = torch.autograd.grad(piece_R.sum(), piece_RD)
+        loss_R[part] = piece_R.detach()
+    return loss_R, grad_RD

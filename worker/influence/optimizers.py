@@ -1,0 +1,289 @@
+"""What an optimiser's state makes of a gradient: the scaling a and the offset b of its next step (METHOD 1 and 3).
+
+With the second moment v frozen after s finished steps, the next update is -learning_rate (a * g + b). State is matched by the
+name of the parameter in `model.named_parameters()`; nothing is guessed where it is missing.
+
+Shape suffixes: O and I layer output and input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .models import accumulation_dtype, linear_layers, linear_size, output_by_input, parameter_dtype
+
+ROUNDS = 100
+"""Rounds of the power iteration at most; it stops when the factors no longer move."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerOptions:
+    """The optimiser whose step is asked about, as in torch.optim: `momentum` is of sgd, `betas` and `eps` of adam and adamw.
+
+    `weight_decay` is decoupled for adamw and part of the gradient for sgd and adam. Raises ValueError for an unknown type.
+    """
+
+    type: Literal["none", "sgd", "adam", "adamw"] = "none"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.type not in ("none", "sgd", "adam", "adamw"):
+            raise ValueError(f"type must be none, sgd, adam or adamw, not {self.type!r}")
+
+    @property
+    def is_adam(self) -> bool:
+        return self.type in ("adam", "adamw")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OptimizerState:
+    """State after `step` finished steps, by parameter name, each tensor of the shape in which the parameter is stored.
+
+    first: Adam's first moment (`exp_avg`) or SGD's momentum buffer.  second: Adam's second moment (`exp_avg_sq`); empty for SGD.
+    """
+
+    step: int
+    first: Mapping[str, Tensor]
+    second: Mapping[str, Tensor]
+
+
+def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
+    """The state of a torch Adam, AdamW or SGD by the names of the model's parameters; it shares memory with the optimiser.
+
+    Parameters that were never stepped have none and are left out. Raises ValueError where the optimiser holds a parameter that is
+    not the model's, or parameters that were stepped different numbers of times.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    steps: set[int] = set()
+    for parameter, values in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError(
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not the model's"
+            )
+        buffer = values.get("exp_avg", values.get("momentum_buffer"))
+        if buffer is not None:
+            first[names[parameter]] = buffer.detach()
+        if "exp_avg_sq" in values:
+            second[names[parameter]] = values["exp_avg_sq"].detach()
+            steps.add(int(values["step"]))
+    if len(steps) > 1:
+        raise ValueError(
+            f"the optimizer's parameters were stepped {sorted(steps)} times: one number of steps is needed"
+        )
+    return OptimizerState(step=steps.pop() if steps else 0, first=first, second=second)
+
+
+def save_state(state: OptimizerState, path: str | PathLike[str]) -> None:
+    """Write the state as one safetensors file: tensors `first.<name>` and `second.<name>`, metadata `step`."""
+    tensors = {f"first.{name}": tensor.contiguous() for name, tensor in state.first.items()}
+    tensors |= {f"second.{name}": tensor.contiguous() for name, tensor in state.second.items()}
+    save_file(tensors, path, metadata={"step": str(state.step)})
+
+
+def load_state(path: str | PathLike[str]) -> OptimizerState:
+    """Read what `save_state` wrote, onto the CPU. Raises ValueError where the file is not such a state."""
+    moments: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}}
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = (file.metadata() or {}).get("step", "")
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                moment, _, name = key.partition(".")
+                if moment not in moments or not name:
+                    raise ValueError(f"{path}: tensor {key!r} is neither first.<parameter> nor second.<parameter>")
+                moments[moment][name] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if not step.isdecimal():
+        raise ValueError(f"{path}: the metadata must have the number of finished steps as `step`, not {step!r}")
+    return OptimizerState(step=int(step), first=moments["first"], second=moments["second"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scaling:
+    """a of METHOD 1 by layer name: in full, or its best rank-one factors, on the layers' devices.
+
+    full: (O, I) each, as many values as the layers have; empty where factored.
+    factors: (O,) and (I,) each, not negative, a being about their outer product; empty where exact.
+    relative_error: of the factors, ||a - a_1|| / ||a|| in the Frobenius norm over all layers; None where exact.
+    layer_errors: the same of each layer.
+    """
+
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    relative_error: float | None = None
+    layer_errors: Mapping[str, float] = field(default_factory=dict)
+
+    def times(self, layer: str, gradient_OI: Tensor) -> Tensor:
+        """a * gradient of the layer of that name: (..., O, I) -> (..., O, I). Raises ValueError where the layer is unknown."""
+        self.check([layer])
+        if self.full:
+            return gradient_OI * self.full[layer]
+        row_O, column_I = self.factors[layer]
+        return gradient_OI * row_O[:, None] * column_I
+
+    def check(self, layers: Any) -> None:
+        """Raise ValueError that names the layers for which there is no scaling."""
+        known = self.full or self.factors
+        missing = [name for name in layers if name not in known]
+        if missing:
+            raise ValueError(
+                f"scaling has no layer {missing[0]} ({len(missing)} missing): make it for the same modules"
+            )
+
+
+def gradient_scaling(
+    model: Any,
+    modules: str,
+    options: OptimizerOptions,
+    state: OptimizerState | None,
+    kind: Literal["exact", "factored"] = "exact",
+) -> Scaling | None:
+    """The scaling a of the chosen layers' gradients; None for `none` and `sgd`, whose a is 1 (METHOD 1 and 3).
+
+    float32, float64 for a float64 model. `factored` keeps the best non-negative rank-one approximation of each layer's a, by
+    power iteration, and measures its error; a itself is then held for one layer at a time. Raises ValueError that names the
+    parameter whose state is missing or mis-shaped, and for an unknown `kind`.
+    """
+    if kind not in ("exact", "factored"):
+        raise ValueError(f"scaling kind must be exact or factored, not {kind!r}")
+    if not options.is_adam:
+        return None
+    weights = _weights(model, modules)
+    if kind == "exact":
+        return Scaling(full={name: _adam_scale(options, state, weight) for name, weight in weights.items()})
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    lost, whole = {}, {}
+    for name, weight in weights.items():
+        a_OI = _adam_scale(options, state, weight)
+        factors[name] = rank_one(a_OI)
+        lost[name] = float((a_OI - torch.outer(*factors[name])).square().sum(dtype=torch.float64))
+        whole[name] = float(a_OI.square().sum(dtype=torch.float64))
+    return Scaling(
+        factors=factors,
+        relative_error=(sum(lost.values()) / sum(whole.values())) ** 0.5,
+        layer_errors={name: (lost[name] / whole[name]) ** 0.5 for name in weights},
+    )
+
+
+def step_offset(
+    model: Any, modules: str, options: OptimizerOptions, state: OptimizerState | None
+) -> dict[str, Tensor] | None:
+    """The part b of the next update that no gradient changes, by layer, (O, I); None where it is zero everywhere (METHOD 1).
+
+    Momentum, and weight decay. Raises ValueError as `gradient_scaling`, and where the weight of a quantised layer were to decay.
+    """
+    carries = options.betas[0] > 0 if options.is_adam else options.type == "sgd" and options.momentum > 0
+    decays = options.type != "none" and options.weight_decay > 0
+    if not carries and not decays:
+        return None
+    return {name: _offset(options, state, weight) for name, weight in _weights(model, modules).items()}
+
+
+def rank_one(a_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (O,) and (I,) of the best rank-one approximation of a non-negative matrix, by power iteration.
+
+    They are not negative (Perron and Frobenius) and of equal norm, so that neither leaves the range of a short dtype.
+    """
+    scale = float(a_OI.max())
+    if scale == 0:
+        return a_OI.new_zeros(a_OI.shape[0]), a_OI.new_zeros(a_OI.shape[1])
+    scaled_OI = a_OI / scale  # else the squares of entries near 1/eps leave float32
+    column_I = nn.functional.normalize(scaled_OI.mean(dim=0), dim=0)
+    for _ in range(ROUNDS):
+        row_O = scaled_OI @ column_I
+        before_I = column_I
+        column_I = nn.functional.normalize(scaled_OI.T @ row_O, dim=0)
+        if float((column_I - before_I).norm()) < 10 * torch.finfo(a_OI.dtype).eps:
+            break
+    row_O = scaled_OI @ column_I * scale
+    balance = float(row_O.norm()) ** 0.5
+    return row_O / balance, column_I * balance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Weight:
+    """The weight of a chosen layer: where it is, what `model.named_parameters()` calls it, and the dtype to compute in."""
+
+    module: nn.Module
+    name: str
+    dtype: torch.dtype
+
+    def moment(self, state: OptimizerState | None, which: Literal["first", "second"]) -> Tensor:
+        """A moment as (O, I), on the layer's device. Raises ValueError that names the parameter and says what to do."""
+        moments: Mapping[str, Tensor] = {} if state is None else getattr(state, which)
+        if self.name not in moments:
+            raise ValueError(
+                f"the optimizer state has no {which} moment of {self.name} (it has {len(moments)} parameters): "
+                "warm the model up, or register the state of the optimizer that trained this parameter"
+            )
+        moment = moments[self.name]
+        size_OI = linear_size(self.module)
+        assert size_OI is not None
+        stored = tuple(output_by_input(self.module, torch.empty(size_OI, device="meta")).shape)
+        if tuple(moment.shape) != stored:
+            raise ValueError(
+                f"the optimizer state of {self.name} has shape {tuple(moment.shape)}, the parameter {stored}: "
+                "register the state of this model, with the parameter as it is stored"
+            )
+        return output_by_input(self.module, moment.to(next(self.module.parameters()).device, self.dtype))
+
+    def value(self) -> Tensor:
+        """The weight as (O, I)."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"weight_decay of {self.name}: a quantised weight does not decay; measure on adapters, or set it to 0"
+            )
+        return output_by_input(self.module, weight.detach().to(self.dtype))
+
+
+def _weights(model: Any, modules: str) -> dict[str, _Weight]:
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    dtype = accumulation_dtype(parameter_dtype(model))
+    chosen = linear_layers(model, modules)
+    return {layer: _Weight(module=module, name=names[module], dtype=dtype) for layer, module in chosen.items()}
+
+
+def _adam_scale(options: OptimizerOptions, state: OptimizerState | None, weight: _Weight) -> Tensor:
+    """a = (1 - beta1) / (1 - beta1^(s+1)) / (sqrt(v / (1 - beta2^(s+1))) + eps), (O, I)."""
+    second_OI = weight.moment(state, "second")
+    assert state is not None
+    if state.step < 1:
+        raise ValueError(
+            f"the optimizer state is of step {state.step}: Adam's second moment needs at least 1 finished step"
+        )
+    beta1, beta2 = options.betas
+    next_step = state.step + 1
+    root_OI = (second_OI / (1 - beta2**next_step)).sqrt() + options.eps
+    return (1 - beta1) / (1 - beta1**next_step) / root_OI
+
+
+def _offset(options: OptimizerOptions, state: OptimizerState | None, weight: _Weight) -> Tensor:
+    """b of one layer, (O, I): a * (beta1 / (1 - beta1) m) for Adam, momentum * m for SGD, and the weight decay."""
+    carried_OI = decay_OI = torch.zeros((), dtype=weight.dtype)
+    if options.weight_decay:
+        decay_OI = options.weight_decay * weight.value()
+    if not options.is_adam:
+        if options.momentum:
+            carried_OI = options.momentum * weight.moment(state, "first")
+        return carried_OI + decay_OI
+    a_OI = _adam_scale(options, state, weight)
+    carried_OI = options.betas[0] / (1 - options.betas[0]) * weight.moment(state, "first")
+    if options.type == "adam":  # torch's Adam adds the decay to the gradient, AdamW to the update
+        return a_OI * (carried_OI + decay_OI)
+    return a_OI * carried_OI + decay_OI
