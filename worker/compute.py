@@ -5,7 +5,9 @@ stdin closes, so it never outlives its supervisor, whatever killed that.
 
     <- {"type": "start", "artifacts": url, "models": folder, "worker": {...}}
     <- {"type": "run", "stage": ..., "artifact_key": ..., "spec": ..., "job": ..., "prepared": ..., "halvings": 0}
+    -> {"type": "ready", "device": ..., "memory_bytes": ..., "matmul_rates": {"float32": 9.7e10, ...}}     once
     -> {"type": "progress", "done": 128}          any number of times
+    -> {"type": "event", "kind": "warmup.step", "data": {...}}       any number of times
     -> {"type": "done", "result": ...} | {"type": "failed", "error": ..., "retryable": ...} | {"type": "cancelled"}
     <- {"type": "cancel"}                         seen at the next batch
 """
@@ -19,10 +21,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -30,15 +33,18 @@ from service.artifacts import ArtifactStore
 from service.jobs.state import Stage
 from service.settings import WorkerSettings
 from worker.errors import Cancelled, OutOfMemory, ParameterError, UnitError
-from worker.influence import default_token_budget
+from worker.influence import default_token_budget, measured_matmul_rate
 from worker.models import choose_device
-from worker.stages import embed, gradients, prepare, propagate, select
+from worker.stages import choose, curvature, embed, gradients, prepare, propagate, select, validate, warmup
 from worker.stages.context import ModelCache, StageContext
-from worker.stages.plan import JobInputs, result_key
+from worker.stages.keys import result_key
+from worker.stages.plan import JobInputs
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.2
+
+Event = Callable[[str, dict[str, Any]], None]
 
 
 class Compute:
@@ -56,8 +62,20 @@ class Compute:
         self.store = ArtifactStore(artifacts)
         self.models = ModelCache(models, device)
 
-    def run(self, unit: Mapping[str, Any], report: Any) -> dict[str, Any]:
-        """Does one unit and returns its result.
+    def capability(self) -> dict[str, Any]:
+        """What this worker can do, for the estimate of a job's time: its memory, and its measured rate of matrix products."""
+        device = self.models.device
+        size = 1024 if device.type == "cpu" else 8192
+        rates = {
+            str(dtype).removeprefix("torch."): measured_matmul_rate(dtype, device, size=size, seconds=0.1)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        is_cuda = device.type == "cuda"
+        memory = torch.cuda.get_device_properties(device).total_memory if is_cuda else psutil.virtual_memory().total
+        return {"device": prepare.device_name(device), "memory_bytes": memory, "matmul_rates": rates}
+
+    def run(self, unit: Mapping[str, Any], report: Callable[[int], None], event: Event) -> dict[str, Any]:
+        """Does one unit and returns its result. `report` is told how many samples are done, `event` what else happens.
 
         Raises:
             UnitError: the attempt failed.
@@ -72,6 +90,7 @@ class Compute:
             settings=self.settings,
             token_budget=max(1, budget >> unit["halvings"]),
             report=report,
+            event=event,
         )
         started = time.perf_counter()
         try:
@@ -88,18 +107,30 @@ class Compute:
         return result
 
     def _stage(self, context: StageContext, unit: Mapping[str, Any]) -> dict[str, Any]:
-        key, spec = unit["artifact_key"], unit["spec"]
+        key, spec, job = unit["artifact_key"], unit["spec"], context.job
         match Stage(unit["stage"]):
             case Stage.PREPARE:
                 return prepare.run(context)
-            case Stage.EMBED:
-                return embed.run(context, key, spec)
-            case Stage.LANDMARK_GRADIENTS | Stage.TARGET_GRADIENTS:
-                return gradients.run(context, key, spec)
+            case Stage.WARMUP:
+                return warmup.run(context, key, spec)
+            case Stage.TARGET_GRADIENTS:
+                return gradients.run(context, key, spec, dataset=job.target)
+            case Stage.LANDMARK_GRADIENTS | Stage.REFINE:
+                return gradients.run(context, key, spec, dataset=job.pool)
+            case Stage.EMBED_TARGET:
+                return embed.run(context, key, spec, dataset=job.target)
+            case Stage.EMBED | Stage.CANDIDATES:
+                return embed.run(context, key, spec, dataset=job.pool)
+            case Stage.CHOOSE_EMBEDDING:
+                return choose.run(context, spec)
+            case Stage.CURVATURE:
+                return curvature.run(context, key, spec)
             case Stage.PROPAGATE:
                 return propagate.run(context, key, spec)
             case Stage.SELECT:
                 return select.run(context, key, spec)
+            case Stage.VALIDATE:
+                return validate.run(context, spec)
             case stage:
                 raise RuntimeError(f"{stage} is not computed by the child")
 
@@ -129,6 +160,9 @@ class _Conversation:
         self._outgoing.write(json.dumps(message) + "\n")
         self._outgoing.flush()
 
+    def event(self, kind: str, data: dict[str, Any]) -> None:
+        self.send(type="event", kind=kind, data=data)
+
     def report(self, done: int) -> None:
         if self.cancelled.is_set():
             raise Cancelled
@@ -140,7 +174,7 @@ class _Conversation:
 
 def _answer(compute: Compute, unit: Mapping[str, Any], conversation: _Conversation) -> None:
     try:
-        conversation.send(type="done", result=compute.run(unit, conversation.report))
+        conversation.send(type="done", result=compute.run(unit, conversation.report, conversation.event))
     except Cancelled:
         conversation.send(type="cancelled")
     except UnitError as error:
@@ -163,6 +197,7 @@ def main() -> None:
     compute = Compute(
         artifacts=start["artifacts"], models=Path(start["models"]), settings=WorkerSettings(**start["worker"])
     )
+    conversation.send(type="ready", **compute.capability())
     while True:
         _answer(compute, conversation.messages.get(), conversation)
 

@@ -174,7 +174,16 @@ def read_tokens(store: ArtifactStore, key: str, start: int, stop: int) -> Sample
     groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
     with store.local(key) as path:
         table = pq.ParquetFile(path).read_row_groups(list(groups), columns=["input_ids", "response"])
-    table = table.slice(start - groups.start * ROW_GROUP, stop - start)
+    return _as_samples(table.slice(start - groups.start * ROW_GROUP, stop - start))
+
+
+def read_all(store: ArtifactStore, key: str) -> Samples:
+    """All rows of a small artifact, such as a target."""
+    with store.local(key) as path:
+        return _as_samples(pq.read_table(path, columns=["input_ids", "response"], memory_map=False))
+
+
+def _as_samples(table: pa.Table) -> Samples:
     tokens, response = (table.column(name).combine_chunks() for name in ("input_ids", "response"))
     lengths = tokens.value_lengths().to_numpy(zero_copy_only=False)
     return Samples(
@@ -182,6 +191,19 @@ def read_tokens(store: ArtifactStore, key: str, start: int, stop: int) -> Sample
         response=response.flatten().to_numpy(zero_copy_only=False).astype(bool),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
     )
+
+
+def read_rows(store: ArtifactStore, key: str, indices: npt.NDArray[np.int64]) -> Samples:
+    """The samples at those rising places in the dataset that the artifact holds; read group by group."""
+    parts = []
+    with store.local(key) as path:
+        file = pq.ParquetFile(path)
+        for group in range(file.metadata.num_row_groups):
+            places = file.read_row_group(group, columns=["index"]).column("index").to_numpy()
+            wanted = np.flatnonzero(np.isin(places, indices))
+            if len(wanted):
+                parts.append(file.read_row_group(group, columns=["input_ids", "response"]).take(pa.array(wanted)))
+    return _as_samples(pa.concat_tables(parts))
 
 
 def copy_rows(store: ArtifactStore, source: str, key: str, indices: npt.NDArray[np.int64]) -> None:

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,68 +31,62 @@ from service.jobs.schemas import Parameters
 from service.jobs.state import Stage
 from service.results import formats
 from service.settings import UploadSettings, WorkerSettings
+from worker import summary
 from worker.compute import Compute
 from worker.errors import ParameterError, UnitError
 from worker.stages import plan
-from worker.stages.plan import JobInputs, result_key
+from worker.stages.keys import result_key
+from worker.stages.plan import Done, JobInputs
 
 _BATCH = 16_384
 _ENCODERS = {".jsonl": formats.jsonl, ".csv": formats.comma_separated, ".parquet": formats.parquet}
 
 
 class LocalJob:
-    """A job's stages, run one after the other in this process."""
+    """A job's stages, run one after the other in this process; planned as the service plans them."""
 
     def __init__(self, compute: Compute, job: JobInputs, progress: Progress) -> None:
         self._compute = compute
         self._job = job
         self._progress = progress
-        self._prepared: dict[str, Any] = {}
 
-    def run(self, rows: int) -> dict[str, Any]:
-        """Runs all stages; returns the arrays of the selection under "arrays", and each stage's result."""
-        first = UnitSpec(stage=Stage.PREPARE, shard=0, artifact_key="prepare/local", spec={}, total=rows)
-        self._prepared = self._stage([first], always=True)[0]
-        units = plan.compute_units(self._job, self._prepared)
-        keys: dict[Stage, list[str]] = {}
-        for stage in (Stage.EMBED, Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS):
-            of_stage = [unit for unit in units if unit.stage == stage]
-            self._stage(of_stage)
-            keys[stage] = [unit.artifact_key for unit in of_stage]
-        propagate = plan.propagate_units(self._job, self._prepared, keys)
-        propagated = self._stage(propagate)[0]
-        select = plan.select_units(self._job, self._prepared, propagate[0].artifact_key)
-        self._stage(select)
-        with self._compute.store.local(select[0].artifact_key) as path:
-            arrays = load_file(path)
-        return {"arrays": arrays, "prepared": self._prepared, "propagated": propagated}
+    def run(self, rows: int) -> dict[Stage, list[Done]]:
+        """Runs all stages; returns their finished units."""
+        wave = [UnitSpec(stage=Stage.PREPARE, shard=0, artifact_key="prepare/local", spec={}, total=rows)]
+        done: dict[Stage, list[Done]] = {}
+        while wave:
+            for stage, units in groupby(wave, key=attrgetter("stage")):
+                done.setdefault(stage, []).extend(self._stage(list(units), done))
+            wave = plan.next_units(self._job, done)
+        return done
 
-    def _stage(self, units: list[UnitSpec], *, always: bool = False) -> list[dict[str, Any]]:
+    def _stage(self, units: list[UnitSpec], done: Mapping[Stage, list[Done]]) -> list[Done]:
         bar = self._progress.add_task(units[0].stage, total=sum(unit.total for unit in units))
-        results, before = [], 0
+        finished, before = [], 0
         for unit in units:
-            results.append(self._unit(unit, always, partial(self._advance, bar, before)))
+            result = self._unit(unit, done, partial(self._advance, bar, before))
+            finished.append(Done(artifact_key=unit.artifact_key, spec=unit.spec, result=result))
             before += unit.total
             self._progress.update(bar, completed=before)
         self._progress.stop_task(bar)
-        return results
+        return finished
 
     def _advance(self, bar: TaskID, before: int, done: int) -> None:
         self._progress.update(bar, completed=before + done)
 
-    def _unit(self, unit: UnitSpec, always: bool, report: Callable[[int], None]) -> dict[str, Any]:
-        done = result_key(unit.artifact_key)
-        if not always and self._compute.store.exists(done):
-            return dict(self._compute.store.read_json(done))
+    def _unit(self, unit: UnitSpec, done: Mapping[Stage, list[Done]], report: Callable[[int], None]) -> dict[str, Any]:
+        key = result_key(unit.artifact_key)
+        if unit.stage != Stage.PREPARE and self._compute.store.exists(key):
+            return dict(self._compute.store.read_json(key))
         message = {
             "stage": unit.stage,
             "artifact_key": unit.artifact_key,
             "spec": unit.spec,
             "job": self._job.as_dict(),
-            "prepared": self._prepared,
+            "prepared": done[Stage.PREPARE][0].result if done else {},
             "halvings": 0,
         }
-        return self._compute.run(message, report)
+        return self._compute.run(message, report, lambda *_: None)
 
 
 def _register(store: ArtifactStore, file: Path) -> storage.Content:
@@ -225,19 +221,17 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
             parameters=parameters,
         )
         done = LocalJob(compute, job, progress).run(pool.row_count + target.row_count)
-        _write(arguments.out, store, pool.fingerprint, done["arrays"], arguments.selected_only)
-    fidelity = done["propagated"]["fidelity"]
+        with store.local(done[Stage.SELECT][0].artifact_key) as path:
+            arrays = load_file(path)
+        _write(arguments.out, store, pool.fingerprint, arrays, arguments.selected_only)
+    found = summary.of_method({stage: [unit.result for unit in units] for stage, units in done.items()})
     if arguments.json:
-        print(json.dumps({"fidelity": fidelity, "prepared": done["prepared"], "budget": job.budget}))
-    else:
-        console.print(f"Selected {job.budget} of {pool.row_count} samples; wrote {arguments.out}.", soft_wrap=True)
-        console.print(
-            f"Leave-one-out fidelity: Spearman {_shown(fidelity['mean_spearman'])}, R² {_shown(fidelity['mean_r2'])}."
-        )
-
-
-def _shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+        print(json.dumps({**found, "prepared": done[Stage.PREPARE][0].result, "budget": job.budget}))
+        return
+    count = len(arrays["selected"])
+    console.print(f"Selected {count} of {pool.row_count} samples; wrote {arguments.out}.", soft_wrap=True)
+    for sentence in found["sentences"]:
+        console.print(sentence, soft_wrap=True)
 
 
 def main() -> None:

@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 from sqlalchemy.orm import Session
 
 from service.artifacts import ArtifactStore
-from service.datasets.storage import iter_ids
+from service.datasets.storage import iter_ids, read_samples
 from service.datasets.tables import Dataset
 from service.jobs import ledger
 from service.jobs.state import Stage
 from service.jobs.tables import JobUnit, SelectionJob
 from service.results import service as results
-from worker.stages import plan
+from worker.stages import keys
+from worker.summary import of_method
+
+_MOST_NAMED = 100
 
 
 def publish(session: Session, store: ArtifactStore, job: SelectionJob) -> None:
@@ -39,8 +43,8 @@ def publish(session: Session, store: ArtifactStore, job: SelectionJob) -> None:
         selected=arrays["selected"],
         sample_ids=ids,
         sources=sources,
-        summary=_summary(by_stage, arrays, pool, sources),
-        provenance=_provenance(job, by_stage, arrays, pool, target),
+        summary=_summary(store, by_stage, arrays, pool, target, sources),
+        provenance=_provenance(store, job, by_stage, pool, target),
     )
 
 
@@ -67,22 +71,25 @@ def _result(units: dict[Stage, list[JobUnit]], stage: Stage) -> dict[str, Any]:
 
 
 def _summary(
+    store: ArtifactStore,
     units: dict[Stage, list[JobUnit]],
     arrays: dict[str, npt.NDArray[Any]],
     pool: Dataset,
+    target: Dataset,
     sources: Sequence[str | None],
 ) -> dict[str, Any]:
-    prepared, propagated = _result(units, Stage.PREPARE), _result(units, Stage.PROPAGATE)
+    prepared, chosen = _result(units, Stage.PREPARE), _result(units, Stage.SELECT)
     selected = arrays["selected"]
     selected_by_source = Counter(source or "(none)" for source in sources)
     weight_by_source: Counter[str] = Counter()
     for source, weight in zip(sources, arrays["weight"][selected].tolist(), strict=True):
         weight_by_source[source or "(none)"] += weight
     return {
-        "landmark_count": prepared["landmark_count"],
-        "fidelity": propagated["fidelity"],
-        "kernel": {"sigma": propagated["sigma"], "delta": propagated["delta"]},
-        "solution": {k: v for k, v in _result(units, Stage.SELECT).items() if k in ("lambda", "tau")},
+        **of_method({stage: [unit.result for unit in stage_units] for stage, stage_units in units.items()}),
+        "nonfinite": {
+            "pool": _named(store, pool, chosen["nonfinite"]),
+            "target": _named(store, target, chosen["nonfinite_targets"]),
+        },
         "influence": results.distribution(arrays["influence"]),
         "weight": results.distribution(arrays["weight"][selected]),
         "sources": {
@@ -97,8 +104,14 @@ def _summary(
         "target": prepared["target_counts"],
         "dtype": prepared["dtype"],
         "device": prepared["device"],
-        "stages": [_stage_summary(stage, units[stage]) for stage in Stage if stage != Stage.PUBLISH],
+        "stages": [_stage_summary(stage, units[stage]) for stage in keys.COMPUTED if units[stage]],
     }
+
+
+def _named(store: ArtifactStore, dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
+    """How many samples have no finite loss, gradient or embedding, and the first hundred of them by id."""
+    samples = read_samples(store, dataset.fingerprint, rows[:_MOST_NAMED])
+    return {"count": len(rows), "samples": [{"index": sample.index, "id": sample.id} for sample in samples]}
 
 
 def _stage_summary(stage: Stage, units: Sequence[JobUnit]) -> dict[str, Any]:
@@ -116,10 +129,21 @@ def _stage_summary(stage: Stage, units: Sequence[JobUnit]) -> dict[str, Any]:
     }
 
 
+def _landmarks(store: ArtifactStore, units: dict[Stage, list[JobUnit]]) -> list[int] | str:
+    """The landmarks' rows in the pool, rising; or `all`."""
+    if _result(units, Stage.PREPARE)["all_exact"]:
+        return "all"
+    rows: list[int] = []
+    for key in dict.fromkeys(unit.spec["tokens"] for unit in units[Stage.LANDMARK_GRADIENTS]):
+        with store.local(key) as path:
+            rows += pq.read_table(path, columns=["index"]).column("index").to_pylist()
+    return sorted(rows)
+
+
 def _provenance(
+    store: ArtifactStore,
     job: SelectionJob,
     units: dict[Stage, list[JobUnit]],
-    arrays: dict[str, npt.NDArray[Any]],
     pool: Dataset,
     target: Dataset,
 ) -> dict[str, Any]:
@@ -144,8 +168,8 @@ def _provenance(
         "dtype": prepared["dtype"],
         "device": prepared["device"],
         "versions": prepared["versions"],
-        "code": {stage: plan.code_version(stage) for stage in Stage if stage != Stage.PUBLISH},
-        "landmarks": np.flatnonzero(arrays["exact"]).tolist(),
+        "code": {stage: keys.code_version(stage) for stage in keys.COMPUTED if units[stage]},
+        "landmarks": _landmarks(store, units),
         "units": [
             {
                 "stage": unit.stage,

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 import service.schema  # noqa: F401  # every table must be known before one is mapped to its foreign keys
 from service.artifacts import ArtifactStore
 from service.database import make_engine, make_sessions
-from service.jobs import ledger
+from service.jobs import ledger, repository
 from service.jobs.ledger import Claim, LeaseLost
 from service.jobs.state import JobStatus, Stage
 from service.jobs.tables import SelectionJob
@@ -26,7 +26,7 @@ from service.settings import Settings
 from worker import publish
 from worker.child import Child
 from worker.errors import ComputeDied, UnitError
-from worker.stages.plan import result_key
+from worker.stages.keys import result_key
 from worker.units import next_units, unit_message
 
 log = logging.getLogger(__name__)
@@ -168,6 +168,10 @@ class Supervisor:
                 match message["type"]:
                     case "progress":
                         done = message["done"]
+                    case "event":
+                        self._tell(claim, message["kind"], message["data"])
+                    case "ready":
+                        self._register(message)
                     case "done":
                         return dict(message["result"])
                     case "failed":
@@ -185,6 +189,28 @@ class Supervisor:
                 elif now - renewed > self._settings.ledger.lease_seconds:
                     self._stop_child(child)
                     raise LeaseLost
+
+    def _tell(self, claim: Claim, kind: str, data: dict[str, Any]) -> None:
+        """Writes an event of the running unit; one that cannot be written is dropped, for the beat to find out why."""
+        try:
+            with self._sessions.begin() as session:
+                ledger.record_event(session, claim, kind, data)
+        except (LeaseLost, DBAPIError) as error:
+            log.warning("the event %s was not written (%s)", kind, type(error).__name__)
+
+    def _register(self, ready: dict[str, Any]) -> None:
+        """Writes what the fresh child measured of its device, for the estimates of later jobs."""
+        try:
+            with self._sessions.begin() as session:
+                repository.record_worker(
+                    session,
+                    worker_id=self.worker_id,
+                    device=ready["device"],
+                    memory_bytes=ready["memory_bytes"],
+                    matmul_rates=ready["matmul_rates"],
+                )
+        except DBAPIError as error:
+            log.warning("the worker's rates were not written (%s)", type(error).__name__)
 
     def _beat(self, claim: Claim, child: Child, done: int) -> bool:
         """Renews the lease; False where the database is away.
@@ -214,7 +240,7 @@ class Supervisor:
         try:
             while time.monotonic() < deadline:
                 message = child.receive(_POLL_SECONDS)
-                if message is not None and message["type"] != "progress":
+                if message is not None and message["type"] in ("done", "failed", "cancelled"):
                     return
         except ComputeDied:
             pass
@@ -234,4 +260,4 @@ class Supervisor:
 
 def _finish(session: Session, job: SelectionJob, claim: Claim, result: dict[str, Any]) -> None:
     if ledger.finish_unit(session, job, claim, result):
-        ledger.start_stages(session, job, next_units(session, job, claim.stage))
+        ledger.start_stages(session, job, next_units(session, job))

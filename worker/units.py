@@ -7,11 +7,11 @@ from sqlalchemy.orm import Session
 from service.datasets.tables import Dataset
 from service.jobs import ledger
 from service.jobs.ledger import Claim, UnitSpec
-from service.jobs.state import STAGE_GROUPS, Stage, group_of
+from service.jobs.state import Stage
 from service.jobs.tables import JobUnit, SelectionJob
 from worker.errors import ComputeDied, OutOfMemory
 from worker.stages import plan
-from worker.stages.plan import JobInputs
+from worker.stages.plan import Done, JobInputs
 
 _OUT_OF_MEMORY = (ComputeDied.code, OutOfMemory.code)
 
@@ -48,20 +48,13 @@ def prepared_result(session: Session, job_id: str) -> dict[str, Any]:
     return result
 
 
-def next_units(session: Session, job: SelectionJob, finished: Stage) -> list[UnitSpec]:
-    """The units of the group of stages after the one whose last unit has finished."""
-    inputs, prepared = job_inputs(session, job), prepared_result(session, job.id)
-    following = STAGE_GROUPS[group_of(finished) + 1]
-    if Stage.PROPAGATE in following:
-        stages = (Stage.EMBED, Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS)
-        keys = {stage: [u.artifact_key for u in ledger.unit_results(session, job.id, stage)] for stage in stages}
-        return plan.propagate_units(inputs, prepared, keys)
-    if Stage.SELECT in following:
-        return plan.select_units(inputs, prepared, _only_key(session, job, Stage.PROPAGATE))
-    if Stage.PUBLISH in following:
-        return plan.publish_units(job.id, prepared, _only_key(session, job, Stage.SELECT))
-    return plan.compute_units(inputs, prepared)
-
-
-def _only_key(session: Session, job: SelectionJob, stage: Stage) -> str:
-    return ledger.unit_results(session, job.id, stage)[0].artifact_key
+def next_units(session: Session, job: SelectionJob) -> list[UnitSpec]:
+    """The units of the wave that follows, now that all of the job's are done."""
+    done: dict[Stage, list[Done]] = {}
+    for unit in ledger.unit_results(session, job.id):
+        finished = Done(artifact_key=unit.artifact_key, spec=unit.spec, result=unit.result or {})
+        done.setdefault(unit.stage, []).append(finished)
+    units = plan.next_units(job_inputs(session, job), done)
+    if units:
+        return units
+    return [plan.publish_unit(job.id, done[Stage.SELECT][0].artifact_key, done[Stage.PREPARE][0].result["n"])]

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
-from service.jobs.state import STAGE_GROUPS, JobStatus, Stage, UnitState, group_of
+from service.jobs.state import JobStatus, Stage, UnitState
 from service.jobs.tables import JobEvent, JobUnit, SelectionJob
 
 _OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)  # what a unit may be claimed of
@@ -184,25 +184,32 @@ def lock_claim(session: Session, claim: Claim) -> SelectionJob:
 
 
 def finish_unit(session: Session, job: SelectionJob, claim: Claim, result: Mapping[str, Any]) -> bool:
-    """Marks the locked claim succeeded. True where its group of stages is complete: then create the next, or end the job."""
+    """Marks the locked claim succeeded. True where no unit of the job is left to do: then create the next, or end the job."""
     _end_unit(session, claim, UnitState.SUCCEEDED, result=dict(result), progress_done=JobUnit.progress_total)
     add_event(session, job.id, "unit.succeeded", **_unit_of(claim), attempt=claim.attempt)
     if job.status == JobStatus.CANCELLING:
         _end_cancelling(session, job)
         return False
-    stages = STAGE_GROUPS[group_of(claim.stage)]
     unfinished = session.scalar(
-        select(func.count()).where(
-            JobUnit.job_id == job.id, JobUnit.stage.in_(stages), JobUnit.state != UnitState.SUCCEEDED
-        )
+        select(func.count()).where(JobUnit.job_id == job.id, JobUnit.state != UnitState.SUCCEEDED)
     )
     return unfinished == 0
 
 
 def start_stages(session: Session, job: SelectionJob, specs: Sequence[UnitSpec]) -> None:
-    """Creates the units of the next group, in the transaction that finished the last unit of the group before."""
+    """Creates the units of the next wave, in the transaction that finished the last unit of the wave before."""
     _create_units(session, job.id, specs)
     add_event(session, job.id, "stages.started", stages=sorted({spec.stage.value for spec in specs}), units=len(specs))
+
+
+def record_event(session: Session, claim: Claim, kind: str, data: Mapping[str, Any]) -> None:
+    """Writes what a running unit has to tell (the loss of a training step).
+
+    Raises:
+        LeaseLost: the unit is no longer this worker's.
+    """
+    lock_claim(session, claim)
+    add_event(session, claim.job_id, kind, **_unit_of(claim), **data)
 
 
 def succeed_job(session: Session, job: SelectionJob) -> None:

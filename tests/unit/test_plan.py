@@ -1,4 +1,4 @@
-"""How a job is cut into units, and what the names of their artifacts depend on."""
+"""Which units a job has, wave after wave, and what the names of their artifacts depend on."""
 
 import copy
 from pathlib import Path
@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs.schemas import Parameters
+from service.jobs.ledger import UnitSpec
+from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
-from worker.stages import plan
-from worker.stages.plan import JobInputs
-from worker.stages.prepare import choose_landmarks
+from worker.stages import keys
+from worker.stages.plan import Done, JobInputs, next_units
 
 token_counts = st.lists(st.integers(0, 5_000), min_size=1, max_size=600).map(lambda counts: np.array(counts, np.int64))
 
@@ -21,7 +21,7 @@ token_counts = st.lists(st.integers(0, 5_000), min_size=1, max_size=600).map(lam
 class TestShards:
     @given(tokens=token_counts, size=st.integers(1, 20_000))
     def test_they_cover_every_sample_once_in_order(self, tokens: np.ndarray, size: int) -> None:
-        shards = plan.shards(tokens, size)
+        shards = keys.shards(tokens, size)
         assert [row for a, b in shards for row in range(a, b)] == list(range(len(tokens)))
         assert all(a < b for a, b in shards)
         assert len(shards) <= 256
@@ -29,148 +29,267 @@ class TestShards:
     @given(tokens=token_counts, size=st.integers(1, 20_000))
     def test_they_are_of_about_equal_tokens(self, tokens: np.ndarray, size: int) -> None:
         """None holds more than its share and one sample, which cannot be cut."""
-        shards = plan.shards(tokens, size)
+        shards = keys.shards(tokens, size)
         share = max(size, -(-int(tokens.sum()) // 256), -(-int(tokens.sum()) // len(tokens)))
         assert max(int(tokens[a:b].sum()) for a, b in shards) <= share + int(tokens.max()) + 1
 
     def test_few_tokens_make_one_shard(self) -> None:
-        assert plan.shards(np.array([5, 0, 7]), 100) == [(0, 3)]
+        assert keys.shards(np.array([5, 0, 7]), 100) == [(0, 3)]
 
     def test_samples_without_tokens_are_covered(self) -> None:
-        assert plan.shards(np.zeros(4, np.int64), 100) == [(0, 4)]
+        assert keys.shards(np.zeros(4, np.int64), 100) == [(0, 4)]
 
 
-@given(usable=st.sets(st.integers(0, 300), min_size=2), count=st.integers(2, 320), seed=st.integers(0, 2**63 - 1))
-def test_landmarks_are_usable_distinct_and_rising(usable: set[int], count: int, seed: int) -> None:
-    candidates = np.array(sorted(usable))
-    landmarks = choose_landmarks(candidates, count, seed)
-    assert len(landmarks) == min(count, len(usable))
-    assert (np.diff(landmarks) > 0).all()
-    assert set(landmarks.tolist()) <= usable
-    assert landmarks.tolist() == choose_landmarks(candidates, count, seed).tolist()
-
-
+HIDDEN = {"kind": "hidden", "pooling": "response", "blocks": 4, "tangents": 2}
+JVP = {**HIDDEN, "kind": "jvp"}
 PREPARED: dict[str, Any] = {
     "model_fingerprint": "m",
+    "is_adapter": False,
     "dtype": "float32",
     "pool_tokens": "tokens/pool",
     "target_tokens": "tokens/target",
-    "landmarks": "landmarks/l",
+    "landmarks": "tokens/landmarks",
+    "landmark_count": 20,
+    "all_exact": False,
     "embed_shards": [[0, 60], [60, 100]],
-    "landmark_shards": [[0, 20]],
+    "landmark_shards": [[0, 12], [12, 20]],
+    "candidate_shards": [[0, 20]],
+    "candidates": [HIDDEN, JVP],
     "target_shards": [[0, 5]],
+    "warmup_total": 30,
     "n": 100,
     "t": 5,
 }
+SHORTLIST = {"tokens": "tokens/shortlist", "shards": [[0, 9], [9, 18]]}
+ADAM = {"optimizer": {"type": "adamw"}, "warmup": {"samples": 30}}
 
 
-def job(**changes: Any) -> JobInputs:
-    """`changes` go to parameters by their path: embedding__blocks=2."""
-    parameters = Parameters().model_dump(mode="json")
-    inputs = {"model": {"kind": "registered", "name": "m"}, "pool": "p", "target": "t", "budget": 10}
-    for name, value in changes.items():
-        *path, last = name.split("__")
-        into = inputs if name in inputs else parameters
-        for part in path:
-            into = into[part]
-        into[last] = value
-    return JobInputs(**inputs, parameters=parameters)
+def job(**parameters: Any) -> JobInputs:
+    values = Parameters(**parameters).model_dump(mode="json")
+    return JobInputs(model={"kind": "registered", "name": "m"}, pool="p", target="t", budget=10, parameters=values)
 
 
-def keys(inputs: JobInputs, **prepared: Any) -> dict[Stage, list[str]]:
-    """The artifact of every unit, by stage."""
-    known = {**copy.deepcopy(PREPARED), **prepared}
-    found: dict[Stage, list[str]] = {}
-    for unit in plan.compute_units(inputs, known):
-        found.setdefault(unit.stage, []).append(unit.artifact_key)
-    found[Stage.PROPAGATE] = [u.artifact_key for u in plan.propagate_units(inputs, known, dict(found))]
-    found[Stage.SELECT] = [u.artifact_key for u in plan.select_units(inputs, known, found[Stage.PROPAGATE][0])]
+def result_of(unit: UnitSpec, inputs: JobInputs, grow: int, results: dict[Stage, Any]) -> dict[str, Any]:
+    propagates = inputs.parameters["method"] == "influence_distillation" and "all_exact" not in results
+    match unit.stage:
+        case stage if stage in results:
+            return dict(results[stage])
+        case Stage.WARMUP:
+            return {"checkpoint": unit.artifact_key, "optimizer_state": f"{unit.artifact_key}.state", "adapter": False}
+        case Stage.CHOOSE_EMBEDDING:
+            return {"chosen": JVP}
+        case Stage.PROPAGATE if unit.shard < grow:
+            return {"grow": {"tokens": f"tokens/more-{unit.shard}", "shards": [[0, 20]]}}
+        case Stage.PROPAGATE:
+            return {"shortlist": SHORTLIST if inputs.parameters["refine"] and propagates else None}
+    return {}
+
+
+def waves(
+    inputs: JobInputs, *, grow: int = 0, prepared: dict[str, Any] | None = None, results: dict[Stage, Any] | None = None
+) -> list[list[UnitSpec]]:
+    """All waves of the job, each unit finishing with a plausible result."""
+    done = {Stage.PREPARE: [Done(artifact_key="prepare", spec={}, result={**PREPARED, **(prepared or {})})]}
+    found: list[list[UnitSpec]] = []
+    while units := next_units(inputs, done):
+        found.append(units)
+        assert len(found) < 30, "the plan does not end"
+        for unit in units:
+            result = result_of(unit, inputs, grow, results or {})
+            done.setdefault(unit.stage, []).append(Done(artifact_key=unit.artifact_key, spec=unit.spec, result=result))
+    numbers = [(unit.stage, unit.shard) for wave in found for unit in wave]
+    assert len(set(numbers)) == len(numbers), "the ledger knows a unit by its stage and shard"
     return found
 
 
-EMBED, LANDMARKS, TARGETS = Stage.EMBED, Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS
-AFTER = {Stage.PROPAGATE, Stage.SELECT}
-GRADIENTS = {LANDMARKS, TARGETS}
+def names(found: list[list[UnitSpec]]) -> list[list[str]]:
+    return [sorted({f"{unit.stage}" for unit in wave}) for wave in found]
 
 
-class TestArtifactKeys:
-    @pytest.mark.parametrize(
-        ("changes", "prepared", "expected"),
-        [
-            ({}, {}, set()),
-            ({}, {"model_fingerprint": "other"}, {EMBED, *GRADIENTS, *AFTER}),
-            ({}, {"dtype": "bfloat16"}, {EMBED, *GRADIENTS, *AFTER}),
-            ({"seed": 1}, {}, {EMBED, *GRADIENTS, *AFTER}),
-            ({}, {"pool_tokens": "tokens/other"}, {EMBED, *AFTER}),
-            ({}, {"landmarks": "landmarks/other"}, {LANDMARKS, *AFTER}),
-            ({"target": "other"}, {"target_tokens": "tokens/other"}, {TARGETS, *AFTER}),
-            ({"embedding__kind": "hidden"}, {}, {EMBED, *AFTER}),
-            ({"embedding__pooling": "last"}, {}, {EMBED, *AFTER}),
-            ({"embedding__blocks": 2}, {}, {EMBED, *AFTER}),
-            ({"embedding__tangents": 3}, {}, {EMBED, *AFTER}),
-            ({"gradient__projection_dim": 1024}, {}, {*GRADIENTS, *AFTER}),
-            ({"gradient__normalize": False}, {}, AFTER),
-            ({"kernel__kind": "linear"}, {}, AFTER),
-            ({"kernel__ridge": 0.1}, {}, AFTER),
-            ({"kernel__bandwidth": 2.0}, {}, AFTER),
-            ({"budget": 11}, {}, {Stage.SELECT}),
-            ({"selection": "top_k"}, {}, {Stage.SELECT}),
-            # A model under another name, or asked for by another dtype's name, is the same where its files and dtype are.
-            ({"model": {"kind": "registered", "name": "copy"}}, {}, set()),
-            ({"dtype": "float32"}, {}, set()),
-        ],
-    )
-    def test_they_change_with_what_they_depend_on_alone(
-        self, changes: dict[str, Any], prepared: dict[str, Any], expected: set[Stage]
+class TestWaves:
+    def test_the_default_job(self) -> None:
+        assert names(waves(job())) == [
+            ["candidates", "landmark_gradients", "target_gradients"],
+            ["choose_embedding"],
+            ["embed"],
+            ["propagate"],
+            ["refine"],
+            ["select"],
+            ["validate"],
+        ]
+
+    def test_a_named_embedding_is_computed_beside_the_gradients(self) -> None:
+        assert names(waves(job(embedding={"kind": "hidden"}, refine=0, validate=False))) == [
+            ["embed", "landmark_gradients", "target_gradients"],
+            ["propagate"],
+            ["select"],
+        ]
+
+    def test_exact_influence_embeds_nothing(self) -> None:
+        found = waves(job(method="exact_influence", validate=False), prepared={"all_exact": True})
+        assert names(found) == [["landmark_gradients", "target_gradients"], ["propagate"], ["select"]]
+
+    def test_where_all_are_landmarks_nothing_is_embedded(self) -> None:
+        found = waves(job(validate=False), prepared={"all_exact": True}, results={Stage.PROPAGATE: {"shortlist": None}})
+        assert names(found) == [["landmark_gradients", "target_gradients"], ["propagate"], ["select"]]
+
+    def test_rds_plus_computes_no_gradients(self) -> None:
+        found = waves(job(method="rds_plus", validate=False))
+        assert names(found) == [["embed", "embed_target"], ["propagate"], ["select"]]
+        assert {unit.spec["options"]["kind"] for unit in found[0]} == {"rds"}
+
+    def test_random_selects_at_once(self) -> None:
+        assert names(waves(job(method="random"))) == [["select"], ["validate"]]
+
+    def test_the_warm_up_comes_first_and_all_measure_its_checkpoint(self) -> None:
+        found = waves(job(**ADAM))
+        assert names(found)[0] == ["warmup"]
+        checkpoint = found[0][0].artifact_key
+        measured = [unit for wave in found[1:] for unit in wave if "checkpoint" in unit.spec]
+        assert {unit.stage for unit in measured} >= {Stage.EMBED, Stage.REFINE, Stage.TARGET_GRADIENTS, Stage.VALIDATE}
+        assert {unit.spec["checkpoint"] for unit in measured} == {checkpoint}
+
+    def test_adam_scales_pool_samples_and_not_targets(self) -> None:
+        found = [unit for wave in waves(job(**ADAM)) for unit in wave]
+        states = {unit.stage: unit.spec["state"] for unit in found if "state" in unit.spec}
+        state = f"{found[0].artifact_key}.state"
+        assert states[Stage.LANDMARK_GRADIENTS] == states[Stage.REFINE] == states[Stage.VALIDATE] == state
+        assert states[Stage.TARGET_GRADIENTS] is None
+
+    def test_without_a_warm_up_the_state_is_the_registered_one(self) -> None:
+        assert waves(job(optimizer={"type": "adam"}))[0][0].spec["state"] == "registered"
+
+    def test_landmarks_grow_round_by_round(self) -> None:
+        found = waves(job(embedding={"kind": "hidden"}, min_fidelity=0.9, refine=0, validate=False), grow=2)
+        assert names(found)[1:] == [
+            ["propagate"],
+            ["landmark_gradients"],
+            ["propagate"],
+            ["landmark_gradients"],
+            ["propagate"],
+            ["select"],
+        ]
+        rounds = found[-1][0].spec["landmarks"]
+        assert [round_["tokens"] for round_ in rounds] == ["tokens/landmarks", "tokens/more-0", "tokens/more-1"]
+        assert [len(round_["gradients"]) for round_ in rounds] == [2, 1, 1]
+
+    @pytest.mark.parametrize(("kind", "optimizer", "expected"), [
+        ("fisher", {"type": "sgd"}, False),  # it is in the gradients already
+        ("fisher", {"type": "sgd", "weight_decay": 0.1}, True),
+        ("ggn", {"type": "sgd"}, True),
+        ("hessian", {"type": "sgd"}, True),
+    ])  # fmt: skip
+    def test_curvature_is_measured_where_gradients_do_not_hold_it(
+        self, kind: str, optimizer: dict[str, Any], expected: bool
     ) -> None:
-        before, after = keys(job()), keys(job(**changes), **prepared)
-        assert {stage for stage in before if before[stage] != after[stage]} == expected
+        found = waves(job(selection="weighted", curvature={"type": kind}, optimizer=optimizer))
+        assert any(unit.stage == Stage.CURVATURE for wave in found for unit in wave) == expected
+        select = next(unit for wave in found for unit in wave if unit.stage == Stage.SELECT)
+        assert (select.spec["curvature"] is not None) == expected
 
-    def test_a_shard_keeps_its_name_where_its_rows_stay(self) -> None:
-        before, after = keys(job()), keys(job(), embed_shards=[[0, 60], [60, 90], [90, 100]])
-        assert before[EMBED][0] == after[EMBED][0]
-        assert before[EMBED][1] not in after[EMBED]
+    def test_a_lora_model_is_measured_on_its_adapters(self) -> None:
+        lora = {"checkpoint": "c", "optimizer_state": "s", "adapter": True}
+        for found in (
+            waves(job(), prepared={"is_adapter": True}),
+            waves(job(warmup={"lora": {}}), results={Stage.WARMUP: lora}),
+        ):
+            modules = {unit.spec["modules"] for wave in found for unit in wave if "modules" in unit.spec}
+            assert modules == {"lora"}
 
-    def test_no_two_units_share_a_name(self) -> None:
-        every = [key for stage_keys in keys(job()).values() for key in stage_keys]
-        assert len(every) == len(set(every)) == 6
+    def test_every_shard_is_a_unit(self) -> None:
+        found = waves(job(embedding={"kind": "hidden"}))
+        first = {(unit.stage, unit.shard): (unit.spec["start"], unit.spec["stop"]) for unit in found[0]}
+        assert first[Stage.EMBED, 1] == (60, 100)
+        assert first[Stage.LANDMARK_GRADIENTS, 1] == (12, 20)
+        assert [unit.total for wave in found for unit in wave if unit.stage == Stage.REFINE] == [9, 9]
 
-    @pytest.mark.parametrize(
-        ("source", "expected"),
-        [
-            ("influence/embeddings.py", {EMBED, *GRADIENTS, *AFTER}),
-            ("stages/embed.py", {EMBED, *AFTER}),
-            ("stages/gradients.py", {*GRADIENTS, *AFTER}),
-            ("stages/propagate.py", AFTER),
-            ("stages/select.py", {Stage.SELECT}),
-            ("supervisor.py", set()),
-        ],
-    )
-    def test_they_change_with_the_code_of_their_stage(
-        self, source: str, expected: set[Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+
+def artifacts(inputs: JobInputs, **changes: Any) -> dict[Stage, set[str]]:
+    found: dict[Stage, set[str]] = {}
+    for wave in waves(inputs, prepared=changes):
+        for unit in wave:
+            found.setdefault(unit.stage, set()).add(unit.artifact_key)
+    return found
+
+
+NAMED = {"embedding": {"kind": "hidden"}}
+
+
+def changed(before: JobInputs, after: JobInputs, **prepared: Any) -> set[str]:
+    old, new = artifacts(before), artifacts(after, **prepared)
+    assert set(old) == set(new)
+    return {stage.value for stage in old if old[stage] != new[stage]}
+
+
+DECIDED = {"propagate", "refine", "select", "validate"}
+MEASURED = {"embed", "landmark_gradients", "target_gradients"}
+
+
+class TestKeys:
+    def test_equal_jobs_have_equal_names(self) -> None:
+        assert artifacts(job(**NAMED)) == artifacts(copy.deepcopy(job(**NAMED)))
+
+    def test_another_target_costs_the_targets_gradients_and_the_solve(self) -> None:
+        after = changed(job(**NAMED), job(**NAMED), target_tokens="tokens/other")
+        # The shortlist is another one where the target is; here its tokens are given, and so are their gradients.
+        assert after == {"target_gradients", "propagate", "select", "validate"}
+
+    @pytest.mark.parametrize(("parameters", "expected"), [
+        ({"kernel": {"kind": "linear"}}, DECIDED - {"refine"}),
+        ({"selection": "top_k"}, DECIDED - {"refine"}),
+        ({"gradient": {"normalize": False}}, DECIDED - {"refine"}),
+        ({"gradient": {"projection_dim": 1024}}, {"landmark_gradients", "target_gradients", *DECIDED}),
+        ({"gradient": {"modules": "o_proj"}}, MEASURED | DECIDED),
+        ({"seed": 1}, MEASURED | DECIDED),
+        ({"quantization": "int8"}, MEASURED | DECIDED),
+        ({"optimizer": {"type": "adam"}}, {"landmark_gradients", *DECIDED}),
+        ({"embedding": {"kind": "jvp"}}, {"embed", "propagate", "select", "validate"}),
+        ({"refine": 0.3}, {"propagate", "select", "validate"}),
+        ({"min_fidelity": 0.5}, {"propagate", "select", "validate"}),
+    ])  # fmt: skip
+    def test_a_parameter_changes_the_names_of_what_depends_on_it(
+        self, parameters: dict[str, Any], expected: set[str]
     ) -> None:
-        before = keys(job())
-        for file in plan._WORKER.rglob("*.py"):
-            copied = tmp_path / file.relative_to(plan._WORKER)
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            copied.write_bytes(file.read_bytes())
-        with (tmp_path / source).open("a") as changed:
-            changed.write("# changed\n")
-        monkeypatch.setattr(plan, "_WORKER", tmp_path)
-        plan.code_version.cache_clear()
-        try:
-            after = keys(job())
-        finally:
-            plan.code_version.cache_clear()
-        assert {stage for stage in before if before[stage] != after[stage]} == expected
+        assert changed(job(**NAMED), job(**{**NAMED, **parameters})) == expected
 
-    def test_tokens_depend_on_data_tokenizer_and_length(self) -> None:
-        names = {
-            plan.tokens_key(*arguments) for arguments in [("d", "t", 8), ("e", "t", 8), ("d", "u", 8), ("d", "t", 9)]
-        }
-        assert len(names) == 4
-        assert plan.tokens_key("d", "t", 8) == plan.tokens_key("d", "t", 8)
+    @pytest.mark.parametrize("optimizer", [{"betas": [0.8, 0.99]}, {"eps": 1e-6}, {"scaling": "factored"}])
+    def test_adams_options_change_the_scaled_gradients(self, optimizer: dict[str, Any]) -> None:
+        before = job(**NAMED, optimizer={"type": "adam"})
+        after = job(**NAMED, optimizer={"type": "adam", **optimizer})
+        assert {"landmark_gradients", "refine"} <= changed(before, after)
 
-    def test_landmarks_depend_on_pool_count_and_seed(self) -> None:
-        names = {plan.landmarks_key(*arguments) for arguments in [("p", 8, 0), ("q", 8, 0), ("p", 9, 0), ("p", 8, 1)]}
-        assert len(names) == 4
+    def test_the_learning_rate_changes_the_step_and_no_gradient(self) -> None:
+        after = job(**NAMED, optimizer={"type": "sgd", "learning_rate": 0.5})
+        before = job(**NAMED, optimizer={"type": "sgd"})
+        assert changed(before, after) == {"select", "validate"}
+
+    @pytest.mark.parametrize(("prepared", "expected"), [
+        ({"model_fingerprint": "other"}, MEASURED | DECIDED),
+        ({"dtype": "bfloat16"}, MEASURED | DECIDED),
+        ({"pool_tokens": "tokens/other"}, {"embed", "propagate", "select", "validate"}),
+        ({"landmarks": "tokens/other"}, {"landmark_gradients", "propagate", "select", "validate"}),
+    ])  # fmt: skip
+    def test_what_was_prepared_changes_the_names(self, prepared: dict[str, Any], expected: set[str]) -> None:
+        assert changed(job(**NAMED), job(**NAMED), **prepared) == expected
+
+    def test_the_budget_changes_the_selection(self) -> None:
+        before, after = job(**NAMED), job(**NAMED)
+        other = JobInputs(**{**after.as_dict(), "budget": 11})
+        assert changed(before, other) == {"propagate", "select", "validate"}
+
+    def test_the_code_of_a_stage_is_in_its_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = artifacts(job())
+        monkeypatch.setattr(keys, "code_version", lambda stage: f"{stage} of another day")
+        after = artifacts(job())
+        assert not any(before[stage] & after[stage] for stage in before)
+
+    def test_every_computed_stage_has_sources(self) -> None:
+        for stage in keys.COMPUTED:
+            assert len(keys.code_version(stage)) == 64
+        worker = Path(keys.__file__).parent.parent
+        assert all((worker / source).exists() for sources in keys._SOURCES.values() for source in sources)
+
+    def test_chosen_rows_have_a_name_of_their_own(self) -> None:
+        rows = np.array([1, 5, 9])
+        assert keys.rows_key("a", rows) == keys.rows_key("a", rows.copy())
+        assert len({keys.rows_key("a", rows), keys.rows_key("b", rows), keys.rows_key("a", rows[:2])}) == 3

@@ -1,37 +1,57 @@
-"""Gradients: the exact, projected per-sample gradients of a shard of the landmarks or of the target."""
+"""Gradients: the exact, projected per-sample gradients of a shard of landmarks, of the shortlist or of the target."""
 
 from typing import Any
 
 from safetensors.torch import save_file
 
 from worker import data
-from worker.errors import DataError
-from worker.influence import FactoredProjection, per_sample_gradients
+from worker.influence import FactoredProjection, gradient_flops, gradient_scaling, per_sample_gradients
+from worker.stages import optimizer
 from worker.stages.context import StageContext
+from worker.stages.influence import check_nonfinite
 
 
-def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes `gradients`, float32 (m, k), and `loss`, float32 (m,).
+def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, dataset: str) -> dict[str, Any]:
+    """Writes `gradients`, float32 (m, k), scaled by the optimiser where the spec names a state, and `loss`, float32 (m,).
+
+    The rows of samples whose loss or gradient is not finite are 0; the result names them by their rows in the dataset.
 
     Raises:
-        DataError: a gradient is not finite; names the samples.
+        DataError: more than 1 % of the stage's samples are not finite; names them.
     """
     parameters = context.job.parameters
+    dim = parameters["gradient"]["projection_dim"]
+    projection = None if dim is None else FactoredProjection(dim=dim, seed=parameters["seed"])
     samples = data.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
+    model = context.model(spec["checkpoint"])
+    scaling = None
+    if spec["state"] is not None:
+        state, kind = optimizer.state(context, spec["state"]), parameters["optimizer"]["scaling"]
+        scaling = gradient_scaling(model, spec["modules"], optimizer.options(parameters), state, kind)
     gradients = per_sample_gradients(
-        context.model(),
+        model,
         samples,
-        projection=FactoredProjection(dim=parameters["gradient"]["projection_dim"], seed=parameters["seed"]),
+        modules=spec["modules"],
+        projection=projection,
+        scaling=scaling,
         token_budget=context.token_budget,
         progress=lambda done, _: context.report(done),
     )
-    if len(gradients.nonfinite):
-        rows = data.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
-        named = ", ".join(str(rows[i]) for i in gradients.nonfinite[:10].tolist())
-        raise DataError(
-            f"{len(gradients.nonfinite)} samples have a loss or gradient that is not finite (rows {named});"
-            " remove them, or compute with dtype float32."
-        )
+    rows = data.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
+    wrong = rows[gradients.nonfinite.numpy()].tolist()
+    check_nonfinite(context, dataset, wrong, spec["of"], "samples")
+    gradients.values[gradients.nonfinite] = 0
+    gradients.loss[gradients.nonfinite] = 0
     with context.store.writing(artifact_key) as path:
-        save_file({"gradients": gradients.values.contiguous(), "loss": gradients.loss.contiguous()}, path)
-    return {"tokens": int(samples.input_ids.size), "mean_loss": float(gradients.loss.mean())}
+        save_file(
+            {"gradients": gradients.values.float().contiguous(), "loss": gradients.loss.float().contiguous()}, path
+        )
+    return {
+        "rows": len(samples),
+        "tokens": int(samples.input_ids.size),
+        "operations": gradient_flops(model, samples, modules=spec["modules"], projection=projection).total,
+        "mean_loss": float(gradients.loss.mean()),
+        "scaling_error": None if scaling is None else scaling.relative_error,
+        "nonfinite": wrong,
+        "width": int(gradients.values.shape[1]),
+    }

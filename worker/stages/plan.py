@@ -1,38 +1,22 @@
-"""Which units a job has, and the names of their artifacts. Imports no torch: the supervisor plans, the child computes.
+"""Which units a job has: one function from what is finished to what comes next. Imports no torch.
 
-An artifact's name is the hash of everything it depends on, the code of its stage included; so equal work is found, not done
-again, and changed code never finds the work of the old.
+    prepare -> warmup -> landmark_gradients, target_gradients, candidates -> choose_embedding, curvature -> embed
+            -> propagate (which may ask for more landmarks) -> refine -> select -> validate -> publish
+
+A job goes through the stages that its parameters need. The units of a wave are independent of each other; the next wave is
+planned from the results of those before, by the service and by `winnow select` alike. A unit's spec says all that it needs.
 """
 
-import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from service.artifacts import content_key
 from service.jobs.ledger import UnitSpec
 from service.jobs.state import Stage
+from worker.stages.keys import artifact_key
 
-# A shard is what a crash costs, and what one worker takes at a time: small, but not so many that the ledger shows.
-_EMBED_SHARD_TOKENS = 32_768
-_GRADIENT_SHARD_TOKENS = 8_192
-_MOST_SHARDS = 256
-
-_WORKER = Path(__file__).parent.parent
-_SOURCES: dict[Stage, tuple[str, ...]] = {
-    Stage.PREPARE: ("chat.py", "data.py", "stages/prepare.py"),
-    Stage.EMBED: ("influence", "stages/embed.py"),
-    Stage.LANDMARK_GRADIENTS: ("influence", "stages/gradients.py"),
-    Stage.TARGET_GRADIENTS: ("influence", "stages/gradients.py"),
-    Stage.PROPAGATE: ("influence", "stages/propagate.py"),
-    Stage.SELECT: ("influence", "stages/select.py"),
-}
+VALIDATION_SAMPLES = 256
+"""Samples of a validation step at most; of a larger selection as many are drawn: the proof costs little beside the job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,121 +33,299 @@ class JobInputs:
         return asdict(self)
 
 
-@cache
-def code_version(stage: Stage) -> str:
-    """The sha256 over the source files that a stage's artifact depends on."""
-    digest = hashlib.sha256()
-    for source in _SOURCES[stage]:
-        path = _WORKER / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.relative_to(_WORKER).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A finished unit."""
+
+    artifact_key: str
+    spec: Mapping[str, Any]
+    result: Mapping[str, Any]
 
 
-def result_key(artifact_key: str) -> str:
-    """The JSON that is written after a unit's artifact: where it exists, the unit is done."""
-    return f"{artifact_key}.json"
+History = Mapping[Stage, Sequence[Done]]
+"""The finished units of each stage, in the order of their shards."""
 
 
-def shards(tokens: npt.NDArray[np.int64], shard_tokens: int) -> list[tuple[int, int]]:
-    """Cuts samples (tokens of each, (n,)) into runs [start, stop) of about equal tokens. Depends on nothing else, so that
-    every job and any number of workers meet the same shards."""
-    total = int(tokens.sum())
-    count = max(1, min(_MOST_SHARDS, -(-total // shard_tokens), len(tokens)))
-    cuts = np.searchsorted(np.cumsum(tokens), total * np.arange(1, count) / count, side="left") + 1
-    edges = [0, *np.unique(np.clip(cuts, 1, len(tokens) - 1)).tolist(), len(tokens)] if count > 1 else [0, len(tokens)]
-    return [(a, b) for a, b in itertools.pairwise(edges) if a < b]
-
-
-def embed_shards(tokens: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    return shards(tokens, _EMBED_SHARD_TOKENS)
-
-
-def gradient_shards(tokens: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    return shards(tokens, _GRADIENT_SHARD_TOKENS)
-
-
-def tokens_key(dataset: str, tokenizer: str, max_length: int) -> str:
-    depends_on = {"dataset": dataset, "tokenizer": tokenizer, "max_length": max_length}
-    return content_key("tokens", {**depends_on, "code": code_version(Stage.PREPARE)}, ".parquet")
-
-
-def landmarks_key(pool_tokens: str, count: int, seed: int) -> str:
-    depends_on = {"pool": pool_tokens, "count": count, "seed": seed, "code": code_version(Stage.PREPARE)}
-    return content_key("landmarks", depends_on, ".parquet")
-
-
-def compute_units(job: JobInputs, prepared: Mapping[str, Any]) -> list[UnitSpec]:
-    """The units of embed, landmark gradients and target gradients. `prepared` is the result of the prepare stage."""
-    units: list[UnitSpec] = []
-    for shard, (start, stop) in enumerate(prepared["embed_shards"]):
-        depends_on = {
-            **_model_dependence(prepared),
-            "tokens": prepared["pool_tokens"],
-            "embedding": job.parameters["embedding"],
-            "seed": job.parameters["seed"],
-            "rows": [start, stop],
-            "code": code_version(Stage.EMBED),
-        }
-        key = content_key("embeddings", depends_on, ".safetensors")
-        units.append(_rows_unit(Stage.EMBED, shard, key, prepared["pool_tokens"], start, stop))
-    for stage, tokens, bounds in (
-        (Stage.LANDMARK_GRADIENTS, prepared["landmarks"], prepared["landmark_shards"]),
-        (Stage.TARGET_GRADIENTS, prepared["target_tokens"], prepared["target_shards"]),
+def next_units(job: JobInputs, done: History) -> list[UnitSpec]:
+    """The units to do now that all planned so far are done; none once the selection is there and validated."""
+    planner = _Planner(job, done)
+    for wave in (
+        *(planner.warmup, planner.measure, planner.decide, planner.embed, planner.propagate),
+        *(planner.refine, planner.select, planner.validate),
     ):
-        for shard, (start, stop) in enumerate(bounds):
-            depends_on = {
-                **_model_dependence(prepared),
+        if units := wave():
+            return units
+    return []
+
+
+class _Planner:
+    """Each wave returns the units that it still needs, none where it is done or not part of the job."""
+
+    def __init__(self, job: JobInputs, done: History) -> None:
+        self._job = job
+        self._done = done
+        self._parameters = job.parameters
+        self._prepared = done[Stage.PREPARE][0].result
+        self._method = job.parameters["method"]
+        # Where every usable sample is a landmark there is nothing to propagate, and no embedding is needed.
+        self._propagates = self._method == "influence_distillation" and not self._prepared["all_exact"]
+        self._has_gradients = self._method in ("influence_distillation", "exact_influence")
+        warmup = self._of(Stage.WARMUP)
+        self._warmup = warmup[0].result if warmup else None
+
+    def _of(self, stage: Stage) -> Sequence[Done]:
+        return self._done.get(stage, ())
+
+    def _keys(self, stage: Stage) -> list[str]:
+        return [unit.artifact_key for unit in self._of(stage)]
+
+    def warmup(self) -> list[UnitSpec]:
+        if self._parameters["warmup"] is None or self._warmup is not None:
+            return []
+        spec = {"tokens": self._prepared["pool_tokens"]}
+        depends_on = {
+            **spec,
+            "model": self._prepared["model_fingerprint"],
+            "quantization": self._parameters["quantization"],
+            "warmup": self._parameters["warmup"],
+            "optimizer": self._parameters["optimizer"],
+            "seed": self._parameters["seed"],
+        }
+        key = artifact_key(Stage.WARMUP, "checkpoints", ".safetensors", **depends_on)
+        return [
+            UnitSpec(stage=Stage.WARMUP, shard=0, artifact_key=key, spec=spec, total=self._prepared["warmup_total"])
+        ]
+
+    def _model(self) -> dict[str, Any]:
+        """What a unit is told of the model, beyond its files: the warm-up's checkpoint, and the layers measured on."""
+        is_adapter = self._prepared["is_adapter"] or bool(self._warmup and self._warmup["adapter"])
+        return {
+            "checkpoint": self._warmup["checkpoint"] if self._warmup else None,
+            "modules": "lora" if is_adapter else self._parameters["gradient"]["modules"],
+        }
+
+    def _state(self) -> str | None:
+        """Where the optimiser's state is: the warm-up's artifact, `registered` with the model, or nowhere."""
+        optimizer = self._parameters["optimizer"]
+        if optimizer["type"] not in ("adam", "adamw") and not optimizer["momentum"]:
+            return None
+        return self._warmup["optimizer_state"] if self._warmup else "registered"
+
+    def _model_dependence(self) -> dict[str, Any]:
+        return {
+            "model": self._prepared["model_fingerprint"],
+            "dtype": self._prepared["dtype"],
+            "quantization": self._parameters["quantization"],
+            "seed": self._parameters["seed"],
+            **self._model(),
+        }
+
+    def measure(self) -> list[UnitSpec]:
+        """What is measured with the model before anything is approximated."""
+        prepared, embedding = self._prepared, self._parameters["embedding"]
+        units: list[UnitSpec] = []
+        if self._has_gradients and not self._of(Stage.LANDMARK_GRADIENTS):
+            units += self._gradients(Stage.LANDMARK_GRADIENTS, prepared["landmarks"], prepared["landmark_shards"])
+            units += self._gradients(Stage.TARGET_GRADIENTS, prepared["target_tokens"], prepared["target_shards"])
+            if self._propagates and embedding["kind"] == "auto":
+                shards = prepared["candidate_shards"]
+                for number, options in enumerate(prepared["candidates"]):
+                    first = number * len(shards)
+                    units += self._embeddings(Stage.CANDIDATES, prepared["landmarks"], shards, options, first)
+            elif self._propagates:
+                units += self._pool_embeddings(embedding)
+        if self._method == "rds_plus" and not self._of(Stage.EMBED):
+            options = {**embedding, "kind": "rds"}
+            units += self._pool_embeddings(options)
+            units += self._embeddings(Stage.EMBED_TARGET, prepared["target_tokens"], prepared["target_shards"], options)
+        return units
+
+    def _gradients(self, stage: Stage, tokens: str, bounds: Sequence[Sequence[int]]) -> list[UnitSpec]:
+        """Gradients of a shard each; those of pool samples are scaled as the optimiser scales its step."""
+        gradient, optimizer = self._parameters["gradient"], self._parameters["optimizer"]
+        is_scaled = stage != Stage.TARGET_GRADIENTS and optimizer["type"] in ("adam", "adamw")
+        scaling = {name: optimizer[name] for name in ("type", "betas", "eps", "scaling")} if is_scaled else None
+        units = []
+        first = len(self._of(stage))
+        for shard, (start, stop) in enumerate(bounds, first):
+            spec = {
                 "tokens": tokens,
-                "projection_dim": job.parameters["gradient"]["projection_dim"],
-                "seed": job.parameters["seed"],
-                "rows": [start, stop],
-                "code": code_version(stage),
+                "start": start,
+                "stop": stop,
+                "of": bounds[-1][1],
+                **self._model(),
+                "state": self._state() if is_scaled else None,
+                "round": len(self._of(Stage.PROPAGATE)),
             }
-            key = content_key("gradients", depends_on, ".safetensors")
-            units.append(_rows_unit(stage, shard, key, tokens, start, stop))
-    return units
+            depends_on = {
+                **self._model_dependence(),
+                "tokens": tokens,
+                "rows": [start, stop],
+                "projection_dim": gradient["projection_dim"],
+                "scaling": scaling,
+                "state": spec["state"],
+            }
+            key = artifact_key(Stage.LANDMARK_GRADIENTS, "gradients", ".safetensors", **depends_on)
+            units.append(UnitSpec(stage=stage, shard=shard, artifact_key=key, spec=spec, total=stop - start))
+        return units
+
+    def _pool_embeddings(self, options: Mapping[str, Any]) -> list[UnitSpec]:
+        return self._embeddings(Stage.EMBED, self._prepared["pool_tokens"], self._prepared["embed_shards"], options)
+
+    def _embeddings(
+        self, stage: Stage, tokens: str, bounds: Sequence[Sequence[int]], options: Mapping[str, Any], first: int = 0
+    ) -> list[UnitSpec]:
+        units = []
+        for shard, (start, stop) in enumerate(bounds, first):
+            spec = {"tokens": tokens, "start": start, "stop": stop, "options": dict(options), **self._model()}
+            depends_on = {
+                **self._model_dependence(),
+                "tokens": tokens,
+                "rows": [start, stop],
+                "options": spec["options"],
+            }
+            key = artifact_key(Stage.EMBED, "embeddings", ".safetensors", **depends_on)
+            units.append(UnitSpec(stage=stage, shard=shard, artifact_key=key, spec=spec, total=stop - start))
+        return units
+
+    def decide(self) -> list[UnitSpec]:
+        """What is decided from the landmarks' gradients: the embedding, and the curvature's directions."""
+        units = []
+        if self._of(Stage.CANDIDATES) and not self._of(Stage.CHOOSE_EMBEDDING):
+            units.append(self._choose_embedding())
+        if self._needs_curvature() and not self._of(Stage.CURVATURE):
+            units.append(self._curvature())
+        return units
+
+    def _choose_embedding(self) -> UnitSpec:
+        candidates: list[dict[str, Any]] = []
+        for unit in self._of(Stage.CANDIDATES):
+            if unit.spec["start"] == 0:
+                candidates.append({"options": unit.spec["options"], "embeddings": []})
+            candidates[-1]["embeddings"].append(unit.artifact_key)
+        spec = {**self._measured(), "candidates": candidates}
+        depends_on = {
+            **spec,
+            "kernel": self._parameters["kernel"],
+            "normalize": self._parameters["gradient"]["normalize"],
+        }
+        key = artifact_key(Stage.CHOOSE_EMBEDDING, "choices", "", **depends_on)
+        total = self._prepared["landmark_count"]
+        return UnitSpec(stage=Stage.CHOOSE_EMBEDDING, shard=0, artifact_key=key, spec=spec, total=total)
+
+    def _needs_curvature(self) -> bool:
+        """`fisher` is in the gradients already, but for its part in the optimiser's own drift (momentum, weight decay)."""
+        kind, optimizer = self._parameters["curvature"]["type"], self._parameters["optimizer"]
+        drifts = bool(self._state() or optimizer["weight_decay"])
+        return kind in ("ggn", "hessian") or (kind == "fisher" and drifts)
+
+    def _curvature(self) -> UnitSpec:
+        spec = {**self._measured(), "targets": self._prepared["target_tokens"], **self._model(), "state": self._state()}
+        depends_on = {
+            **spec,
+            **self._model_dependence(),
+            "curvature": self._parameters["curvature"],
+            "optimizer": self._parameters["optimizer"],
+            "projection_dim": self._parameters["gradient"]["projection_dim"],
+        }
+        key = artifact_key(Stage.CURVATURE, "curvatures", ".safetensors", **depends_on)
+        return UnitSpec(stage=Stage.CURVATURE, shard=0, artifact_key=key, spec=spec, total=self._prepared["t"])
+
+    def _measured(self) -> dict[str, Any]:
+        """The gradients that there are: of each round's landmarks, and of the targets."""
+        rounds: list[dict[str, Any]] = []
+        for unit in self._of(Stage.LANDMARK_GRADIENTS):
+            if unit.spec["start"] == 0:
+                rounds.append({"tokens": unit.spec["tokens"], "gradients": []})
+            rounds[-1]["gradients"].append(unit.artifact_key)
+        return {"landmarks": rounds, "target_gradients": self._keys(Stage.TARGET_GRADIENTS)}
+
+    def embed(self) -> list[UnitSpec]:
+        if not self._propagates or self._of(Stage.EMBED):
+            return []
+        return self._pool_embeddings(self._of(Stage.CHOOSE_EMBEDDING)[0].result["chosen"])
+
+    def propagate(self) -> list[UnitSpec]:
+        """Every sample's influence; before it, where the last round asked for more landmarks, their gradients."""
+        rounds = self._of(Stage.PROPAGATE)
+        grow = rounds[-1].result.get("grow") if rounds else None
+        if self._method == "random" or (rounds and grow is None):
+            return []
+        measured = self._measured()
+        if grow is not None and len(measured["landmarks"]) == len(rounds):
+            return self._gradients(Stage.LANDMARK_GRADIENTS, grow["tokens"], grow["shards"])
+        spec = {
+            **measured,
+            "embeddings": self._keys(Stage.EMBED),
+            "target_embeddings": self._keys(Stage.EMBED_TARGET),
+            "curvature": self._curvature_key(),
+        }
+        names = ("kernel", "selection", "refine", "min_fidelity", "seed", "gradient", "curvature")
+        depends_on = {
+            **spec,
+            **{name: self._parameters[name] for name in names},
+            "pool": self._prepared["pool_tokens"],
+            "targets": self._prepared["target_tokens"],
+            "budget": self._job.budget,
+        }
+        key = artifact_key(Stage.PROPAGATE, "influence", ".npy", **depends_on)
+        total = self._prepared["n"]
+        return [UnitSpec(stage=Stage.PROPAGATE, shard=len(rounds), artifact_key=key, spec=spec, total=total)]
+
+    def _curvature_key(self) -> str | None:
+        keys = self._keys(Stage.CURVATURE)
+        return keys[0] if keys else None
+
+    def refine(self) -> list[UnitSpec]:
+        """Exact gradients of the shortlist."""
+        if self._method == "random" or self._of(Stage.REFINE):
+            return []
+        shortlist = self._of(Stage.PROPAGATE)[-1].result["shortlist"]
+        return [] if shortlist is None else self._gradients(Stage.REFINE, shortlist["tokens"], shortlist["shards"])
+
+    def select(self) -> list[UnitSpec]:
+        if self._of(Stage.SELECT):
+            return []
+        refined = self._of(Stage.REFINE)
+        propagated = self._of(Stage.PROPAGATE)
+        shortlist = [{"tokens": refined[0].spec["tokens"], "gradients": self._keys(Stage.REFINE)}] if refined else []
+        spec = {
+            **self._measured(),
+            "refined": shortlist,
+            "embeddings": self._keys(Stage.EMBED),
+            "influence": propagated[-1].artifact_key if propagated else None,
+            "curvature": self._curvature_key(),
+        }
+        depends_on = {
+            **spec,
+            **{
+                name: self._parameters[name]
+                for name in ("method", "selection", "curvature", "optimizer", "seed", "refine")
+            },
+            "normalize": self._parameters["gradient"]["normalize"],
+            "pool": self._prepared["pool_tokens"],
+            "targets": self._prepared["target_tokens"],
+            "budget": self._job.budget,
+        }
+        key = artifact_key(Stage.SELECT, "selections", ".safetensors", **depends_on)
+        return [UnitSpec(stage=Stage.SELECT, shard=0, artifact_key=key, spec=spec, total=self._prepared["n"])]
+
+    def validate(self) -> list[UnitSpec]:
+        if not self._parameters["validate"] or self._of(Stage.VALIDATE):
+            return []
+        spec = {"selection": self._keys(Stage.SELECT)[0], **self._model(), "state": self._state()}
+        depends_on = {
+            **spec,
+            **self._model_dependence(),
+            **{name: self._parameters[name] for name in ("optimizer", "curvature")},
+            "pool": self._prepared["pool_tokens"],
+            "targets": self._prepared["target_tokens"],
+        }
+        key = artifact_key(Stage.VALIDATE, "validations", "", **depends_on)
+        total = 3 * min(self._job.budget, VALIDATION_SAMPLES)
+        return [UnitSpec(stage=Stage.VALIDATE, shard=0, artifact_key=key, spec=spec, total=total)]
 
 
-def _model_dependence(prepared: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model": prepared["model_fingerprint"], "dtype": prepared["dtype"]}
-
-
-def _rows_unit(stage: Stage, shard: int, key: str, tokens: str, start: int, stop: int) -> UnitSpec:
-    spec = {"tokens": tokens, "start": start, "stop": stop}
-    return UnitSpec(stage=stage, shard=shard, artifact_key=key, spec=spec, total=stop - start)
-
-
-def propagate_units(job: JobInputs, prepared: Mapping[str, Any], keys: Mapping[Stage, Sequence[str]]) -> list[UnitSpec]:
-    """One unit: the kernel fit on the landmarks, and every sample's predicted influence on each target."""
-    inputs = {stage.value: list(stage_keys) for stage, stage_keys in keys.items()}
-    depends_on = {
-        "inputs": inputs,
-        "kernel": job.parameters["kernel"],
-        "normalize": job.parameters["gradient"]["normalize"],
-        "code": code_version(Stage.PROPAGATE),
-    }
-    key = content_key("influence", depends_on, ".npy")
-    spec = {"inputs": inputs, "landmarks": prepared["landmarks"], "rows": prepared["n"], "targets": prepared["t"]}
-    return [UnitSpec(stage=Stage.PROPAGATE, shard=0, artifact_key=key, spec=spec, total=prepared["n"])]
-
-
-def select_units(job: JobInputs, prepared: Mapping[str, Any], influence_key: str) -> list[UnitSpec]:
-    depends_on = {
-        "influence": influence_key,
-        "pool": prepared["pool_tokens"],
-        "landmarks": prepared["landmarks"],
-        "budget": job.budget,
-        "selection": job.parameters["selection"],
-        "seed": job.parameters["seed"],
-        "code": code_version(Stage.SELECT),
-    }
-    key = content_key("selections", depends_on, ".safetensors")
-    spec = {"influence": influence_key, "landmarks": prepared["landmarks"], "tokens": prepared["pool_tokens"]}
-    return [UnitSpec(stage=Stage.SELECT, shard=0, artifact_key=key, spec=spec, total=prepared["n"])]
-
-
-def publish_units(job_id: str, prepared: Mapping[str, Any], selection_key: str) -> list[UnitSpec]:
+def publish_unit(job_id: str, selection_key: str, rows: int) -> UnitSpec:
     spec = {"selection": selection_key}
-    key = f"publish/{job_id}"
-    return [UnitSpec(stage=Stage.PUBLISH, shard=0, artifact_key=key, spec=spec, total=prepared["n"])]
+    return UnitSpec(stage=Stage.PUBLISH, shard=0, artifact_key=f"publish/{job_id}", spec=spec, total=rows)

@@ -1,16 +1,19 @@
 """Prepare: the model's identity, both datasets as tokens, the landmarks, and how the work is cut into shards."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from service.datasets.storage import iter_samples
+from service.datasets.storage import iter_ids, iter_samples
+from service.jobs.state import Stage
 from worker import data, models, versions
 from worker.chat import ChatFormat
 from worker.errors import DataError, ParameterError
-from worker.stages import plan
+from worker.influence import EmbeddingOptions, candidates, landmark_order
+from worker.stages import keys
 from worker.stages.context import StageContext
 
 
@@ -22,9 +25,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     job, folder = context.job, context.models.folder(context.job.model)
     config = models.load_config(folder)
-    blocks = int(config.num_hidden_layers)
-    if job.parameters["embedding"]["blocks"] > blocks:
-        raise ParameterError(f"embedding.blocks is {job.parameters['embedding']['blocks']}; the model has {blocks}.")
+    _check_blocks(job.parameters, int(config.num_hidden_layers))
     longest = min(job.parameters["max_length"], int(config.max_position_embeddings))
 
     target_key, target = _tokenise(context, folder, job.target, longest, already=0)
@@ -36,40 +37,108 @@ def run(context: StageContext) -> dict[str, Any]:
         raise DataError("The pool has fewer than two samples with response tokens.")
     if job.budget > len(usable):
         raise ParameterError(f"budget is {job.budget}, but only {len(usable)} samples of the pool have a response.")
-
-    wanted = job.parameters["landmarks"]["count"]
-    landmarks = choose_landmarks(usable, wanted, job.parameters["seed"])
-    landmarks_key = plan.landmarks_key(pool_key, wanted, job.parameters["seed"])
-    if not context.store.exists(landmarks_key):
-        data.copy_rows(context.store, pool_key, landmarks_key, landmarks)
     dtype = models.choose_dtype(job.parameters["dtype"], context.models.device)
     return {
         "model_fingerprint": folder.fingerprint,
         "model_files": folder.files,
         "model_type": config.model_type,
+        "is_adapter": folder.is_adapter,
         "chat_template": _template_of(folder),
         "dtype": str(dtype).removeprefix("torch."),
-        "device": _device_name(context.models.device),
+        "device": device_name(context.models.device),
         "max_length": longest,
         "n": len(pool.length),
         "t": len(target.length),
+        "usable": len(usable),
         "pool_tokens": pool_key,
         "target_tokens": target_key,
-        "landmarks": landmarks_key,
-        "landmark_count": len(landmarks),
         "pool_counts": pool.summary(),
         "target_counts": target.summary(),
-        "embed_shards": plan.embed_shards(pool.length),
-        "landmark_shards": plan.gradient_shards(pool.length[landmarks]),
-        "target_shards": plan.gradient_shards(target.length),
+        "embed_shards": keys.embed_shards(pool.length),
+        "target_shards": keys.gradient_shards(target.length),
         "versions": versions.installed(),
+        **_landmarks(context, pool_key, pool, usable),
+        **_candidates(job.parameters, config),
+        **_warmup(job.parameters, len(usable)),
     }
+
+
+def _check_blocks(parameters: Mapping[str, Any], blocks: int) -> None:
+    embedding = parameters["embedding"]
+    if parameters["method"] == "influence_distillation" and embedding["kind"] != "rds" and embedding["blocks"] > blocks:
+        raise ParameterError(f"embedding.blocks is {embedding['blocks']}; the model has {blocks}.")
+
+
+def _landmarks(
+    context: StageContext, pool_key: str, pool: data.TokenCounts, usable: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """The order in which samples become landmarks, and the first of them as an artifact, in rising order."""
+    parameters, notes = context.job.parameters, []
+    if parameters["method"] not in ("influence_distillation", "exact_influence"):
+        return {"landmark_count": 0, "all_exact": False, "notes": []}
+    if parameters["method"] == "exact_influence":
+        shards = keys.gradient_shards(pool.length)
+        landmarks = {"landmarks": pool_key, "landmark_shards": shards, "landmark_count": len(usable), "all_exact": True}
+        return {**landmarks, "notes": []}
+    wanted, choice, seed = parameters["landmarks"]["count"], parameters["landmarks"]["choice"], parameters["seed"]
+    sources = _sources(context) if choice == "stratified" else None
+    order = landmark_order(usable, choice=choice, seed=seed, sources=sources)
+    order_key = keys.artifact_key(Stage.PREPARE, "orders", ".npy", pool=pool_key, choice=choice, seed=seed)
+    if not context.store.exists(order_key):
+        with context.store.writing(order_key) as path, path.open("wb") as file:
+            np.save(file, order)
+    rows = np.sort(order[:wanted])
+    tokens = keys.rows_key(pool_key, rows)
+    if not context.store.exists(tokens):
+        data.copy_rows(context.store, pool_key, tokens, rows)
+    if wanted > len(usable) and "landmarks" in parameters:
+        notes.append(f"landmarks.count is {wanted}: lowered to the {len(usable)} usable samples of the pool.")
+    if len(rows) == len(usable):
+        notes.append("Every usable sample is a landmark, so every influence is exact and nothing was propagated.")
+    return {
+        "landmarks": tokens,
+        "landmark_order": order_key,
+        "landmark_count": len(rows),
+        "landmark_shards": keys.gradient_shards(pool.length[rows]),
+        "candidate_shards": keys.embed_shards(pool.length[rows]),
+        "all_exact": len(rows) == len(usable),
+        "notes": notes,
+    }
+
+
+def _sources(context: StageContext) -> list[str | None]:
+    batches = iter_ids(context.store, context.job.pool)
+    return [source for _, sources in batches for source in sources]
+
+
+def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The embeddings that `auto` chooses among, cheapest first."""
+    embedding = parameters["embedding"]
+    if embedding["kind"] != "auto":
+        return {}
+    named = EmbeddingOptions(
+        pooling=embedding["pooling"],
+        blocks=embedding["blocks"],
+        tangents=embedding["tangents"],
+        seed=parameters["seed"],
+    )
+    offered = candidates(named, int(config.num_hidden_layers), quantized=parameters["quantization"] != "none")
+    names = ("kind", "pooling", "blocks", "tangents")
+    return {
+        "candidates": [{name: getattr(options, name) for name in names} for options, _ in offered],
+        "candidate_costs": [cost for _, cost in offered],
+    }
+
+
+def _warmup(parameters: Mapping[str, Any], usable: int) -> dict[str, Any]:
+    warmup = parameters["warmup"]
+    return {} if warmup is None else {"warmup_total": min(warmup["samples"], usable) * warmup["epochs"]}
 
 
 def _tokenise(
     context: StageContext, folder: models.ModelFolder, dataset: str, max_length: int, *, already: int
 ) -> tuple[str, data.TokenCounts]:
-    key = plan.tokens_key(dataset, folder.tokenizer_fingerprint, max_length)
+    key = keys.tokens_key(dataset, folder.tokenizer_fingerprint, max_length)
     if not context.store.exists(key):
         rows = data.tokenise(
             iter_samples(context.store, dataset),
@@ -83,18 +152,11 @@ def _tokenise(
     return key, counts
 
 
-def choose_landmarks(usable: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.int64]:
-    """`count` of the usable samples, uniformly by the seed, in rising order; all of them where there are no more."""
-    if count >= len(usable):
-        return usable
-    return np.sort(np.random.default_rng([seed, 0x1A4D]).choice(usable, size=count, replace=False))
-
-
 def _template_of(folder: models.ModelFolder) -> str:
     return "default" if ChatFormat(models.load_tokenizer(folder)).is_default else "the model's own"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     return f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"

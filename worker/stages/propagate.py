@@ -1,88 +1,249 @@
-"""Propagate: exact influence of the landmarks, kernel ridge regression from embeddings, every sample's influence."""
+"""Propagate: every sample's influence on every target, and the shortlist whose gradients are computed exactly.
 
+What is exact stays exact: the rows of landmarks hold their own influence. Where `min_fidelity` is not met, nothing is
+propagated yet; the result asks for more landmarks instead.
+"""
+
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from service.artifacts import ArtifactStore
-from service.jobs.state import Stage
 from worker import data
-from worker.influence import KernelRidge, cosine_influence, fidelity
+from worker.influence import Fidelity, KernelRidge, cosine_influence, fidelity, round_robin, top_k
+from worker.stages import keys
 from worker.stages.context import StageContext
+from worker.stages.influence import (
+    Measure,
+    check_nonfinite,
+    eligible_samples,
+    exact_rows,
+    exact_shards,
+    gradient_keys,
+    nonfinite,
+    speaking_targets,
+)
 
 _ROWS = 4_096  # samples predicted at a time: bounds the kernel block to _ROWS x landmarks
+MOST_LANDMARKS = 16_384  # the kernel matrix of so many takes 2 GiB
+
+Blocks = Iterator[tuple[int, npt.NDArray[np.float32]]]
+"""(first row, columns (m, c)), rising."""
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes P, float32 (n, t), as .npy: the exact influence in the rows of landmarks, the propagated one elsewhere."""
-    store, kernel, inputs = context.store, context.job.parameters["kernel"], spec["inputs"]
-    landmarks = data.read_indices(store, spec["landmarks"])
-    P_lt = cosine_influence(
-        _gradients(store, inputs[Stage.LANDMARK_GRADIENTS]),
-        _gradients(store, inputs[Stage.TARGET_GRADIENTS]),
-        normalize=context.job.parameters["gradient"]["normalize"],
-    )
-    ridge = KernelRidge.fit(
-        _landmark_embeddings(store, inputs[Stage.EMBED], landmarks),
-        P_lt,
-        kernel=kernel["kind"],
-        ridge=kernel["ridge"],
-        bandwidth=kernel["bandwidth"],
-    )
-    with store.writing(artifact_key) as path:
-        shape = (spec["rows"], spec["targets"])
-        with path.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for start, P_mt in _predictions(store, inputs[Stage.EMBED], ridge):
-                inside = (landmarks >= start) & (landmarks < start + len(P_mt))
-                P_mt[landmarks[inside] - start] = P_lt[torch.from_numpy(inside)].to(P_mt.dtype)
-                file.write(P_mt.to(torch.float32).numpy().tobytes())
-                context.report(start + len(P_mt))
-    found = fidelity(P_lt, ridge.leave_one_out())
+    """Writes [P | curvature columns], float32 (n, c), as .npy; see `Measure.rows` for the columns."""
+    if context.job.parameters["method"] == "rds_plus":
+        targets = torch.cat(list(_embedding_shards(context.store, spec["target_embeddings"]))).float()
+        _write(context, artifact_key, len(targets), _cosines(context.store, spec["embeddings"], targets))
+        return {"shortlist": None, "fidelity": None, "notes": []}
+    measure = Measure.load(context, spec)
+    _check_all(context, spec)
+    if not spec["embeddings"] or _count(spec, context) == context.prepared["usable"]:
+        _write(context, artifact_key, measure.columns, _exact_blocks(context.store, measure, spec["landmarks"]))
+        return {"shortlist": None, "fidelity": None, "notes": _notes_of_growth(context, spec, None)}
+    landmarks, P_lc = exact_rows(context.store, measure, spec["landmarks"])
+    ridge = _fit(context, spec, landmarks, P_lc)
+    speaking = speaking_targets(context, spec["target_gradients"])
+    found = fidelity(P_lc[:, speaking], ridge.leave_one_out()[:, speaking])
+    grow = _growth(context, _count(spec, context), found)
+    if grow is not None:
+        return {"grow": grow, "fidelity": _as_dict(found), "notes": []}
+    blocks = _predictions(context.store, spec["embeddings"], ridge, landmarks, P_lc)
+    _write(context, artifact_key, measure.columns, blocks)
     return {
-        "fidelity": {
-            "mean_r2": found.mean_r2,
-            "mean_spearman": found.mean_spearman,
-            "r2": list(found.r2),
-            "spearman": list(found.spearman),
-        },
+        "shortlist": _shortlist(context, artifact_key, spec, landmarks, speaking),
+        "fidelity": _as_dict(found),
         "sigma": ridge.sigma,
         "delta": ridge.delta,
+        "operations": 2.0 * context.prepared["n"] * len(landmarks) * (ridge.E_L.shape[1] + measure.columns),
+        "notes": _notes_of_growth(context, spec, found),
     }
 
 
-def _gradients(store: ArtifactStore, keys: Sequence[str]) -> torch.Tensor:
-    parts = []
-    for key in keys:
-        with store.local(key) as path:
-            parts.append(load_file(path)["gradients"])
-    return torch.cat(parts)
+def _count(spec: dict[str, Any], context: StageContext) -> int:
+    return sum(len(data.read_indices(context.store, round_["tokens"])) for round_ in spec["landmarks"])
 
 
-def _landmark_embeddings(store: ArtifactStore, keys: Sequence[str], landmarks: np.ndarray) -> torch.Tensor:
-    """The landmarks' rows, float32 (l, e), gathered shard by shard."""
+def _check_all(context: StageContext, spec: dict[str, Any]) -> None:
+    """Each unit has checked its own share of the samples that are not finite; this checks them all together."""
+    store, prepared = context.store, context.prepared
+    of_targets = nonfinite(store, spec["target_gradients"])
+    check_nonfinite(context, context.job.target, of_targets, prepared["t"], "target samples")
+    of_landmarks = nonfinite(store, gradient_keys(spec["landmarks"]))
+    check_nonfinite(context, context.job.pool, of_landmarks, _count(spec, context), "landmarks")
+    check_nonfinite(context, context.job.pool, nonfinite(store, spec["embeddings"]), prepared["n"], "samples")
+
+
+def _fit(
+    context: StageContext, spec: dict[str, Any], landmarks: npt.NDArray[np.int64], P_lc: torch.Tensor
+) -> KernelRidge:
+    kernel = context.job.parameters["kernel"]
+    embeddings = landmark_embeddings(context.store, spec["embeddings"], landmarks)
+    return KernelRidge.fit(
+        embeddings, P_lc, kernel=kernel["kind"], ridge=kernel["ridge"], bandwidth=kernel["bandwidth"]
+    )
+
+
+def landmark_embeddings(store: ArtifactStore, shards: Sequence[str], rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    """The embeddings of the rising `rows`, float32 (l, e), gathered shard by shard."""
     parts, start = [], 0
-    for E_me in _embedding_shards(store, keys):
-        inside = landmarks[(landmarks >= start) & (landmarks < start + len(E_me))] - start
+    for E_me in _embedding_shards(store, shards):
+        inside = rows[(rows >= start) & (rows < start + len(E_me))] - start
         parts.append(E_me[torch.from_numpy(inside)].float())
         start += len(E_me)
     return torch.cat(parts)
 
 
-def _embedding_shards(store: ArtifactStore, keys: Sequence[str]) -> Iterator[torch.Tensor]:
-    for key in keys:
+def _embedding_shards(store: ArtifactStore, shards: Sequence[str]) -> Iterator[torch.Tensor]:
+    for key in shards:
         with store.local(key) as path, safe_open(path, framework="pt") as file:
             yield file.get_tensor("embeddings")
 
 
-def _predictions(store: ArtifactStore, keys: Sequence[str], ridge: KernelRidge) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, P (m, t)) in order."""
+def _predictions(
+    store: ArtifactStore,
+    shards: Sequence[str],
+    ridge: KernelRidge,
+    landmarks: npt.NDArray[np.int64],
+    P_lc: torch.Tensor,
+) -> Blocks:
     start = 0
-    for shard in _embedding_shards(store, keys):
+    for shard in _embedding_shards(store, shards):
         for E_me in shard.split(_ROWS):
-            yield start, ridge.predict(E_me.float())
+            P_mc = ridge.predict(E_me.float()).float().numpy()
+            inside = (landmarks >= start) & (landmarks < start + len(P_mc))
+            P_mc[landmarks[inside] - start] = P_lc[torch.from_numpy(inside)].numpy()
+            yield start, P_mc
             start += len(E_me)
+
+
+def _cosines(store: ArtifactStore, shards: Sequence[str], targets: torch.Tensor) -> Blocks:
+    start = 0
+    for shard in _embedding_shards(store, shards):
+        for E_me in shard.split(_ROWS):
+            yield start, cosine_influence(E_me.float(), targets).numpy()
+            start += len(E_me)
+
+
+def _exact_blocks(store: ArtifactStore, measure: Measure, rounds: Sequence[dict[str, Any]]) -> Blocks:
+    """Where all usable samples are landmarks. Those of several rounds lie across each other, so they are gathered first."""
+    shards = exact_shards(store, measure, rounds) if len(rounds) == 1 else iter([exact_rows(store, measure, rounds)])
+    for rows, P_mc in shards:
+        if not len(rows):
+            continue
+        block = np.zeros((rows[-1] + 1 - rows[0], P_mc.shape[1]), dtype=np.float32)
+        block[rows - rows[0]] = P_mc.numpy()
+        yield int(rows[0]), block
+
+
+def _write(context: StageContext, artifact_key: str, columns: int, blocks: Blocks) -> None:
+    """Writes the blocks one after the other; rows that no block has are 0."""
+    total = context.prepared["n"]
+    with context.store.writing(artifact_key) as path, path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (total, columns)}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        first = file.tell()
+        for start, block in blocks:
+            file.seek(first + start * columns * 4)
+            file.write(np.ascontiguousarray(block, dtype="<f4").data)
+            context.report(start + len(block))
+        file.truncate(first + total * columns * 4)
+
+
+def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any] | None:
+    """The next landmarks where `min_fidelity` is not met: as many again, or all where exact gradients cost no more."""
+    wanted, prepared = context.job.parameters["min_fidelity"], context.prepared
+    if wanted is None or found.mean_spearman is None or found.mean_spearman >= wanted:
+        return None
+    usable = prepared["usable"]
+    count_after = min(2 * count, usable)
+    if count_after + context.job.parameters["refine"] * usable >= usable:
+        count_after = usable
+    elif count_after > MOST_LANDMARKS:
+        return None
+    with context.store.local(prepared["landmark_order"]) as path:
+        order = np.load(path, mmap_mode="r")
+    rows = np.sort(order[count:count_after])
+    tokens = keys.rows_key(prepared["pool_tokens"], rows)
+    if not context.store.exists(tokens):
+        data.copy_rows(context.store, prepared["pool_tokens"], tokens, rows)
+    lengths = data.read_counts(context.store, tokens).length
+    return {"tokens": tokens, "shards": keys.gradient_shards(lengths), "count": count_after}
+
+
+def _notes_of_growth(context: StageContext, spec: dict[str, Any], found: Fidelity | None) -> list[str]:
+    wanted, count = context.job.parameters["min_fidelity"], _count(spec, context)
+    if wanted is None:
+        return []
+    if found is None:
+        return [
+            f"min_fidelity {wanted}: exact gradients of all {count} usable samples cost no more than enough landmarks."
+        ]
+    if found.mean_spearman is None:
+        return [f"min_fidelity {wanted} has no meaning here: every landmark has the same influence."]
+    if found.mean_spearman >= wanted:
+        return [f"min_fidelity {wanted} is met by {count} landmarks (Spearman {found.mean_spearman:.3f})."]
+    return [
+        f"min_fidelity {wanted} is not met by {count} landmarks (Spearman {found.mean_spearman:.3f}), and no more than"
+        f" {MOST_LANDMARKS} are used; method exact_influence computes every sample."
+    ]
+
+
+def _shortlist(
+    context: StageContext,
+    artifact_key: str,
+    spec: dict[str, Any],
+    landmarks: npt.NDArray[np.int64],
+    speaking: npt.NDArray[np.int64],
+) -> dict[str, Any] | None:
+    """The best by propagated influence that are not exact yet: their tokens as an artifact, cut into shards."""
+    parameters = context.job.parameters
+    if parameters["refine"] == 0:
+        return None
+    eligible = eligible_samples(context, [*spec["embeddings"], *gradient_keys(spec["landmarks"])])
+    size = min(
+        max(math.ceil(parameters["refine"] * context.prepared["usable"]), context.job.budget), int(eligible.sum())
+    )
+    with context.store.local(artifact_key) as path:
+        P_nc = np.load(path, mmap_mode="r")
+        if parameters["selection"] == "round_robin":
+            best = round_robin(columns(P_nc, speaking), size, seed=parameters["seed"], eligible=eligible)
+        else:
+            best = top_k(mean_influence(P_nc, speaking), size, eligible=eligible)
+    rows = np.setdiff1d(best, landmarks)
+    if not len(rows):
+        return None
+    tokens = keys.rows_key(context.prepared["pool_tokens"], rows)
+    if not context.store.exists(tokens):
+        data.copy_rows(context.store, context.prepared["pool_tokens"], tokens, rows)
+    lengths = data.read_counts(context.store, tokens).length
+    return {"tokens": tokens, "count": len(rows), "shards": keys.gradient_shards(lengths)}
+
+
+def columns(P_nc: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Those columns; a view, of a file that is mapped, where they are the first ones."""
+    if np.array_equal(chosen, np.arange(len(chosen))):
+        return P_nc[:, : len(chosen)]
+    return P_nc[:, chosen]
+
+
+def mean_influence(P_nc: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The mean over those targets, float64 (n,), a block of rows at a time."""
+    starts = range(0, len(P_nc), _ROWS)
+    means = [columns(P_nc[start : start + _ROWS], targets).mean(axis=1, dtype=np.float64) for start in starts]
+    return np.concatenate(means)
+
+
+def _as_dict(found: Fidelity) -> dict[str, Any]:
+    return {
+        "mean_r2": found.mean_r2,
+        "mean_spearman": found.mean_spearman,
+        "r2": list(found.r2),
+        "spearman": list(found.spearman),
+    }

@@ -1,0 +1,125 @@
+"""Validate: what one optimiser step on the selection does to the target loss, beside one on random samples (METHOD 8).
+
+The step is the optimiser's true one, measured in float32. The half of the targets that is held out took no part in the choice of
+the selection that is measured on it.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file
+
+from worker import data
+from worker.influence import Samples, StepMeasure, measure_step
+from worker.stages import optimizer
+from worker.stages.context import StageContext
+from worker.stages.plan import VALIDATION_SAMPLES
+
+Rows = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
+
+
+def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns the changes of the mean target loss, measured and predicted; writes no artifact of its own."""
+    with context.store.local(spec["selection"]) as path:
+        arrays = load_file(path)
+    generator = np.random.default_rng([context.job.parameters["seed"], 0x7E57])
+    eligible = np.flatnonzero(data.read_counts(context.store, context.prepared["pool_tokens"]).predicted > 0)
+    selected, held_out = arrays["selected"], arrays["held_out_targets"]
+    drawn = generator.choice(eligible, size=min(len(selected), VALIDATION_SAMPLES), replace=False)
+    arms = {
+        "selection": _drawn(selected, arrays["weight"][selected], generator),
+        "random": (drawn, np.ones(len(drawn))),
+    }
+    if len(held_out):
+        arms["held_out_selection"] = _drawn(arrays["held_out_selected"], arrays["held_out_weight"], generator)
+    targets = data.read_all(context.store, context.prepared["target_tokens"])
+    sets = [targets, targets.take(held_out)] if len(held_out) else [targets]
+    measured = _measure(context, spec, arms, {"random": sets, "selection": sets[:1], "held_out_selection": sets[1:]})
+    found: dict[str, Any] = {
+        "samples": len(arms["selection"][0]),
+        "learning_rate": context.job.parameters["optimizer"]["learning_rate"],
+        "loss": measured["selection"][0].loss_before,
+        "selection": _change(measured["selection"][0]),
+        "random": _change(measured["random"][0]),
+        "held_out": None,
+    }
+    if len(held_out):
+        found["held_out"] = {
+            "targets": len(held_out),
+            "loss": measured["random"][1].loss_before,
+            "selection": _change(measured["held_out_selection"][0]),
+            "random": _change(measured["random"][1]),
+        }
+    return {"validation": {**found, "sentence": _sentence(found)}}
+
+
+def _drawn(rows: Rows, weight: Weights, generator: np.random.Generator) -> tuple[Rows, Weights]:
+    """At most so many of the selection, in rising order, each with its weight."""
+    places = np.arange(len(rows))
+    if len(rows) > VALIDATION_SAMPLES:
+        places = generator.choice(places, size=VALIDATION_SAMPLES, replace=False)
+    order = places[np.argsort(rows[places])]
+    return rows[order], weight[order].astype(np.float64)
+
+
+def _measure(
+    context: StageContext,
+    spec: dict[str, Any],
+    arms: dict[str, tuple[Rows, Weights]],
+    targets: dict[str, list[Samples]],
+) -> dict[str, list[StepMeasure]]:
+    """One true step for each arm, from the same state, measured on its sets of targets."""
+    parameters = context.job.parameters
+    # In bfloat16 a small step drowns in the rounding of the loss. A quantised model stays what it is.
+    model = context.model(spec["checkpoint"], dtype=torch.float32 if parameters["quantization"] == "none" else None)
+    state = optimizer.state(context, spec["state"])
+    measured, before = {}, 0
+    for arm, (rows, weight) in arms.items():
+        measured[arm] = measure_step(
+            model,
+            data.read_rows(context.store, context.prepared["pool_tokens"], rows),
+            torch.from_numpy(weight),
+            targets[arm],
+            options=optimizer.options(parameters),
+            state=state,
+            curvature=parameters["curvature"]["type"],
+            modules=spec["modules"],
+            token_budget=context.token_budget,
+            progress=partial(_advance, context, before),
+        )
+        before += len(rows)
+    return measured
+
+
+def _advance(context: StageContext, before: int, done: int, _: int) -> None:
+    context.report(before + done)
+
+
+def _change(measure: StepMeasure) -> dict[str, float | None]:
+    """Of the mean target loss, in nats a response token; below 0 is better."""
+    return {
+        "measured": measure.measured,
+        "predicted": measure.predicted_first,
+        "predicted_second_order": measure.predicted_second,
+    }
+
+
+def _sentence(found: dict[str, Any]) -> str:
+    selection, random = found["selection"], found["random"]
+    predicted = selection["predicted_second_order"]
+    predicted = selection["predicted"] if predicted is None else predicted
+    text = (
+        f"One step on the selection changed the mean target loss of {found['loss']:.4f} by {selection['measured']:+.2e}"
+        f" (predicted {predicted:+.2e}), one on as many random samples by {random['measured']:+.2e}"
+    )
+    if found["held_out"]:
+        held_out = found["held_out"]
+        text += (
+            f"; on {held_out['targets']} targets held out of the choice by {held_out['selection']['measured']:+.2e}"
+            f" and {held_out['random']['measured']:+.2e}"
+        )
+    return text + "."

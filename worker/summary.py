@@ -1,0 +1,69 @@
+"""What the stages found out, as the result's summary says it: fidelity, embedding, weights, validation; and in sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service.jobs.state import Stage
+
+Results = Mapping[Stage, Sequence[Mapping[str, Any] | None]]
+"""The results of each stage's units, in the order of their shards."""
+
+
+def of_method(results: Results) -> dict[str, Any]:
+    """The part of the summary that the method decides, ready for JSON."""
+    prepared, selected = _last(results, Stage.PREPARE), _last(results, Stage.SELECT)
+    propagated, chosen = _last(results, Stage.PROPAGATE), _last(results, Stage.CHOOSE_EMBEDDING)
+    warmup = _last(results, Stage.WARMUP)
+    found = {
+        "landmark_count": _landmark_count(results),
+        "refined_count": sum(result["rows"] for result in _all(results, Stage.REFINE)),
+        "fidelity": propagated.get("fidelity"),
+        "kernel": {name: propagated.get(name) for name in ("sigma", "delta")},
+        "embedding": {"chosen": chosen.get("chosen"), "candidates": chosen.get("candidates")},
+        "scaling_error": next((r["scaling_error"] for r in _all(results, Stage.LANDMARK_GRADIENTS)), None),
+        "warmup": {name: warmup[name] for name in ("samples", "steps", "loss_first", "loss_last")} if warmup else None,
+        "solution": selected.get("solution"),
+        "validation": _last(results, Stage.VALIDATE).get("validation"),
+        "notes": [*prepared.get("notes", ()), *propagated.get("notes", ())],
+    }
+    return {**found, "sentences": _sentences(found)}
+
+
+def _all(results: Results, stage: Stage) -> list[Mapping[str, Any]]:
+    return [result for result in results.get(stage, ()) if result]
+
+
+def _last(results: Results, stage: Stage) -> Mapping[str, Any]:
+    found = _all(results, stage)
+    return found[-1] if found else {}
+
+
+def _landmark_count(results: Results) -> int:
+    return sum(result["rows"] for result in _all(results, Stage.LANDMARK_GRADIENTS))
+
+
+def _sentences(found: Mapping[str, Any]) -> list[str]:
+    """What a reader should know first."""
+    sentences = [_of_fidelity(found["fidelity"], found["landmark_count"]), *found["notes"]]
+    if found["embedding"]["candidates"]:
+        chosen = found["embedding"]["chosen"]
+        sentences.append(
+            f"Embedding {chosen['kind']} was chosen of {len(found['embedding']['candidates'])} candidates."
+        )
+    if found["refined_count"]:
+        sentences.append(f"Exact gradients were computed for a shortlist of {found['refined_count']} more samples.")
+    if found["validation"]:
+        sentences.append(found["validation"]["sentence"])
+    return [sentence for sentence in sentences if sentence]
+
+
+def _of_fidelity(fidelity: Mapping[str, Any] | None, landmarks: int) -> str:
+    """How far the approximation can be trusted."""
+    if fidelity is None:
+        return ""
+    if fidelity["mean_r2"] is None or fidelity["mean_spearman"] is None:
+        return "Leave-one-out fidelity: not defined, since every landmark has the same influence."
+    return (
+        f"Leave-one-out fidelity over {landmarks} landmarks: propagated influence ranks left-out samples"
+        f" like the exact one with Spearman {fidelity['mean_spearman']:.2f} and explains R² {fidelity['mean_r2']:.2f} of it."
+    )
