@@ -12,7 +12,7 @@ import transformers as tf
 from torch import nn
 from torch.func import functional_call, jvp
 
-from worker.influence import Samples
+from worker.influence import OptimizerState, Samples
 
 VOCAB = 61
 SHAPE = {
@@ -136,9 +136,43 @@ def role_layers(model):
     }
 
 
-def one_by_one_gradients(model, samples, projection=None):
-    """Gradients by autograd.grad, one sample at a time, projected afterwards by explicit matrices."""
-    layers = role_layers(model)
+def with_adapters(model, seed=11):
+    """The model with peft LoRA adapters of random values on its MLPs, injected in place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    transposed = type(model).__name__.startswith("GPT2")
+    targets = ["mlp.c_fc", "mlp.c_proj"] if transposed else ["up_proj", "down_proj"]
+    config = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.5, target_modules=targets, fan_in_fan_out=transposed)
+    model = inject_adapter_in_model(config, model).train()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.3).to(parameter.dtype)
+    return model
+
+
+def adapter_layers(model):
+    """Every adapter layer by name, as `role_layers`."""
+    named = model.base_model.named_modules()
+    return {name: (module, False) for name, module in named if name.endswith(("lora_A.default", "lora_B.default"))}
+
+
+def random_state(model, seed=5, spread=3.0):
+    """An Adam state after 7 steps: first moments of any sign, second moments over `spread` decades."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = {}, {}
+    for name, parameter in model.named_parameters():
+        first[name] = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1
+        second[name] = 10 ** (-spread * torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) - 2)
+    return OptimizerState(step=7, first=first, second=second)
+
+
+def one_by_one_gradients(model, samples, projection=None, layers=None, scale=None):
+    """Gradients by autograd.grad, one sample at a time, scaled and then projected by explicit matrices.
+
+    layers: as from `role_layers`, the default.  scale: (O, I) by layer name.
+    """
+    layers = role_layers(model) if layers is None else layers
     rows, losses = [], []
     for i in range(len(samples)):
         loss = one_by_one_loss(model, samples, i)
@@ -148,6 +182,8 @@ def one_by_one_gradients(model, samples, projection=None):
         row = []
         for (name, (_, transposed)), gradient in zip(layers.items(), full, strict=True):
             G = gradient.T if transposed else gradient
+            if scale is not None:
+                G = G * scale[name]
             if projection is not None:
                 factors = projection.layer(name, len(layers), *G.shape, dtype=G.dtype)
                 left = torch.eye(len(G), dtype=G.dtype) if factors.P_Op is None else factors.P_Op

@@ -3,14 +3,33 @@
 import numpy as np
 import pytest
 import torch
-from numerics_reference import EXACT, FAMILIES, MIXED, VOCAB, build, one_by_one_gradients, ragged, relative_error
+from numerics_reference import (
+    EXACT,
+    FAMILIES,
+    MIXED,
+    VOCAB,
+    adapter_layers,
+    build,
+    one_by_one_gradients,
+    ragged,
+    random_state,
+    relative_error,
+    role_layers,
+    with_adapters,
+)
 
-from worker.influence import FactoredProjection, Samples, per_sample_gradients
+from worker.influence import FactoredProjection, OptimizerOptions, Samples, gradient_scaling, per_sample_gradients
+from worker.influence import gradients as gradients_module
+
+PROJECTIONS = pytest.mark.parametrize(
+    "projection", [None, FactoredProjection(dim=192, seed=3)], ids=["full", "projected"]
+)
+ADAM = OptimizerOptions(type="adam")
 
 FLOAT32_INTERNALS = 1e-6  # what float32 norms and softmax inside a float64 model leave
 
 
-@pytest.mark.parametrize("projection", [None, FactoredProjection(dim=192, seed=3)], ids=["full", "projected"])
+@PROJECTIONS
 @pytest.mark.parametrize("family", EXACT)
 @pytest.mark.parametrize("token_budget", [1, 23, 10_000])
 def test_equals_autograd_one_sample_at_a_time(family, token_budget, projection):
@@ -25,6 +44,94 @@ def test_equals_autograd_one_sample_at_a_time(family, token_budget, projection):
         else:
             assert not result.values[i].any()
     assert result.nonfinite.numel() == 0
+
+
+def dense(scaling, layers):
+    """The scaling that is applied, in full, (O, I) by layer."""
+    return {name: scaling.times(name, torch.ones(1, dtype=torch.float64)) for name in layers}
+
+
+@PROJECTIONS
+@pytest.mark.parametrize("kind", ["exact", "factored"])
+@pytest.mark.parametrize("family", EXACT)
+def test_scaled_gradients(family, kind, projection, monkeypatch):
+    monkeypatch.setattr(gradients_module, "PIECE_BYTES", 3 * 24 * 96 * 8)  # pieces of three samples, or of seven
+    model, samples = build(family), ragged(*MIXED)
+    scaling = gradient_scaling(model, "down_proj", ADAM, random_state(model), kind)
+    scale = dense(scaling, role_layers(model))
+    expected, loss = one_by_one_gradients(model, samples, projection, scale=scale)
+    for budget in (1, 23, 10_000):
+        result = per_sample_gradients(model, samples, projection=projection, scaling=scaling, token_budget=budget)
+        assert relative_error(result.values, expected) < 1e-10
+        torch.testing.assert_close(result.loss, loss, rtol=1e-10, atol=1e-12)
+    assert not result.values[[2, 4, 5]].any()
+
+
+@pytest.mark.parametrize("kind", ["exact", "factored"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "gpt_neox"])
+def test_scaled_gradients_of_other_families(family, kind):
+    model, samples, projection = build(family), ragged(*MIXED), FactoredProjection(dim=192)
+    scaling = gradient_scaling(model, "down_proj", ADAM, random_state(model), kind)
+    expected, _ = one_by_one_gradients(model, samples, projection, scale=dense(scaling, role_layers(model)))
+    result = per_sample_gradients(model, samples, projection=projection, scaling=scaling, token_budget=40)
+    assert relative_error(result.values, expected) < FLOAT32_INTERNALS
+
+
+@pytest.mark.parametrize("kind", ["exact", "factored"])
+def test_scaling_in_bfloat16_is_close(kind):
+    samples, projection, model = ragged(*MIXED), FactoredProjection(dim=192), build("llama")
+    state = random_state(model)
+    results = []
+    for each in (model, build("llama", torch.bfloat16)):
+        scaling = gradient_scaling(each, "down_proj", ADAM, state, kind)
+        results.append(per_sample_gradients(each, samples, projection=projection, scaling=scaling).values.double())
+    assert relative_error(results[1], results[0]) < 0.08
+
+
+def test_a_scaling_of_other_modules_is_refused():
+    model = build("llama")
+    scaling = gradient_scaling(model, "o_proj", ADAM, random_state(model))
+    with pytest.raises(ValueError, match=r"scaling has no layer layers.0.mlp.down_proj \(3 missing\)"):
+        per_sample_gradients(model, ragged("..r"), projection=None, scaling=scaling)
+
+
+@PROJECTIONS
+@pytest.mark.parametrize("family", EXACT)
+def test_adapters(family, projection):
+    model, samples = with_adapters(build(family)), ragged(*MIXED)
+    result = per_sample_gradients(model, samples, modules="lora", projection=projection, token_budget=30)
+    model.eval()
+    layers = adapter_layers(model)
+    assert len(layers) == 12
+    expected, _ = one_by_one_gradients(model, samples, projection, layers)
+    assert relative_error(result.values, expected) < 1e-10
+    scaling = gradient_scaling(model, "lora", ADAM, random_state(model))
+    result = per_sample_gradients(model, samples, modules="lora", projection=projection, scaling=scaling)
+    expected, _ = one_by_one_gradients(model, samples, projection, layers, dense(scaling, layers))
+    assert relative_error(result.values, expected) < 1e-10
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_a_wrapped_layer_keeps_its_name_and_projection(family):
+    """The role is the base layer inside of the wrapper; adapters that add nothing change nothing."""
+    plain, samples, projection = build(family), ragged(*MIXED), FactoredProjection(dim=192)
+    expected = per_sample_gradients(plain, samples, projection=projection, token_budget=30).values
+    wrapped = with_adapters(build(family))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    result = per_sample_gradients(wrapped, samples, projection=projection, token_budget=30).values
+    assert relative_error(result, expected) < 1e-12
+
+
+def test_float32_adapters_on_a_bfloat16_model():
+    samples, projection = ragged(*MIXED), FactoredProjection(dim=192)
+    exact, mixed = with_adapters(build("llama")), with_adapters(build("llama", torch.bfloat16))
+    for name, parameter in mixed.named_parameters():
+        if "lora_" in name:
+            parameter.data = dict(exact.named_parameters())[name].data.float()
+    results = [per_sample_gradients(m, samples, modules="lora", projection=projection).values for m in (exact, mixed)]
+    assert relative_error(results[1].double(), results[0]) < 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,6 +264,8 @@ def test_errors_say_what_to_do():
     model = build("llama")
     with pytest.raises(ValueError, match=r"modules='fc9'.*mlp.down_proj.*self_attn.q_proj"):
         per_sample_gradients(model, ragged("..r"), modules="fc9", projection=None, token_budget=9)
+    with pytest.raises(ValueError, match=r"modules='lora' matches no linear layer"):
+        per_sample_gradients(model, ragged("..r"), modules="lora", projection=None)
     with pytest.raises(ValueError, match="token_budget"):
         per_sample_gradients(model, ragged("..r"), projection=None, token_budget=0)
     with pytest.raises(ValueError, match=r"sample 1 has 70 tokens.*context is 64"):

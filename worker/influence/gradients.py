@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .backward import Use, over_samples
 from .batching import Progress
-from .models import accumulation_dtype, linear_layers, linear_size, parameter_device, parameter_dtype
+from .models import accumulation_dtype, layer_size, linear_layers, parameter_device, parameter_dtype
 from .optimizers import Scaling
 from .projection import FactoredProjection, LayerProjection
 from .samples import Samples
@@ -95,7 +95,7 @@ def weighted_gradients(
     whose weights are all 0 are not run. Raises ValueError as `per_sample_gradients` does, for weights of another shape or not
     finite, and where a sample's gradient is not finite, naming the samples.
     """
-    weights = torch.as_tensor(weights_nc)
+    weights = torch.as_tensor(weights_nc, device="cpu")
     if weights.ndim != 2 or weights.shape[0] != len(samples) or not torch.isfinite(weights).all():
         raise ValueError(f"weights_nc must be finite and ({len(samples)}, c), not of shape {tuple(weights.shape)}")
     layers = linear_layers(model, modules)
@@ -188,9 +188,7 @@ class _PerSample(Use):
         self.columns: dict[str, slice] = {}
         start = 0
         for name, module in layers.items():
-            size = linear_size(module)
-            assert size is not None
-            p, q = size
+            p, q = size = layer_size(module)
             found = LayerProjection(P_Op=None, P_Iq=None, scale=1.0)
             if projection is not None:
                 p, q = projection.size(len(layers), *size)
@@ -234,10 +232,8 @@ class _WeightedSums(Use):
         self.finite_n = torch.ones(len(weights_nc), dtype=torch.bool, device=parameter_device(model))
 
     def _zeros(self, module: nn.Module) -> Tensor:
-        size = linear_size(module)
-        assert size is not None
         device = next(module.parameters()).device
-        return torch.zeros(self.weights_nc.shape[1], *size, dtype=self.dtype, device=device)
+        return torch.zeros(self.weights_nc.shape[1], *layer_size(module), dtype=self.dtype, device=device)
 
     def clear(self) -> None:
         for sum_cOI in self.sums.values():
@@ -272,9 +268,11 @@ class _Products(Use):
         for name, module in layers.items():
             if name not in directions:
                 raise ValueError(f"directions has no layer {name}: it must have every layer of the chosen modules")
-            if len(columns) != 1 or directions[name].shape[1:] != linear_size(module):
-                shape, size = tuple(directions[name].shape), linear_size(module)
-                raise ValueError(f"directions of layer {name} must be (c, *{size}), the same c for all, not {shape}")
+            shape, size = tuple(directions[name].shape), layer_size(module)
+            if len(columns) != 1 or shape[1:] != size:
+                raise ValueError(
+                    f"directions of layer {name} must be (c, {size[0]}, {size[1]}), the same c for all, not {shape}"
+                )
             self.directions[name] = directions[name].to(next(module.parameters()).device, self.dtype).flatten(1)
         self.values_nc = torch.zeros(count, columns.pop(), dtype=self.dtype)
 

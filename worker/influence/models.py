@@ -53,6 +53,13 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def layer_size(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of one of the `linear_layers`."""
+    size = linear_size(layer)
+    assert size is not None
+    return size
+
+
 def output_by_input(module: nn.Module, stored: Tensor) -> Tensor:
     """A tensor of the shape in which the layer stores its weight, as (O, I); its own inverse."""
     return stored.T if isinstance(module, Conv1D) else stored

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .models import accumulation_dtype, linear_layers, linear_size, output_by_input, parameter_dtype
+from .models import accumulation_dtype, layer_size, linear_layers, output_by_input, parameter_dtype
 
 ROUNDS = 100
 """Rounds of the power iteration at most; it stops when the factors no longer move."""
@@ -209,9 +209,9 @@ def rank_one(a_OI: Tensor) -> tuple[Tensor, Tensor]:
         column_I = nn.functional.normalize(scaled_OI.T @ row_O, dim=0)
         if float((column_I - before_I).norm()) < 10 * torch.finfo(a_OI.dtype).eps:
             break
-    row_O = scaled_OI @ column_I * scale
-    balance = float(row_O.norm()) ** 0.5
-    return row_O / balance, column_I * balance
+    row_O = scaled_OI @ column_I
+    balance = (float(row_O.norm()) * scale) ** 0.5
+    return row_O * (scale / balance), column_I * balance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -231,9 +231,7 @@ class _Weight:
                 "warm the model up, or register the state of the optimizer that trained this parameter"
             )
         moment = moments[self.name]
-        size_OI = linear_size(self.module)
-        assert size_OI is not None
-        stored = tuple(output_by_input(self.module, torch.empty(size_OI, device="meta")).shape)
+        stored = tuple(output_by_input(self.module, torch.empty(layer_size(self.module), device="meta")).shape)
         if tuple(moment.shape) != stored:
             raise ValueError(
                 f"the optimizer state of {self.name} has shape {tuple(moment.shape)}, the parameter {stored}: "
