@@ -148,6 +148,10 @@ class Winnow:
         """Posts a selection job: model, pool, target, budget, and what else the API knows."""
         return self._json("POST", "/selection-jobs", json=request)
 
+    def plan(self, **request: Any) -> Json:
+        """What a selection job would do and cost; nothing is created. Takes what `create_job` takes."""
+        return self._json("POST", "/selection-jobs", json={**request, "dry_run": True})
+
     def job(self, job_id: str) -> Json:
         return self._json("GET", f"/selection-jobs/{job_id}")
 

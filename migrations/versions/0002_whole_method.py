@@ -44,6 +44,13 @@ def upgrade() -> None:
             '{{landmarks, choice}}', '"uniform"'), '{{gradient, modules}}', '"down_proj"')
         WHERE parameters ? 'landmarks' AND NOT parameters ? 'refine'
     """)
+    op.create_index(
+        "ix_job_units_stage_finished_at",
+        "job_units",
+        ["stage", "finished_at"],
+        unique=False,
+        postgresql_where="state = 'succeeded'",
+    )
     op.create_table(
         "workers",
         sa.Column("worker_id", sa.String(), nullable=False),
@@ -59,6 +66,7 @@ def downgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '5s'")
     _refuse_newer_jobs()
     op.drop_table("workers")
+    op.drop_index("ix_job_units_stage_finished_at", "job_units")
     op.execute(f"""
         UPDATE selection_jobs
         SET parameters = (parameters - '{FIRST_KEYS}'::text[]) #- '{{landmarks, choice}}' #- '{{gradient, modules}}'

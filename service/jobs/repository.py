@@ -1,14 +1,16 @@
-"""SQL that reads jobs, scoped by tenant. What changes them is in ledger.py."""
+"""SQL that reads jobs, scoped by tenant, and what workers have measured. What changes jobs is in ledger.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Row, cast, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import BigInteger, Row, cast, func, or_, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session, aliased
 
 from service import ids
+from service.datasets.tables import Dataset
 from service.jobs.state import JobStatus, UnitState
-from service.jobs.tables import JobEvent, JobUnit, SelectionJob
+from service.jobs.tables import JobEvent, JobUnit, SelectionJob, Worker
 
 
 def is_id(value: str) -> bool:
@@ -65,3 +67,57 @@ def events(session: Session, job_id: str, *, after: int, limit: int) -> list[Job
             .limit(limit + 1)
         )
     )
+
+
+def similar_jobs(
+    session: Session, tenant_id: str, *, model: Mapping[str, Any], pool: str, target: str, limit: int
+) -> list[tuple[SelectionJob, str, str]]:
+    """The tenant's newest succeeded jobs on the model and one of the contents, each with its pool's and target's fingerprint."""
+    pools, targets = aliased(Dataset), aliased(Dataset)
+    found = session.execute(
+        select(SelectionJob, pools.fingerprint, targets.fingerprint)
+        .join(pools, pools.id == SelectionJob.pool_id)
+        .join(targets, targets.id == SelectionJob.target_id)
+        .where(SelectionJob.tenant_id == tenant_id, SelectionJob.status == JobStatus.SUCCEEDED)
+        .where(SelectionJob.model == dict(model), or_(pools.fingerprint == pool, targets.fingerprint == target))
+        .order_by(SelectionJob.id.desc())
+        .limit(limit)
+    )
+    return [(row[0], row[1], row[2]) for row in found]
+
+
+_STAGE_RATES = text("""
+    SELECT s.stage::text AS stage,
+        sum((u.result ->> 'operations')::float8) FILTER (WHERE u.result ? 'operations')
+            / nullif(sum((u.result ->> 'seconds')::float8) FILTER (WHERE u.result ? 'operations'), 0) AS operations,
+        sum(u.progress_total) / nullif(sum(extract(epoch FROM u.finished_at - u.started_at)), 0)::float8 AS samples
+    FROM unnest(enum_range(NULL::stage)) AS s (stage), LATERAL (
+        SELECT * FROM job_units
+        WHERE stage = s.stage AND state = 'succeeded' AND NOT coalesce((result ->> 'reused')::boolean, false)
+        ORDER BY finished_at DESC LIMIT 200
+    ) u
+    GROUP BY s.stage
+""")
+
+
+def stage_rates(session: Session) -> Sequence[Row[Any]]:
+    """(stage, operations, samples), both a second, over the newest 200 units of each stage that were really computed."""
+    return session.execute(_STAGE_RATES).all()
+
+
+def newest_worker(session: Session) -> Worker | None:
+    return session.scalar(select(Worker).order_by(Worker.seen_at.desc()).limit(1))
+
+
+def record_worker(
+    session: Session, *, worker_id: str, device: str, memory_bytes: int, matmul_rates: Mapping[str, float]
+) -> None:
+    """Writes what a worker has measured of its machine; `matmul_rates` are operations a second by dtype."""
+    measured = {
+        "device": device,
+        "memory_bytes": memory_bytes,
+        "matmul_rates": dict(matmul_rates),
+        "seen_at": func.clock_timestamp(),
+    }
+    written = insert(Worker).values(worker_id=worker_id, **measured)
+    session.execute(written.on_conflict_do_update(index_elements=[Worker.worker_id], set_=measured))

@@ -3,11 +3,13 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
+from fastapi.responses import JSONResponse
 
+from service.artifacts import ArtifactStore
 from service.database import SessionDep
 from service.errors import BadRequest, NotFound, Unauthorized, Unavailable, Unprocessable, responses
 from service.jobs import repository, service
-from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut
+from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.jobs.state import TERMINAL, JobStatus
 from service.pages import After, Limit, Page
 from service.settings import ApiSettings
@@ -22,14 +24,21 @@ RETRY_AFTER_SECONDS = "2"
     "",
     status_code=status.HTTP_202_ACCEPTED,
     summary="Post a selection job",
-    responses=responses(Unprocessable, Unavailable),
+    response_model=SelectionJobOut,
+    responses={
+        status.HTTP_200_OK: {"model": SelectionPlan, "description": "With `dry_run`: the plan; nothing is created"},
+        **responses(Unprocessable, Unavailable),
+    },
 )
 def create_job(
     body: JobRequest, request: Request, response: Response, session: SessionDep, caller: CallerDep
-) -> SelectionJobOut:
+) -> SelectionJobOut | JSONResponse:
     """Answers at once; the job is computed by the workers. Poll `Location` until `status` is succeeded, failed or cancelled."""
     settings: ApiSettings = request.app.state.settings
-    job = service.create(session, caller, body, settings.models)
+    store: ArtifactStore = request.app.state.store
+    if body.dry_run:
+        return JSONResponse(service.plan(session, caller, body, settings.models, store).model_dump(mode="json"))
+    job = service.create(session, caller, body, settings.models, store)
     response.headers["Location"] = f"/v1/selection-jobs/{job.id}"
     response.headers["Retry-After"] = RETRY_AFTER_SECONDS
     return service.describe(session, [job])[0]

@@ -73,6 +73,7 @@ class JobRequest(Parameters):
         description="How many samples to select: a number, or a fraction of the pool between 0 and 1"
     )
     metadata: dict[str, MetadataValue] = Field(default_factory=dict, description="Yours; at most 16 entries")
+    dry_run: bool = Field(default=False, description="Only check the request and answer 200 with its plan and cost")
 
     @field_validator("metadata")
     @classmethod
@@ -85,6 +86,45 @@ class JobRequest(Parameters):
 
     def parameters(self) -> dict[str, Any]:
         return self.model_dump(mode="json", include=set(Parameters.model_fields))
+
+
+class StagePlan(BaseModel):
+    stage: Stage
+    operations: float | None = Field(description="Floating-point operations of matrix products; a multiply-add is two")
+    seconds: float | None = Field(description="Of one worker, for what is not there yet; null: no rate is known")
+    artifact_bytes: int | None
+    memory_bytes: int | None = Field(description="Of the compute process, on the device and beside it")
+    already_there: float = Field(description="Share of the stage's work that your earlier jobs have left in the store")
+
+
+class PlanTotals(BaseModel):
+    """Sums of the figures that are known; of memory, the most that a stage needs."""
+
+    operations: float | None
+    seconds: float | None
+    artifact_bytes: int | None
+    memory_bytes: int | None
+
+
+class SelectionPlan(BaseModel):
+    """What a job would do and cost."""
+
+    object: Literal["selection_plan"] = "selection_plan"
+    model: dict[str, Any] = Field(examples=[{"kind": "registered", "name": "smollm2-135m-instruct"}])
+    pool: str
+    target: str
+    budget: int
+    parameters: Parameters
+    stages: list[StagePlan]
+    totals: PlanTotals
+    exact_operations: float | None = Field(description="Of the same job by method exact_influence")
+    note: str | None = Field(description="Where the exact method would cost less than twice this job")
+    warnings: list[str] = Field(description="What is lowered, what does not fit, and why figures are missing")
+    tokens: dict[str, int] = Field(examples=[{"pool": 532377, "target": 9120}])
+    estimated: bool = Field(
+        description="Tokens are estimated from bytes; the job counts them and writes the plan again"
+    )
+    device: str | None = Field(description="Of the worker seen last")
 
 
 class Progress(BaseModel):

@@ -1,4 +1,4 @@
-"""Making, describing and cancelling jobs."""
+"""Planning, making, describing and cancelling jobs."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,39 +8,31 @@ from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from service import models
+from service.artifacts import ArtifactStore
 from service.datasets import service as datasets
+from service.datasets.tables import Dataset
 from service.errors import BadRequest, NotFound, Unprocessable
 from service.ids import new_id
-from service.jobs import ledger, repository
-from service.jobs.schemas import JobError, JobRequest, Parameters, Progress, SelectionJobOut, StageReport
+from service.jobs import ledger, planning, repository
+from service.jobs.parameters import Parameters
+from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
 from service.jobs.state import TERMINAL, JobStatus, Stage
 from service.jobs.tables import SelectionJob
 from service.settings import ModelSettings
 from service.tenants.service import Caller
 
 
-def create(session: Session, caller: Caller, request: JobRequest, settings: ModelSettings) -> SelectionJob:
-    """Writes the job, its first unit and its first event. Never touches the broker: the dispatcher hears of the unit.
+def create(
+    session: Session, caller: Caller, request: JobRequest, settings: ModelSettings, store: ArtifactStore
+) -> SelectionJob:
+    """Writes the job, its first unit, and its first events: `job.queued` and, with its plan, `job.planned`. Never touches
+    the broker: the dispatcher hears of the unit.
 
     Raises:
         Unprocessable: names the field that cannot be honoured.
     """
-    pool = datasets.require(session, caller.tenant_id, request.pool, "pool")
-    target = datasets.require(session, caller.tenant_id, request.target, "target")
-    model = models.resolve(settings, request.model, request)
-    job = SelectionJob(
-        id=new_id("job"),
-        tenant_id=caller.tenant_id,
-        key_id=caller.key_id,
-        status=JobStatus.QUEUED,
-        pool_id=pool.id,
-        target_id=target.id,
-        model=model,
-        budget=_budget(request.budget, pool.row_count),
-        parameters=request.parameters(),
-        request=request.model_dump(mode="json", exclude_unset=True),
-        job_metadata=request.metadata,
-    )
+    job, pool, target = _make(session, caller, request, settings)
+    planned = planning.plan(session, store, settings, job, pool, target)
     prepare = ledger.UnitSpec(
         stage=Stage.PREPARE,
         shard=0,
@@ -49,8 +41,43 @@ def create(session: Session, caller: Caller, request: JobRequest, settings: Mode
         total=pool.row_count + target.row_count,
     )
     ledger.create_job(session, job, [prepare])
+    ledger.add_event(session, job.id, "job.planned", **planned)
+    session.flush()
     session.refresh(job)
     return job
+
+
+def plan(
+    session: Session, caller: Caller, request: JobRequest, settings: ModelSettings, store: ArtifactStore
+) -> SelectionPlan:
+    """What the job would cost. Writes nothing; refuses what `create` refuses."""
+    job, pool, target = _make(session, caller, request, settings)
+    planned = planning.plan(session, store, settings, job, pool, target)
+    asked = {"model": job.model, "pool": pool.id, "target": target.id, "budget": job.budget}
+    return SelectionPlan.model_validate({**asked, "parameters": job.parameters, **planned})
+
+
+def _make(
+    session: Session, caller: Caller, request: JobRequest, settings: ModelSettings
+) -> tuple[SelectionJob, Dataset, Dataset]:
+    """The job, not yet written, and its pool and target."""
+    pool = datasets.require(session, caller.tenant_id, request.pool, "pool")
+    target = datasets.require(session, caller.tenant_id, request.target, "target")
+    budget = _budget(request.budget, pool.row_count)
+    job = SelectionJob(
+        id=new_id("job"),
+        tenant_id=caller.tenant_id,
+        key_id=caller.key_id,
+        status=JobStatus.QUEUED,
+        pool_id=pool.id,
+        target_id=target.id,
+        model=models.resolve(settings, request.model, request),
+        budget=budget,
+        parameters=request.parameters(),
+        request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
+        job_metadata=request.metadata,
+    )
+    return job, pool, target
 
 
 def _budget(budget: int | float, row_count: int) -> int:

@@ -68,6 +68,8 @@ class JobUnit(CreatedAt, Base):
         ),
         CheckConstraint("0 <= progress_done AND progress_done <= progress_total", name="progress_within_total"),
         Index("ix_job_units_pending", "job_id", "stage", "shard", postgresql_where="state = 'pending'"),
+        # What a plan looks at: the newest units of each stage.
+        Index("ix_job_units_stage_finished_at", "stage", "finished_at", postgresql_where="state = 'succeeded'"),
         Index("ix_job_units_lease_expires_at", "lease_expires_at", postgresql_where="state = 'running'"),
         # Two jobs that need the same artifact do not compute it at once: the second waits and then finds it.
         Index("uq_job_units_artifact_key_running", "artifact_key", unique=True, postgresql_where="state = 'running'"),
