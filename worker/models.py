@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from service.models import MODEL_TYPES
-from worker.errors import ModelError, UnitError
+from service.models import ADAPTER_CONFIG, MODEL_TYPES, OPTIMIZER_STATE
+from worker import adapters, placement
+from worker.errors import ModelError, OutOfMemory, ParameterError, UnitError
+from worker.influence.models import linear_layers
 
 log = logging.getLogger(__name__)
 
 # The files that decide what is computed; a folder's other files (readme, pickled weights) are never read.
-_PATTERNS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+_PATTERNS = ("config.json", ADAPTER_CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 _TOKENIZER_PATTERNS = (
     "tokenizer*",
     "vocab*",
@@ -38,16 +40,30 @@ class HubUnavailable(UnitError):
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model's files on this machine. `fingerprint` is the sha256 over the names and hashes of those that count."""
+    """A model's files on this machine, the sha256 of each by name; those of an adapter's base as `base/<name>`.
+
+    `fingerprint` is the sha256 over the names and hashes of the files that count.
+    """
 
     path: Path
     files: dict[str, str]
     signature: tuple[tuple[Any, ...], ...]
+    base: "ModelFolder | None" = None
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.base is not None
 
     @property
     def is_current(self) -> bool:
         """Whether the files are those that were hashed, by their sizes and times."""
-        return self.path.is_dir() and _signature(_files_that_count(self.path)) == self.signature
+        is_same = self.path.is_dir() and _signature(_files_that_count(self.path)) == self.signature
+        return is_same and (self.base is None or self.base.is_current)
+
+    @property
+    def tokenizer_folder(self) -> "ModelFolder":
+        """This one, or an adapter's base where the adapter comes without a tokenizer."""
+        return self if self.base is None or "tokenizer.json" in self.files else self.base.tokenizer_folder
 
     @property
     def fingerprint(self) -> str:
@@ -55,7 +71,8 @@ class ModelFolder:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        return _digest({name: sha for name, sha in self.files.items() if _matches(Path(name), _TOKENIZER_PATTERNS)})
+        files = ((name, sha) for name, sha in self.tokenizer_folder.files.items() if "/" not in name)
+        return _digest({name: sha for name, sha in files if _matches(Path(name), _TOKENIZER_PATTERNS)})
 
 
 def _digest(files: Mapping[str, str]) -> str:
@@ -74,13 +91,22 @@ def find(model: Mapping[str, Any], registered: Path) -> ModelFolder:
         ModelError: the folder is gone, or lacks files.
         HubUnavailable: the hub did not answer.
     """
+    base = find(model["base"], registered) if "base" in model else None
     path = registered / model["name"] if model["kind"] == "registered" else _snapshot(model)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"The model {model.get('name') or model.get('id')!r} has no config.json on this worker.")
+    needed = "config.json" if base is None else ADAPTER_CONFIG
+    if not (path / needed).is_file():
+        raise ModelError(f"The model {model.get('name') or model.get('id')!r} has no {needed} on this worker.")
     wanted = _files_that_count(path)
-    if not any(p.suffix == ".safetensors" for p in wanted):
+    if not _weights(wanted):
         raise ModelError("The model has no safetensors weights; other formats are not loaded.")
-    return ModelFolder(path, {p.name: _file_sha256(p) for p in wanted}, _signature(wanted))
+    files = {p.name: _file_sha256(p) for p in wanted}
+    if base is not None:
+        files |= {f"base/{name}": sha for name, sha in base.files.items()}
+    return ModelFolder(path, files, _signature(wanted), base)
+
+
+def _weights(files: Iterable[Path]) -> list[Path]:
+    return [p for p in files if p.suffix == ".safetensors" and p.name != OPTIMIZER_STATE]
 
 
 def _files_that_count(path: Path) -> list[Path]:
@@ -118,7 +144,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder.path, use_fast=True, trust_remote_code=False, local_files_only=True
+            folder.tokenizer_folder.path, use_fast=True, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"The model's tokenizer could not be loaded: {error}") from error
@@ -128,13 +154,15 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
 
 
 def load_config(folder: ModelFolder) -> Any:
-    """The configuration.
+    """The configuration; of an adapter, that of its base.
 
     Raises:
         ModelError: it cannot be read, or the architecture is not one that is supported.
     """
     try:
-        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            (folder.base or folder).path, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"The model's configuration could not be read: {error}") from error
     if config.model_type not in MODEL_TYPES:
@@ -144,14 +172,41 @@ def load_config(folder: ModelFolder) -> Any:
     return config
 
 
-def load_model(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal language model in evaluation mode.
+def load_model(
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> PreTrainedModel:
+    """The causal language model in evaluation mode, its adapter in it where it is one.
+
+    On CUDA, a model that does not fit one GPU's free memory is spread over all of the machine's, block by block.
 
     Raises:
         ModelError: the weights do not fit the configuration, or some of them are missing.
+        ParameterError: it cannot be quantised here, or is too large for this machine.
+        OutOfMemory: the device has no room for it now.
     """
     load_config(folder)
     try:
+        model = _load_base(folder.base or folder, dtype, device, quantization)
+        if folder.base is not None:
+            adapters.load_adapter(model, folder.path)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            "The model's weights do not fit the device: use dtype bfloat16, or quantization int8 or nf4."
+        ) from error
+    model.eval()
+    return model
+
+
+def _load_base(folder: ModelFolder, dtype: torch.dtype, device: torch.device, quantization: str) -> PreTrainedModel:
+    config, free = placement.quantised(quantization, dtype), placement.free_memory(device)
+    where: dict[str, Any] = {}
+    try:
+        if len(free) > 1:
+            needed = placement.weight_bytes(_weights(_files_that_count(folder.path)), dtype, quantization)
+            shares = placement.share_out(needed, free)
+            where = {} if shares is None else {"device_map": "auto", "max_memory": shares}
+        if config is not None:  # it quantises while it reads, so it must know the device
+            where = {"device_map": {"": device}} | where | {"quantization_config": config}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder.path,
             dtype=dtype,
@@ -159,15 +214,54 @@ def load_model(folder: ModelFolder, dtype: torch.dtype, device: torch.device) ->
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **where,
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model could not be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random values in their place
         raise ModelError(f"The model lacks {len(missing)} of its weights, {missing[0]} among them.")
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
-    model.eval()
+    if not where:
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     return model
+
+
+def check_optimizer_state(folder: ModelFolder, modules: str, optimizer: Mapping[str, Any]) -> None:
+    """Checks the registered state of the layers that influence is measured on, by the headers alone (METHOD 7).
+
+    `modules` is `gradient.modules`, of which an adapter's are independent; `optimizer` the job's.
+
+    Raises:
+        ParameterError: there is no state, or it lacks a parameter or has it in another shape; names it.
+        ValueError: `modules` matches no layer.
+    """
+    path = folder.path / OPTIMIZER_STATE
+    if not path.is_file():
+        raise ParameterError(
+            f"optimizer.type {optimizer['type']} needs a warmup, or {OPTIMIZER_STATE} beside the model."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ParameterError(f"The model's {OPTIMIZER_STATE} is no safetensors file: {error}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(folder))
+        if folder.is_adapter:
+            adapters.inject_registered(model, folder.path)
+    names = {module: name for name, module in model.named_modules()}
+    layer: Any
+    for layer in linear_layers(model, "lora" if folder.is_adapter else modules).values():
+        for moment in ("first",) if optimizer["type"] == "sgd" else ("first", "second"):
+            name, wanted = f"{moment}.{names[layer]}.weight", tuple(layer.weight.shape)
+            if shapes.get(name) != wanted:
+                found = f"as {shapes[name]}" if name in shapes else "not at all"
+                raise ParameterError(
+                    f"The model's {OPTIMIZER_STATE} must have {name} of shape {wanted}, and has it {found}: write it with"
+                    " worker.influence.save_state from the training of this model, or ask for a warmup."
+                )
 
 
 def choose_device(name: str) -> torch.device:

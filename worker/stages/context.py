@@ -1,4 +1,4 @@
-"""What a stage is given: the store, the job, a way to tell of progress, and the model, loaded once and kept."""
+"""What a stage is given: the store, the job, ways to tell of progress and events, and the model, loaded once and kept."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 
 from service.artifacts import ArtifactStore
 from service.settings import WorkerSettings
-from worker import models
+from worker import adapters, models
 from worker.errors import ModelError
 from worker.stages.plan import JobInputs
+
+_Loaded = tuple[tuple[Any, ...], PreTrainedModel]
 
 
 @dataclass(slots=True)
@@ -22,7 +24,7 @@ class ModelCache:
     registered: Path
     device: torch.device
     _folders: dict[str, models.ModelFolder] = field(default_factory=dict)
-    _loaded: tuple[tuple[str, torch.dtype], PreTrainedModel] | None = None
+    _loaded: _Loaded | None = None
 
     def folder(self, model: Mapping[str, Any]) -> models.ModelFolder:
         """The model's files, hashed again only where they changed: an operator may replace a registered model."""
@@ -31,24 +33,43 @@ class ModelCache:
             self._folders[name] = models.find(model, self.registered)
         return self._folders[name]
 
-    def load(self, model: Mapping[str, Any], fingerprint: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The model, if its files are still those that the job was prepared with.
+    def load(
+        self,
+        model: Mapping[str, Any],
+        fingerprint: str,
+        dtype: torch.dtype,
+        *,
+        checkpoint: tuple[ArtifactStore, str] | None = None,
+        quantization: str = "none",
+    ) -> PreTrainedModel:
+        """The model, if its files are still those that the job was prepared with; on top of it the warm-up's checkpoint.
 
         Raises:
-            ModelError: the files changed since.
+            ModelError: the files changed since, or cannot be loaded.
+            ParameterError: the model cannot be quantised here, or is too large for this machine.
         """
         folder = self.folder(model)
         if folder.fingerprint != fingerprint:
             raise ModelError("The model's files changed while the job was running; post the job again.")
-        if self._loaded is None or self._loaded[0] != (fingerprint, dtype):
+        wanted = (fingerprint, dtype, quantization, checkpoint and checkpoint[1])
+        if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # the old model goes before the new one comes
-            self._loaded = ((fingerprint, dtype), models.load_model(folder, dtype, self.device))
+            loaded = models.load_model(folder, dtype, self.device, quantization)
+            if checkpoint is not None:
+                with checkpoint[0].local(checkpoint[1]) as path:
+                    adapters.load_checkpoint(loaded, path)
+            self._loaded = (wanted, loaded)
         return self._loaded[1]
+
+    def forget(self) -> None:
+        """Keeps the model no longer: whoever holds it is about to change it."""
+        self._loaded = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """`report(done)` counts samples of the unit and raises Cancelled when the unit is to stop."""
+    """`report(done)` counts samples of the unit and raises Cancelled when the unit is to stop; `event(kind, data)` tells of
+    something worth the job's record, with data that JSON can hold."""
 
     store: ArtifactStore
     job: JobInputs
@@ -57,7 +78,27 @@ class StageContext:
     settings: WorkerSettings
     token_budget: int
     report: Callable[[int], None]
+    event: Callable[[str, dict[str, Any]], None]
 
-    def model(self) -> PreTrainedModel:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.prepared["dtype"]]
-        return self.models.load(self.job.model, self.prepared["model_fingerprint"], dtype)
+    def model(self, checkpoint: str | None = None) -> PreTrainedModel:
+        """The job's model, on which influence is measured; `checkpoint` is the key of what its warm-up left.
+
+        Raises:
+            ModelError, ParameterError: it cannot be loaded; says why.
+        """
+        return self._load(self.prepared["dtype"], None if checkpoint is None else (self.store, checkpoint))
+
+    def model_to_train(self, dtype: str) -> PreTrainedModel:
+        """The job's model for the caller alone, who may change it."""
+        model = self._load(dtype, None)
+        self.models.forget()
+        return model
+
+    def _load(self, dtype: str, checkpoint: tuple[ArtifactStore, str] | None) -> PreTrainedModel:
+        return self.models.load(
+            self.job.model,
+            self.prepared["model_fingerprint"],
+            {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
+            checkpoint=checkpoint,
+            quantization=self.job.parameters["quantization"],
+        )

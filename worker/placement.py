@@ -1,0 +1,75 @@
+"""In which form a model's weights are loaded, and where they go: plain or quantised, on one device or on several GPUs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig
+
+from worker.errors import ParameterError
+
+_BYTES: Mapping[str, float] = {"int8": 1.0, "nf4": 0.5}
+_SHARE = 0.8
+"""Of a GPU's free memory, what weights may take; the rest is for activations."""
+
+
+def quantised(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How transformers quantises while it loads; None for `none`. `dtype` is that of the products of 4-bit layers.
+
+    Raises:
+        ParameterError: bitsandbytes is not installed.
+    """
+    if name == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ParameterError(
+            f"quantization {name} needs bitsandbytes, which this worker lacks: install winnow[quantised] on the workers,"
+            " or leave quantization out."
+        )
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def weight_bytes(files: Iterable[Path], dtype: torch.dtype, quantization: str) -> int:
+    """What the weights of safetensors files take once loaded; reads the headers only.
+
+    Quantised, the matrices are counted at their short size: a little too low, since embeddings and head are not quantised.
+    """
+    total = 0.0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                shape = file.get_slice(name).get_shape()
+                size = _BYTES.get(quantization, dtype.itemsize) if len(shape) == 2 else dtype.itemsize
+                total += prod(shape) * size
+    return int(total)
+
+
+def free_memory(device: torch.device) -> list[int]:
+    """Free bytes of every CUDA device; empty on a processor."""
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+
+
+def share_out(needed: int, free: Sequence[int]) -> dict[int, int] | None:
+    """The most bytes of each GPU that weights of `needed` bytes may take, where one GPU is too small for them and there are more.
+
+    None: all goes to one device.
+
+    Raises:
+        ParameterError: they do not fit all of the GPUs together.
+    """
+    if len(free) < 2 or needed <= _SHARE * free[0]:
+        return None
+    most = {index: int(_SHARE * size) for index, size in enumerate(free)}
+    if needed > sum(most.values()):
+        raise ParameterError(
+            f"The model's weights take {needed / 2**30:.1f} GiB, and this worker's {len(free)} GPUs have room for"
+            f" {sum(most.values()) / 2**30:.1f} GiB: use dtype bfloat16, or quantization int8 or nf4."
+        )
+    return most
