@@ -114,19 +114,28 @@ def _run_batch(
         for handle in handles:
             handle.remove()
 
-    rows, positions = marked_positions(counted, samples, indices)
-    device = hidden_BTD.device  # of the last block; the head may be elsewhere
-    labels = samples.input_ids[samples.offsets[indices][rows] + positions].astype(np.int64)
-    weights_R = torch.from_numpy(1.0 / np.bincount(rows, minlength=indices.size)[rows]).to(device)
-    row_R = torch.from_numpy(rows).to(device)
-    before_R = torch.from_numpy(positions - 1).to(device)
+    # Of the last block's device; the head may be elsewhere.
+    row_R, before_R, labels_R, weights_R = predicted_tokens(samples, counted, indices, hidden_BTD.device)
     hidden_RD = hidden_BTD.detach()[row_R, before_R]
-    loss_R, grad_RD = _head(model, hidden_RD, torch.from_numpy(labels).to(device), weights_R, backward=use is not None)
+    loss_R, grad_RD = head_loss(model, hidden_RD, labels_R, weights_R, backward=use is not None)
     if use is not None:
         grad_BTD = torch.zeros_like(hidden_BTD)
         grad_BTD[row_R, before_R] = grad_RD
         torch.autograd.backward(hidden_BTD, grad_BTD)
     return loss_R.new_zeros(indices.size).index_add_(0, row_R, loss_R)
+
+
+def predicted_tokens(
+    samples: Samples, counted: BoolArray, indices: IntArray, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each predicted token of a batch: row, position before it, id, and 1 / the number of its sample's; each (R,)."""
+    rows, positions = marked_positions(counted, samples, indices)
+    labels = samples.input_ids[samples.offsets[indices][rows] + positions].astype(np.int64)
+    weights = 1.0 / np.bincount(rows, minlength=indices.size)[rows]
+    row_R, before_R, labels_R, weights_R = (
+        torch.from_numpy(values).to(device) for values in (rows, positions - 1, labels, weights)
+    )
+    return row_R, before_R, labels_R, weights_R
 
 
 def _after_forward(
@@ -145,7 +154,7 @@ def _after_forward(
     return output_BTO
 
 
-def _head(
+def head_loss(
     model: Any, hidden_RD: Tensor, labels_R: Tensor, weights_R: Tensor, *, backward: bool
 ) -> tuple[Tensor, Tensor]:
     """Weighted losses (R,), and their gradient (R, D) with respect to the hidden states, in pieces of bounded memory.

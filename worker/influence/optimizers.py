@@ -162,7 +162,7 @@ def gradient_scaling(
         raise ValueError(f"scaling kind must be exact or factored, not {kind!r}")
     if not options.is_adam:
         return None
-    weights = _weights(model, modules)
+    weights = layer_weights(model, modules)
     if kind == "exact":
         return Scaling(full={name: _adam_scale(options, state, weight) for name, weight in weights.items()})
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -190,7 +190,7 @@ def step_offset(
     decays = options.type != "none" and options.weight_decay > 0
     if not carries and not decays:
         return None
-    return {name: _offset(options, state, weight) for name, weight in _weights(model, modules).items()}
+    return {name: _offset(options, state, weight) for name, weight in layer_weights(model, modules).items()}
 
 
 def rank_one(a_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def rank_one(a_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Weight:
+class LayerWeight:
     """The weight of a chosen layer: where it is, what `model.named_parameters()` calls it, and the dtype to compute in."""
 
     module: nn.Module
@@ -250,14 +250,14 @@ class _Weight:
         return output_by_input(self.module, weight.detach().to(self.dtype))
 
 
-def _weights(model: Any, modules: str) -> dict[str, _Weight]:
+def layer_weights(model: Any, modules: str) -> dict[str, LayerWeight]:
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     dtype = accumulation_dtype(parameter_dtype(model))
     chosen = linear_layers(model, modules)
-    return {layer: _Weight(module=module, name=names[module], dtype=dtype) for layer, module in chosen.items()}
+    return {layer: LayerWeight(module=module, name=names[module], dtype=dtype) for layer, module in chosen.items()}
 
 
-def _adam_scale(options: OptimizerOptions, state: OptimizerState | None, weight: _Weight) -> Tensor:
+def _adam_scale(options: OptimizerOptions, state: OptimizerState | None, weight: LayerWeight) -> Tensor:
     """a = (1 - beta1) / (1 - beta1^(s+1)) / (sqrt(v / (1 - beta2^(s+1))) + eps), (O, I)."""
     second_OI = weight.moment(state, "second")
     assert state is not None
@@ -271,7 +271,7 @@ def _adam_scale(options: OptimizerOptions, state: OptimizerState | None, weight:
     return (1 - beta1) / (1 - beta1**next_step) / root_OI
 
 
-def _offset(options: OptimizerOptions, state: OptimizerState | None, weight: _Weight) -> Tensor:
+def _offset(options: OptimizerOptions, state: OptimizerState | None, weight: LayerWeight) -> Tensor:
     """b of one layer, (O, I): a * (beta1 / (1 - beta1) m) for Adam, momentum * m for SGD, and the weight decay."""
     carried_OI = decay_OI = torch.zeros((), dtype=weight.dtype)
     if options.weight_decay:
