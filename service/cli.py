@@ -17,6 +17,8 @@ from rich.table import Table
 
 from service import demo as demonstration
 from service import show
+from service.assignments import assigned
+from service.assignments import budget as read_budget
 from service.client import Winnow, WinnowError
 from service.local import StackError, StackProcess, running_stack
 
@@ -131,36 +133,6 @@ def _stopped_by_signals() -> Iterator[None]:
     yield
 
 
-def _setting(text: str) -> tuple[list[str], Any]:
-    name, found, value = text.partition("=")
-    if not found:
-        raise ValueError(f"--set {text}: write NAME=VALUE, for example --set embedding.blocks=6")
-    try:
-        return name.split("."), json.loads(value)
-    except json.JSONDecodeError:
-        return name.split("."), value
-
-
-def _request(settings: list[str], fields: dict[str, Any]) -> dict[str, Any]:
-    request = dict(fields)
-    for text in settings:
-        path, value = _setting(text)
-        into = request
-        for part in path[:-1]:
-            into = into.setdefault(part, {})
-            if not isinstance(into, dict):
-                raise ValueError(f"--set {text}: {part} is set to a value already")
-        into[path[-1]] = value
-    return request
-
-
-def _budget(text: str) -> int | float:
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError as error:
-        raise ValueError(f"--budget {text}: a number of samples, or a fraction between 0 and 1") from error
-
-
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any field of the request: --set landmarks.count=256 --set selection=top_k"),
@@ -183,7 +155,7 @@ def submit(
     """Post a selection job."""
     with _client(home, url, api_key) as client:
         ids = {name: _dataset(client, value) for name, value in (("pool", pool), ("target", target))}
-        job = client.create_job(**_request(settings or [], {"model": model, "budget": _budget(budget), **ids}))
+        job = client.create_job(**assigned(settings or [], {"model": model, "budget": read_budget(budget), **ids}))
         if not as_json:
             out.print(f"Posted {job['id']}")
         if wait:

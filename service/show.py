@@ -52,11 +52,12 @@ def _note(stage: Json) -> str:
 
 
 def results(console: Console, summary: Json, selected: Sequence[Json], *, top: int = 10) -> None:
-    """Prints the selection's best, its sources, the fidelity and the time of each stage."""
+    """Prints the selection's best, its sources, the time of each stage, and what the job found out in sentences."""
     console.print(_top_table(selected[:top]))
     console.print(_source_table(summary))
     console.print(_stage_table(summary))
-    console.print(fidelity_sentence(summary))
+    for sentence in summary.get("sentences", ()):  # results from before there were any have none
+        console.print(sentence, markup=False)
 
 
 def _top_table(selected: Sequence[Json]) -> Table:
@@ -115,14 +116,3 @@ def _stage_table(summary: Json) -> Table:
             "" if peak is None else f"{peak / 2**20:.0f}",
         )
     return table
-
-
-def fidelity_sentence(summary: Json) -> str:
-    """How far the approximation can be trusted, in a sentence."""
-    fidelity = summary["fidelity"]
-    if fidelity["mean_r2"] is None or fidelity["mean_spearman"] is None:
-        return "Leave-one-out fidelity: not defined, since every landmark has the same influence."
-    return (
-        f"Leave-one-out fidelity over {summary['landmark_count']} landmarks: propagated influence ranks left-out samples"
-        f" like the exact one with Spearman {fidelity['mean_spearman']:.2f} and explains R² {fidelity['mean_r2']:.2f} of it."
-    )

@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -71,7 +70,7 @@ class Compute:
             for dtype in (torch.float32, torch.bfloat16)
         }
         is_cuda = device.type == "cuda"
-        memory = torch.cuda.get_device_properties(device).total_memory if is_cuda else psutil.virtual_memory().total
+        memory = torch.cuda.get_device_properties(device).total_memory if is_cuda else _physical_memory()
         return {"device": prepare.device_name(device), "memory_bytes": memory, "matmul_rates": rates}
 
     def run(self, unit: Mapping[str, Any], report: Callable[[int], None], event: Event) -> dict[str, Any]:
@@ -133,6 +132,10 @@ class Compute:
                 return validate.run(context, spec)
             case stage:
                 raise RuntimeError(f"{stage} is not computed by the child")
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class _Conversation:

@@ -22,12 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from safetensors.numpy import load_file
 
 from service.artifacts import ArtifactStore
+from service.assignments import assigned
+from service.assignments import budget as read_budget
 from service.datasets import storage
 from service.datasets.convert import convert
 from service.datasets.formats import Form
 from service.errors import ApiError
 from service.jobs.ledger import UnitSpec
-from service.jobs.schemas import Parameters
+from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
 from service.results import formats
 from service.settings import UploadSettings, WorkerSettings
@@ -153,21 +155,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _parameters(settings: list[str]) -> dict[str, Any]:
     """The parameters by name, checked as the service checks them."""
-    given: dict[str, Any] = {}
-    for text in settings:
-        name, found, value = text.partition("=")
-        if not found:
-            raise ParameterError(f"--set {text}: write NAME=VALUE, for example --set landmarks.count=256")
-        into = given
-        *path, last = name.split(".")
-        for part in path:
-            into = into.setdefault(part, {})
-            if not isinstance(into, dict):
-                raise ParameterError(f"--set {text}: {part} is set to a value already")
-        try:
-            into[last] = json.loads(value)
-        except json.JSONDecodeError:
-            into[last] = value
+    try:
+        given = assigned(settings)
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
     try:
         return Parameters(**given).model_dump(mode="json")
     except ValidationError as error:
@@ -177,9 +168,9 @@ def _parameters(settings: list[str]) -> dict[str, Any]:
 
 def _budget(text: str, rows: int) -> int:
     try:
-        value = int(text) if text.isdigit() else float(text)
-    except ValueError:
-        value = 0
+        value = read_budget(text)
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
     if isinstance(value, float) and 0 < value < 1:
         value = max(1, round(value * rows))
     if not isinstance(value, int) or value < 1:

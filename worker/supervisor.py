@@ -27,7 +27,7 @@ from worker import publish
 from worker.child import Child
 from worker.errors import ComputeDied, UnitError
 from worker.stages.keys import result_key
-from worker.units import next_units, unit_message
+from worker.units import exact_plan, next_units, unit_message
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Supervisor:
                 self._write(claim, lambda session, job: self._publish(session, job, claim))
             else:
                 result = self._compute(claim)
-                self._write(claim, lambda session, job: _finish(session, job, claim, result))
+                self._write(claim, lambda session, job: self._finish(session, job, claim, result))
         except LeaseLost:
             log.warning("lost the lease on %s/%d of %s; its outcome is dropped", claim.stage, claim.shard, claim.job_id)
         except _Stopped as stopped:
@@ -257,7 +257,11 @@ class Supervisor:
         ledger.finish_unit(session, job, claim, {})
         ledger.succeed_job(session, job)
 
-
-def _finish(session: Session, job: SelectionJob, claim: Claim, result: dict[str, Any]) -> None:
-    if ledger.finish_unit(session, job, claim, result):
-        ledger.start_stages(session, job, next_units(session, job))
+    def _finish(self, session: Session, job: SelectionJob, claim: Claim, result: dict[str, Any]) -> None:
+        if not ledger.finish_unit(session, job, claim, result):
+            return
+        units = next_units(session, job)
+        if claim.stage == Stage.PREPARE:
+            planned = exact_plan(session, self._store, self._settings.models, job, units)
+            ledger.add_event(session, job.id, "job.planned", **planned)
+        ledger.start_stages(session, job, units)

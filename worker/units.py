@@ -1,18 +1,24 @@
 """Between the ledger and the stages: what a unit's child is told, and which units come next."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
 
+from service.artifacts import ArtifactStore
 from service.datasets.tables import Dataset
-from service.jobs import ledger
+from service.jobs import cost, ledger, planning
 from service.jobs.ledger import Claim, UnitSpec
+from service.jobs.stage_cost import JobCounts
 from service.jobs.state import Stage
 from service.jobs.tables import JobUnit, SelectionJob
+from service.settings import ModelSettings
 from worker.errors import ComputeDied, OutOfMemory
 from worker.stages import plan
+from worker.stages.keys import result_key
 from worker.stages.plan import Done, JobInputs
 
+_LOOKED_UP = 8  # units of a stage whose artifacts are asked for; in a remote store, each is a request
 _OUT_OF_MEMORY = (ComputeDied.code, OutOfMemory.code)
 
 
@@ -46,6 +52,20 @@ def prepared_result(session: Session, job_id: str) -> dict[str, Any]:
     result = ledger.unit_results(session, job_id, Stage.PREPARE)[0].result
     assert result is not None
     return result
+
+
+def exact_plan(
+    session: Session, store: ArtifactStore, settings: ModelSettings, job: SelectionJob, first: Sequence[UnitSpec]
+) -> dict[str, Any]:
+    """The plan and its cost again, now that tokens are counted and the names of the first wave's artifacts are known."""
+    already = {}
+    for stage in {unit.stage for unit in first}:
+        keys = [unit.artifact_key for unit in first if unit.stage == stage]
+        asked = keys[:: -(-len(keys) // _LOOKED_UP)]
+        already[stage] = sum(store.exists(result_key(key)) for key in asked) / len(asked)
+    counts = JobCounts.of_prepared(prepared_result(session, job.id), job.budget)
+    shape = planning.shape_of(settings, job.model)
+    return cost.plan(shape, job.parameters, counts, planning.measured_rates(session), already)
 
 
 def next_units(session: Session, job: SelectionJob) -> list[UnitSpec]:

@@ -80,13 +80,14 @@ class StageContext:
     report: Callable[[int], None]
     event: Callable[[str, dict[str, Any]], None]
 
-    def model(self, checkpoint: str | None = None) -> PreTrainedModel:
-        """The job's model, on which influence is measured; `checkpoint` is the key of what its warm-up left.
+    def model(self, checkpoint: str | None = None, dtype: str | None = None) -> PreTrainedModel:
+        """The job's model, on which influence is measured; `checkpoint` is the key of what its warm-up left. `dtype` is the
+        job's where none is named.
 
         Raises:
             ModelError, ParameterError: it cannot be loaded; says why.
         """
-        return self._load(self.prepared["dtype"], None if checkpoint is None else (self.store, checkpoint))
+        return self._load(dtype or self.prepared["dtype"], None if checkpoint is None else (self.store, checkpoint))
 
     def model_to_train(self, dtype: str) -> PreTrainedModel:
         """The job's model for the caller alone, who may change it."""

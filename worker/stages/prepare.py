@@ -25,7 +25,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     job, folder = context.job, context.models.folder(context.job.model)
     config = models.load_config(folder)
-    _check_blocks(job.parameters, int(config.num_hidden_layers))
+    _check_model(job.parameters, folder, int(config.num_hidden_layers))
     longest = min(job.parameters["max_length"], int(config.max_position_embeddings))
 
     target_key, target = _tokenise(context, folder, job.target, longest, already=0)
@@ -63,10 +63,14 @@ def run(context: StageContext) -> dict[str, Any]:
     }
 
 
-def _check_blocks(parameters: Mapping[str, Any], blocks: int) -> None:
-    embedding = parameters["embedding"]
+def _check_model(parameters: Mapping[str, Any], folder: models.ModelFolder, blocks: int) -> None:
+    """What can be known of the model before its weights are loaded."""
+    embedding, optimizer = parameters["embedding"], parameters["optimizer"]
     if parameters["method"] == "influence_distillation" and embedding["kind"] != "rds" and embedding["blocks"] > blocks:
         raise ParameterError(f"embedding.blocks is {embedding['blocks']}; the model has {blocks}.")
+    needs_state = optimizer["type"] in ("adam", "adamw") or optimizer["momentum"] > 0
+    if needs_state and parameters["warmup"] is None:
+        models.check_optimizer_state(folder, parameters["gradient"]["modules"], optimizer)
 
 
 def _landmarks(
@@ -81,7 +85,7 @@ def _landmarks(
         landmarks = {"landmarks": pool_key, "landmark_shards": shards, "landmark_count": len(usable), "all_exact": True}
         return {**landmarks, "notes": []}
     wanted, choice, seed = parameters["landmarks"]["count"], parameters["landmarks"]["choice"], parameters["seed"]
-    sources = _sources(context) if choice == "stratified" else None
+    sources = _sources(context, usable) if choice == "stratified" else None
     order = landmark_order(usable, choice=choice, seed=seed, sources=sources)
     order_key = keys.artifact_key(Stage.PREPARE, "orders", ".npy", pool=pool_key, choice=choice, seed=seed)
     if not context.store.exists(order_key):
@@ -106,9 +110,10 @@ def _landmarks(
     }
 
 
-def _sources(context: StageContext) -> list[str | None]:
-    batches = iter_ids(context.store, context.job.pool)
-    return [source for _, sources in batches for source in sources]
+def _sources(context: StageContext, usable: npt.NDArray[np.int64]) -> list[str | None]:
+    """Of each usable sample."""
+    sources = [source for _, batch in iter_ids(context.store, context.job.pool) for source in batch]
+    return [sources[row] for row in usable]
 
 
 def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -158,5 +163,5 @@ def _template_of(folder: models.ModelFolder) -> str:
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"

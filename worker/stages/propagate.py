@@ -147,7 +147,7 @@ def _write(context: StageContext, artifact_key: str, columns: int, blocks: Block
     total = context.prepared["n"]
     with context.store.writing(artifact_key) as path, path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (total, columns)}
-        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(file, header)
         first = file.tell()
         for start, block in blocks:
             file.seek(first + start * columns * 4)

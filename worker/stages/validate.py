@@ -75,7 +75,7 @@ def _measure(
     """One true step for each arm, from the same state, measured on its sets of targets."""
     parameters = context.job.parameters
     # In bfloat16 a small step drowns in the rounding of the loss. A quantised model stays what it is.
-    model = context.model(spec["checkpoint"], dtype=torch.float32 if parameters["quantization"] == "none" else None)
+    model = context.model(spec["checkpoint"], dtype="float32" if parameters["quantization"] == "none" else None)
     state = optimizer.state(context, spec["state"])
     measured, before = {}, 0
     for arm, (rows, weight) in arms.items():
