@@ -4,6 +4,7 @@ It knows no job, file or database, and imports nothing else of the project.
 """
 
 from .batching import Progress, default_token_budget
+from .curvature import curvature_products, stepped
 from .embeddings import EmbeddingOptions, embed
 from .flops import Operations, embedding_flops, gradient_flops, measured_matmul_rate
 from .gradients import Gradients, directional_derivatives, per_sample_gradients, sample_losses, weighted_gradients
@@ -21,7 +22,9 @@ from .optimizers import (
 from .projection import FactoredProjection
 from .propagation import Fidelity, KernelRidge, fidelity
 from .samples import Samples, token_batches
+from .second_order import SecondOrder, low_rank, offset_influence, quadratic_factors, second_order_terms
 from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, top_k
+from .step import StepMeasure, measure_step, optimizer_step, predicted_change
 
 __all__ = [
     "EmbeddingOptions",
@@ -36,7 +39,10 @@ __all__ = [
     "Progress",
     "Samples",
     "Scaling",
+    "SecondOrder",
+    "StepMeasure",
     "cosine_influence",
+    "curvature_products",
     "default_token_budget",
     "directional_derivatives",
     "embed",
@@ -46,14 +52,22 @@ __all__ = [
     "gradient_flops",
     "gradient_scaling",
     "load_state",
+    "low_rank",
     "mean_one_over_selected",
+    "measure_step",
     "measured_matmul_rate",
+    "offset_influence",
+    "optimizer_step",
     "per_sample_gradients",
+    "predicted_change",
+    "quadratic_factors",
     "round_robin",
     "sample_losses",
     "save_state",
+    "second_order_terms",
     "state_of",
     "step_offset",
+    "stepped",
     "token_batches",
     "top_k",
     "weighted_gradients",
