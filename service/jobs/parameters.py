@@ -6,9 +6,9 @@ request is read, so that the job's echo and its provenance hold the values that 
 
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
@@ -162,8 +162,6 @@ _ONLY_OF: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("selection", ("weighted",), ("curvature.type",)),
 )
 
-_STORED = "stored"
-
 
 class Parameters(_Strict):
     """How to compute. All of it is echoed by the job and kept in its provenance."""
@@ -214,11 +212,12 @@ class Parameters(_Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     model_config = ConfigDict(serialize_by_alias=True)
+    _refuses: ClassVar[bool] = True
 
     @model_validator(mode="after")
-    def _fits_together(self, info: ValidationInfo) -> Self:
+    def _fits_together(self) -> Self:
         unused, _ = _UNUSED[self.method]
-        if info.context != _STORED:
+        if self._refuses:
             misfits = [one for one in (*self._misplaced(), *self._misfits()) if one[0].partition(".")[0] not in unused]
             refused = [*self._unused(), *misfits]
             if refused:
@@ -228,11 +227,6 @@ class Parameters(_Strict):
             _write_out(gradient, normalize=self.selection != "weighted")
             _write_out(self, gradient=gradient)
         return self
-
-    @classmethod
-    def of_job(cls, stored: Mapping[str, Any]) -> Self:
-        """The parameters of a job that was accepted: those of an older version may hold what is refused by now."""
-        return cls.model_validate(stored, context=_STORED)
 
     def _unused(self) -> Iterator[tuple[str, str]]:
         """What is set and the method cannot use: path and reason."""
@@ -269,6 +263,12 @@ class Parameters(_Strict):
                 "gradient.modules",
                 "cannot be chosen with warmup.lora, whose adapters influence is measured on; leave it out",
             )
+
+
+class JobParameters(Parameters):
+    """The parameters of a job that was accepted, maybe by an older version that did not refuse what is refused by now."""
+
+    _refuses: ClassVar[bool] = False
 
 
 def _default(path: str) -> Any:

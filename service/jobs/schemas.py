@@ -15,7 +15,7 @@ from pydantic import (
     field_validator,
 )
 
-from service.jobs.parameters import Parameters
+from service.jobs.parameters import JobParameters, Parameters
 from service.jobs.state import JobStatus, Stage
 from service.models import HubModel
 
@@ -114,7 +114,7 @@ class SelectionPlan(BaseModel):
     pool: str
     target: str
     budget: int
-    parameters: Parameters
+    parameters: JobParameters
     stages: list[StagePlan]
     totals: PlanTotals
     exact_operations: float | None = Field(description="Of the same job by method exact_influence")
@@ -170,7 +170,7 @@ class SelectionJobOut(BaseModel):
     pool: str
     target: str
     budget: int
-    parameters: Parameters
+    parameters: JobParameters
     metadata: dict[str, str]
     error: JobError | None
     created_at: datetime

@@ -14,7 +14,7 @@ from service.datasets.tables import Dataset
 from service.errors import BadRequest, NotFound, Unprocessable
 from service.ids import new_id
 from service.jobs import ledger, planning, repository
-from service.jobs.parameters import Parameters
+from service.jobs.parameters import JobParameters
 from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
 from service.jobs.state import TERMINAL, JobStatus, Stage
 from service.jobs.tables import SelectionJob
@@ -143,7 +143,7 @@ def _describe(job: SelectionJob, rows: Sequence[Row[Any]]) -> SelectionJobOut:
         pool=job.pool_id,
         target=job.target_id,
         budget=job.budget,
-        parameters=Parameters.of_job(job.parameters),
+        parameters=JobParameters.model_validate(job.parameters),
         metadata=job.job_metadata,
         error=None if job.error is None else JobError.model_validate(job.error),
         created_at=job.created_at,

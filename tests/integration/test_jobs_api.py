@@ -13,7 +13,7 @@ from sqlalchemy import select, text
 
 from service.app import create_app
 from service.ids import new_id
-from service.jobs import ledger
+from service.jobs import ledger, repository
 from service.jobs.schemas import JobRequest, Parameters
 from service.jobs.state import TERMINAL, JobStatus
 from service.jobs.tables import JobUnit, SelectionJob
@@ -22,6 +22,14 @@ from service.tenants.service import create_key
 from service.tenants.tables import ApiKey
 
 ROWS = 40
+WHOLE = {
+    "model_type": "llama",
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
 URL = "/v1/selection-jobs"
 
 
@@ -31,6 +39,7 @@ def app(postgres_url: str, broker_url: str, tmp_path_factory: pytest.TempPathFac
     for name, config in {
         "small": {"model_type": "llama", "num_hidden_layers": 6},
         "bert": {"model_type": "bert", "num_hidden_layers": 12},
+        "whole": WHOLE,
     }.items():
         (folder / "models" / name).mkdir(parents=True)
         (folder / "models" / name / "config.json").write_text(json.dumps(config))
@@ -126,7 +135,7 @@ def test_a_new_job_is_queued_with_its_first_unit_and_event(api: Api, body: dict[
     assert job["model"] == {"kind": "registered", "name": "small"}
     assert [(stage["stage"], stage["units"], stage["total"]) for stage in job["stages"]] == [("prepare", 1, ROWS + 4)]
     events = api.client.get(f"{URL}/{job['id']}/events").json()
-    assert [event["type"] for event in events["data"]] == ["job.queued"]
+    assert [event["type"] for event in events["data"]] == ["job.queued", "job.planned"]
 
 
 def test_every_default_is_written_out(api: Api, body: dict[str, Any]) -> None:
@@ -189,7 +198,26 @@ def test_a_budget_that_cannot_be_is_refused(api: Api, body: dict[str, Any], budg
         ({"kernel": {"ridge": float("nan")}}, "kernel.ridge"),
         ({"kernel": {"bandwidth": float("inf")}}, "kernel.bandwidth"),
         ({"kernel": {"bandwidth": -1}}, "kernel.bandwidth"),
-        ({"method": "random"}, "method"),
+        ({"method": "best"}, "method"),
+        ({"dry_run": "maybe"}, "dry_run"),
+        ({"method": "random", "refine": 0.5}, "refine"),
+        ({"method": "exact_influence", "landmarks": {"count": 8}}, "landmarks"),
+        ({"method": "rds_plus", "optimizer": {"type": "sgd"}}, "optimizer"),
+        ({"curvature": {"type": "fisher"}, "optimizer": {"type": "sgd"}}, "curvature.type"),
+        ({"selection": "weighted", "curvature": {"rank": 8}}, "curvature.rank"),
+        ({"optimizer": {"type": "sgd", "betas": [0.5, 0.6]}}, "optimizer.betas"),
+        ({"optimizer": {"type": "adam", "betas": [0.9, 1]}}, "optimizer.betas.1"),
+        ({"optimizer": {"type": "lion"}}, "optimizer.type"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate"),
+        ({"warmup": {"epochs": 0}}, "warmup.epochs"),
+        ({"warmup": {"lora": {"rank": 0}}}, "warmup.lora.rank"),
+        ({"warmup": {}, "quantization": "nf4"}, "warmup.lora"),
+        ({"embedding": {"kind": "hidden", "tangents": 3}}, "embedding.tangents"),
+        ({"gradient": {"modules": "a b"}}, "gradient.modules"),
+        ({"min_fidelity": 1}, "min_fidelity"),
+        ({"refine": 1.5}, "refine"),
+        ({"validate": None}, "validate"),
+        ({"validate_selection": True}, "validate_selection"),
         ({"selection": "best"}, "selection"),
         ({"dtype": "float16"}, "dtype"),
         ({"max_length": 15}, "max_length"),
@@ -203,6 +231,8 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(
     found = problem(post(api.client, body, **change), 422, "invalid_request")
     assert found["param"] == param
     assert [error["param"] for error in found["errors"]] == [param]
+    assert found["detail"] == f"{param}: {found['errors'][0]['message']}"
+    assert post(api.client, body, **{"dry_run": True, **change}).json()["param"] == param
     assert no_job_was_made(api)
 
 
@@ -223,12 +253,14 @@ def test_a_field_that_is_missing_is_named(api: Api, body: dict[str, Any], missin
         ({"model": {"id": "a/b"}}, "model"),
         ({"model": "bert"}, "model"),
         ({"embedding": {"blocks": 7}}, "embedding.blocks"),
+        ({"optimizer": {"type": "adamw"}}, "optimizer.type"),  # its state is not registered with the model
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused(
     api: Api, body: dict[str, Any], change: dict[str, Any], param: str
 ) -> None:
     assert problem(post(api.client, body, **change), 422, "invalid_request")["param"] == param
+    assert problem(post(api.client, body, **change, dry_run=True), 422, "invalid_request")["param"] == param
     assert no_job_was_made(api)
 
 
@@ -280,6 +312,218 @@ def test_a_post_that_is_no_json_is_a_problem(api: Api) -> None:
         problem(
             api.client.post(URL, content=content, headers={"content-type": "application/json"}), 422, "invalid_request"
         )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "random"},
+        {"method": "rds_plus", "selection": "top_k", "validate": False},
+        {"method": "exact_influence", "gradient": {"projection_dim": None}},
+        {"selection": "weighted", "optimizer": {"type": "adamw"}, "curvature": {"type": "ggn"}, "warmup": {"lora": {}}},
+    ],
+)
+def test_what_a_job_echoes_can_be_posted_again(api: Api, body: dict[str, Any], change: dict[str, Any]) -> None:
+    echo = posted(api.client, body, **change)["parameters"]
+    assert {**echo, **change} | {k: echo[k] for k in change if isinstance(change[k], dict)} == echo
+    assert posted(api.client, {**body, **echo})["parameters"] == echo
+
+
+def test_a_job_of_an_older_version_can_still_be_looked_at(api: Api, body: dict[str, Any]) -> None:
+    job_id = posted(api.client, body)["id"]
+    old = {
+        "method": "influence_distillation",
+        "landmarks": {"count": 64},
+        "selection": "top_k",
+        "seed": 0,
+        "embedding": {"kind": "hidden", "pooling": "response", "blocks": 4, "tangents": 5},
+        "gradient": {"projection_dim": 8192, "normalize": True},
+        "dtype": "auto",
+        "max_length": 2048,
+        "kernel": {"kind": "linear", "ridge": 0.01, "bandwidth": 3.0},
+    }
+    with api.engine.begin() as connection:
+        connection.execute(
+            text("UPDATE selection_jobs SET parameters = CAST(:old AS jsonb) WHERE id = :id"),
+            {"old": json.dumps(old), "id": job_id},
+        )
+    found = api.client.get(f"{URL}/{job_id}").json()["parameters"]
+    assert (found["embedding"], found["kernel"]) == (old["embedding"], old["kernel"])
+
+
+# Planning
+
+
+@pytest.fixture
+def no_workers(api: Api) -> Iterator[None]:
+    """The table of workers is one for all tenants."""
+    with api.engine.begin() as connection:
+        connection.execute(text("DELETE FROM workers"))
+    yield
+    with api.engine.begin() as connection:
+        connection.execute(text("DELETE FROM workers"))
+
+
+def plan(client: TestClient, body: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    response = post(client, body, dry_run=True, **changes)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stage(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(entry for entry in found["stages"] if entry["stage"] == name)
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_a_dry_run_answers_with_the_plan_and_creates_nothing(api: Api, body: dict[str, Any]) -> None:
+    with api.engine.connect() as connection:
+        before = connection.execute(text("SELECT count(*) FROM job_events")).scalar()
+    found = plan(api.client, body, model="whole", budget=0.5, landmarks={"count": 8})
+    assert (found["object"], found["budget"], found["pool"], found["target"]) == (
+        "selection_plan",
+        ROWS // 2,
+        body["pool"],
+        body["target"],
+    )
+    assert found["parameters"] == Parameters(landmarks={"count": 8}).model_dump(mode="json")
+    assert found["model"] == {"kind": "registered", "name": "whole"}
+    assert [entry["stage"] for entry in found["stages"]][:3] == ["prepare", "landmark_gradients", "target_gradients"]
+    assert (found["estimated"], found["totals"]["seconds"], found["device"]) == (True, None, None)
+    assert found["totals"]["operations"] > 0
+    assert found["exact_operations"] > 0
+    assert no_job_was_made(api)
+    with api.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM job_events")).scalar() == before
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_a_job_begins_with_its_plan(api: Api, body: dict[str, Any]) -> None:
+    expected = plan(api.client, body, model="whole")
+    job_id = posted(api.client, body, model="whole", dry_run=False)["id"]
+    event = api.client.get(f"{URL}/{job_id}/events").json()["data"][1]
+    assert event["type"] == "job.planned"
+    assert event["data"] == {name: expected[name] for name in event["data"]}
+    assert {"stages", "totals", "exact_operations", "note", "warnings", "estimated"} <= event["data"].keys()
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_a_model_whose_shape_is_not_known_is_planned_without_figures(api: Api, body: dict[str, Any]) -> None:
+    found = plan(api.client, body)
+    assert any("config.json has no hidden_size" in warning for warning in found["warnings"])
+    assert found["totals"]["operations"] is None
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_seconds_come_from_the_worker_that_was_seen_last(api: Api, body: dict[str, Any]) -> None:
+    for rate in (1e9, 4e9):
+        with api.sessions.begin() as session:
+            repository.record_worker(
+                session, worker_id="w", device="a cpu", memory_bytes=2**34, matmul_rates={"float32": rate}
+            )
+    sent = {**body, "model": "whole", "method": "exact_influence", "dtype": "float32", "seed": 77}
+    with api.engine.begin() as connection:
+        assert connection.execute(text("SELECT count(*) FROM workers")).scalar() == 1
+    found = plan(api.client, sent)
+    gradients = stage(found, "validate")
+    assert gradients["seconds"] == pytest.approx(gradients["operations"] / (0.4 * 4e9), abs=1e-3)
+    assert found["device"] == "a cpu"
+
+
+def finish(api: Api, job_id: str, units: list[tuple[str, str, dict[str, Any]]]) -> None:
+    """Makes the job one that has succeeded, with finished units (stage, artifact, result) beside its first."""
+    set_status(api, job_id, "running", "succeeded")
+    with api.engine.begin() as connection:
+        for shard, (name, key, result) in enumerate(units):
+            if name != "prepare":
+                connection.execute(
+                    text("""
+                    INSERT INTO job_units (job_id, stage, shard, artifact_key, spec, state, progress_total)
+                    VALUES (:id, CAST(:stage AS stage), :shard, :key, '{}', 'pending', 10)
+                    """),
+                    {"id": job_id, "stage": name, "shard": shard, "key": key},
+                )
+            ends = {
+                "running": "lease_expires_at = now() + interval '1 hour', ",
+                "succeeded": "lease_expires_at = NULL, ",
+            }
+            for state, lease in ends.items():
+                connection.execute(
+                    text(f"""
+                    UPDATE job_units SET state = '{state}', worker_id = 'w', {lease} result = CAST(:result AS jsonb),
+                        started_at = now() - interval '5 seconds', finished_at = now()
+                    WHERE job_id = :id AND stage = CAST(:stage AS stage) AND shard = :shard
+                    """),
+                    {
+                        "id": job_id,
+                        "stage": name,
+                        "shard": 0 if name == "prepare" else shard,
+                        "result": json.dumps(result),
+                    },
+                )
+
+
+def prepared(**tokens: str) -> dict[str, Any]:
+    counts = {"samples": ROWS, "tokens": 1234, "response_tokens": 600}
+    return {"pool_counts": counts, "target_counts": {**counts, "samples": 4, "tokens": 99}, **tokens}
+
+
+def test_what_an_earlier_job_of_the_tenant_left_is_there_already(api: Api, body: dict[str, Any]) -> None:
+    sent = {**body, "model": "whole", "embedding": {"kind": "jvp"}, "landmarks": {"count": 8}}
+    job_id = posted(api.client, sent)["id"]
+    names = [new_id("key") for _ in range(6)]
+    units = [("prepare", "", prepared(pool_tokens=names[4], target_tokens=names[5]))]
+    units += [("embed", name, {}) for name in names[:2]] + [("landmark_gradients", name, {}) for name in names[2:4]]
+    finish(api, job_id, units)
+    for name in (names[0], names[2], names[3]):
+        api.store.write_json(f"{name}.json", {})
+    api.store.write_json(names[4], {})
+
+    def shares(client: TestClient, sent: dict[str, Any], **changes: Any) -> list[float]:
+        found = plan(client, sent, **changes)
+        return [stage(found, name)["already_there"] for name in ("prepare", "embed", "landmark_gradients", "select")]
+
+    assert shares(api.client, sent) == [round(ROWS / (ROWS + 4), 4), 0.5, 1.0, 0.0]
+    other_target = upload(api.client, 4)
+    assert shares(api.client, sent, target=other_target)[1:] == [0.5, 1.0, 0.0], "the pool's part does not depend on it"
+    assert shares(api.client, sent, seed=1)[1:] == [0.0, 0.0, 0.0]
+    assert shares(api.client, sent, max_length=64) == [0.0] * 4
+    assert shares(api.client, sent, pool=upload(api.client)) == [0.0] * 4
+    counted = plan(api.client, sent)
+    assert (counted["estimated"], counted["tokens"]) == (False, {"pool": 1234, "target": 99})
+    partly = plan(api.client, sent, target=other_target)
+    assert (partly["estimated"], partly["tokens"]["pool"]) == (True, 1234)
+
+
+def test_what_another_tenant_left_is_not_told_of(api: Api) -> None:
+    data = b'{"prompt": "p", "completion": "c"}\n' * 3
+    plans = []
+    for client in (api.client, api.other):
+        dataset = client.post("/v1/datasets", params={"name": "same"}, content=data).json()["id"]
+        sent = {"model": "whole", "pool": dataset, "target": dataset, "budget": 1, "method": "exact_influence"}
+        if client is api.client:
+            key = new_id("key")
+            job_id = posted(client, sent)["id"]
+            finish(
+                api,
+                job_id,
+                [("prepare", "", prepared(pool_tokens=key, target_tokens=key)), ("target_gradients", key, {})],
+            )
+            api.store.write_json(f"{key}.json", {})
+        plans.append(stage(plan(client, sent), "target_gradients")["already_there"])
+    assert plans == [1.0, 0.0]
+
+
+def test_rates_are_of_the_newest_units_that_were_really_computed(api: Api, body: dict[str, Any]) -> None:
+    job_id = posted(api.client, body)["id"]
+    results = [{"operations": 4e12, "seconds": 3.0}, {"operations": 2e12, "seconds": 1.0}, {"seconds": 9.0}]
+    reused = {"operations": 9e15, "seconds": 1.0, "reused": True}
+    finish(api, job_id, [("curvature", new_id("key"), result) for result in (*results, reused)])
+    with api.sessions() as session:
+        rates = {row.stage: row for row in repository.stage_rates(session)}
+    assert rates["curvature"].operations == pytest.approx(6e12 / 4)
+    assert rates["curvature"].samples == pytest.approx(30 / 15)
+    with api.engine.begin() as connection:
+        connection.execute(text("DELETE FROM selection_jobs WHERE id = :id"), {"id": job_id})
 
 
 # Looking
@@ -427,7 +671,8 @@ def test_events_come_in_pages_oldest_first(api: Api, body: dict[str, Any]) -> No
     rest = api.client.get(path, params={"limit": 3, "after": first["last_id"]}).json()
     assert rest["has_more"] is False
     events = first["data"] + rest["data"]
-    assert [event["data"] for event in events] == [{}, {"i": 0}, {"i": 1}, {"i": 2}, {"i": 3}]
+    assert [event["type"] for event in events][:2] == ["job.queued", "job.planned"]
+    assert [event["data"] for event in events][2:] == [{"i": 0}, {"i": 1}, {"i": 2}, {"i": 3}]
     assert [event["id"] for event in events] == sorted({event["id"] for event in events})
     empty = api.client.get(path, params={"after": rest["last_id"]}).json()
     assert empty == {"object": "list", "data": [], "has_more": False, "last_id": None}
@@ -589,9 +834,10 @@ def test_the_request_id_of_the_caller_comes_back(api: Api) -> None:
 
 def test_the_registered_models_are_listed(api: Api) -> None:
     found = api.client.get("/v1/models").json()
-    assert found["data"] == [
-        {"name": "bert", "model_type": "bert", "blocks": 12},
-        {"name": "small", "model_type": "llama", "blocks": 6},
+    assert [(model["name"], model["model_type"], model["blocks"]) for model in found["data"]] == [
+        ("bert", "bert", 12),
+        ("small", "llama", 6),
+        ("whole", "llama", 6),
     ]
 
 
@@ -605,7 +851,10 @@ def test_the_document_has_an_example_that_is_valid_and_every_problem(api: Api) -
     for example in examples:
         JobRequest.model_validate(example)
     post = document["paths"][URL]["post"]
-    assert {"202", "401", "422", "503"} <= post["responses"].keys()
+    assert post["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/SelectionPlan")
+    assert post["responses"]["202"]["content"]["application/json"]["schema"]["$ref"].endswith("/SelectionJobOut")
+    assert "validate" in document["components"]["schemas"]["JobRequest"]["properties"]
+    assert {"200", "202", "401", "422", "503"} <= post["responses"].keys()
     for status in ("401", "422", "503"):
         assert list(post["responses"][status]["content"]) == ["application/problem+json"]
     budget = document["components"]["schemas"]["JobRequest"]["properties"]["budget"]

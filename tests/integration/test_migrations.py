@@ -14,7 +14,7 @@ from ledger_world import LedgerWorld, ledger_world, new_database, unit
 from sqlalchemy import Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from service.jobs.parameters import Parameters
+from service.jobs.parameters import JobParameters
 from service.jobs.state import JOB_TRANSITIONS, TERMINAL, UNIT_TRANSITIONS, JobStatus, Stage, UnitState
 from service.schema import alembic_config, metadata, upgrade
 from service.settings import DatabaseSettings
@@ -328,7 +328,7 @@ def test_a_job_of_the_first_version_says_what_it_computed_and_comes_back_unchang
     add_job(engine, "a", OLD_PARAMETERS, *old_stages)
     upgrade(url)
     found = parameters_of(engine, "a")
-    read = Parameters.of_job(found)
+    read = JobParameters.model_validate(found)
     assert read.model_dump(mode="json") == found, "written out in full"
     assert (read.refine, read.validate_selection, read.optimizer.type) == (0.0, False, "none")
     assert {**found, **OLD_PARAMETERS} | {k: found[k] for k in ("landmarks", "gradient")} == found

@@ -1,0 +1,142 @@
+"""Parameters: what is refused and where, defaults that depend on others, and what was stored staying readable."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.jobs.parameters import JobParameters, Parameters
+from service.jobs.schemas import JobRequest
+
+ADAMW = {"type": "adamw"}
+ACCEPTED: list[dict[str, Any]] = [
+    {},
+    {"method": "exact_influence", "selection": "weighted"},
+    {"method": "exact_influence", "selection": "weighted", "optimizer": {"type": "sgd"}, "curvature": {"type": "ggn"}},
+    {"method": "rds_plus", "warmup": {"samples": 10}},
+    {"method": "random", "validate": False, "quantization": "nf4"},
+    {"optimizer": {**ADAMW, "weight_decay": 0.1, "scaling": "factored"}, "warmup": {"lora": {"modules": "mlp"}}},
+    {"optimizer": {"type": "sgd", "momentum": 0.9, "weight_decay": 0.01}},
+    {"selection": "weighted", "optimizer": ADAMW, "curvature": {"type": "hessian", "rank": 64}, "warmup": {}},
+    {"selection": "weighted", "gradient": {"normalize": True}},
+    {"refine": 0, "min_fidelity": 0.9, "embedding": {"kind": "hidden", "blocks": 2, "pooling": "last"}},
+    {"embedding": {"kind": "rds"}, "kernel": {"kind": "linear"}, "quantization": "int8"},
+    {"gradient": {"modules": "self_attn.o_proj", "projection_dim": None}, "landmarks": {"choice": "stratified"}},
+    {"warmup": {"lora": {}}, "gradient": {"modules": "lora"}},
+]
+
+
+@pytest.mark.parametrize("given", ACCEPTED)
+def test_the_echo_of_accepted_parameters_is_accepted_and_the_same(given: dict[str, Any]) -> None:
+    echo = Parameters.model_validate(given).model_dump(mode="json")
+    assert "validate" in echo
+    assert Parameters.model_validate(echo).model_dump(mode="json") == echo
+    assert JobParameters.model_validate(echo).model_dump(mode="json") == echo
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"method": "exact_influence", "landmarks": {"count": 8}}, "landmarks", "approximates nothing"),
+    ({"method": "exact_influence", "embedding": {"kind": "jvp"}}, "embedding", "approximates nothing"),
+    ({"method": "exact_influence", "kernel": {"ridge": 1}}, "kernel", "approximates nothing"),
+    ({"method": "exact_influence", "refine": 0.5}, "refine", "approximates nothing"),
+    ({"method": "exact_influence", "min_fidelity": 0.5}, "min_fidelity", "approximates nothing"),
+    ({"method": "rds_plus", "gradient": {"normalize": True}}, "gradient", "hidden states"),
+    ({"method": "rds_plus", "optimizer": ADAMW}, "optimizer", "hidden states"),
+    ({"method": "rds_plus", "curvature": {"type": "ggn"}}, "curvature", "hidden states"),
+    ({"method": "rds_plus", "embedding": {"kind": "hidden", "tangents": 4}}, "embedding", "hidden states"),
+    ({"method": "rds_plus", "selection": "weighted"}, "selection", "needs gradients"),
+    ({"method": "random", "selection": "top_k"}, "selection", "seed alone"),
+    ({"method": "random", "warmup": {}}, "warmup", "seed alone"),
+    ({"method": "random", "optimizer": {"type": "sgd", "momentum": 0.9}}, "optimizer", "seed alone"),
+    ({"embedding": {"kind": "hidden", "tangents": 3}}, "embedding.tangents", "auto or jvp only"),
+    ({"embedding": {"kind": "rds", "blocks": 3}}, "embedding.blocks", "that is rds"),
+    ({"embedding": {"kind": "rds", "pooling": "last"}}, "embedding.pooling", "that is rds"),
+    ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "rbf only"),
+    ({"optimizer": {**ADAMW, "momentum": 0.9}}, "optimizer.momentum", "sgd only"),
+    ({"optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay", "that is none"),
+    ({"optimizer": {"type": "sgd", "betas": [0.8, 0.9]}}, "optimizer.betas", "adam or adamw only"),
+    ({"optimizer": {"type": "sgd", "eps": 1e-4}}, "optimizer.eps", "adam or adamw only"),
+    ({"optimizer": {"scaling": "factored"}}, "optimizer.scaling", "adam or adamw only"),
+    ({"optimizer": {**ADAMW, "betas": [0.9, 1.0]}}, "optimizer.betas.1", "less than 1"),
+    ({"optimizer": {"type": "sgd"}, "curvature": {"type": "ggn"}}, "curvature.type", "weighted only"),
+    ({"selection": "weighted", "curvature": {"type": "fisher"}}, "curvature.type", "other than none"),
+    ({"selection": "weighted", "curvature": {"rank": 8}}, "curvature.rank", "ggn or hessian only"),
+    (
+        {"selection": "weighted", "optimizer": ADAMW, "curvature": {"type": "fisher", "rank": 8}, "warmup": {}},
+        "curvature.rank",
+        "that is fisher",
+    ),
+    (
+        {
+            "selection": "weighted",
+            "optimizer": {"type": "sgd"},
+            "curvature": {"type": "ggn"},
+            "gradient": {"normalize": True},
+        },
+        "gradient.normalize",
+        "must be false",
+    ),
+    ({"quantization": "nf4", "embedding": {"kind": "jvp"}}, "embedding.kind", "derivatives along the weights"),
+    ({"quantization": "int8", "warmup": {}}, "warmup.lora", "cannot be trained"),
+    ({"warmup": {}, "optimizer": {"type": "sgd", "momentum": 0.9}}, "optimizer.momentum", "registered state"),
+    ({"warmup": {"lora": {}}, "gradient": {"modules": "o_proj"}}, "gradient.modules", "adapters"),
+]
+
+
+@pytest.mark.parametrize(("given", "path", "reason"), REFUSED)
+def test_what_cannot_be_used_is_refused_at_its_field_with_the_reason(
+    given: dict[str, Any], path: str, reason: str
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Parameters.model_validate(given)
+    (error,) = refused.value.errors()
+    assert ".".join(map(str, error["loc"])) == path
+    assert reason in error["msg"]
+
+
+def test_every_refusal_is_told_at_once() -> None:
+    with pytest.raises(ValidationError) as refused:
+        Parameters.model_validate({"kernel": {"kind": "linear", "bandwidth": 1}, "optimizer": {"weight_decay": 1}})
+    assert [error["loc"] for error in refused.value.errors()] == [
+        ("kernel", "bandwidth"),
+        ("optimizer", "weight_decay"),
+    ]
+
+
+@pytest.mark.parametrize(("given", "path", "reason"), [case for case in REFUSED if case[1] != "optimizer.betas.1"])
+def test_what_an_older_version_accepted_stays_readable(given: dict[str, Any], path: str, reason: str) -> None:
+    assert JobParameters.model_validate(given).method == given.get("method", "influence_distillation")
+
+
+@pytest.mark.parametrize(
+    ("given", "normalize"),
+    [
+        ({}, True),
+        ({"selection": "weighted"}, False),
+        ({"selection": "weighted", "gradient": {"normalize": True}}, True),
+        ({"gradient": {"normalize": False, "projection_dim": 64}}, False),
+        ({"method": "rds_plus"}, None),
+        ({"method": "random"}, None),
+    ],
+)
+def test_normalize_follows_the_selection(given: dict[str, Any], normalize: bool | None) -> None:
+    assert Parameters.model_validate(given).gradient.normalize is normalize
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("none", 1e-3), ("sgd", 1e-3), ("adam", 2e-5), ("adamw", 2e-5)])
+def test_the_learning_rate_follows_the_optimizer(kind: str, rate: float) -> None:
+    parameters = Parameters.model_validate({"optimizer": {"type": kind}})
+    assert parameters.optimizer.learning_rate == rate
+    assert Parameters.model_validate({"optimizer": {"type": kind, "learning_rate": 0.5}}).optimizer.learning_rate == 0.5
+
+
+def test_a_default_that_is_written_out_is_not_taken_for_what_was_sent() -> None:
+    sent = {"model": "m", "pool": "p", "target": "t", "budget": 1, "optimizer": {"type": "sgd"}, "validate": False}
+    request = JobRequest.model_validate(sent)
+    assert request.model_dump(mode="json", exclude_unset=True) == sent
+    assert request.parameters() == Parameters(optimizer={"type": "sgd"}, validate=False).model_dump(mode="json")
+
+
+def test_defaults_are_not_shared() -> None:
+    changed = Parameters.model_validate({"selection": "weighted"})
+    assert (changed.gradient.normalize, Parameters().gradient.normalize) == (False, True)
