@@ -58,7 +58,8 @@ class LocalJob:
         done: dict[Stage, list[Done]] = {}
         while wave:
             for stage, units in groupby(wave, key=attrgetter("stage")):
-                done.setdefault(stage, []).extend(self._stage(list(units), done))
+                finished = self._stage(list(units), done)
+                done.setdefault(stage, []).extend(finished)
             wave = plan.next_units(self._job, done)
         return done
 

@@ -9,6 +9,7 @@ from .embeddings import EmbeddingOptions, embed
 from .flops import Operations, embedding_flops, gradient_flops, measured_matmul_rate
 from .gradients import Gradients, directional_derivatives, per_sample_gradients, sample_losses, weighted_gradients
 from .influence import cosine_influence
+from .landmarks import landmark_order
 from .optimizers import (
     OptimizerOptions,
     OptimizerState,
@@ -24,6 +25,7 @@ from .propagation import Fidelity, KernelRidge, fidelity
 from .samples import Samples, token_batches
 from .second_order import SecondOrder, low_rank, offset_influence, quadratic_factors, second_order_terms
 from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, top_k
+from .solver import WeightedSolution, weighted_selection
 from .step import StepMeasure, measure_step, optimizer_step, predicted_change
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Scaling",
     "SecondOrder",
     "StepMeasure",
+    "WeightedSolution",
     "cosine_influence",
     "curvature_products",
     "default_token_budget",
@@ -51,6 +54,7 @@ __all__ = [
     "first_order_weights",
     "gradient_flops",
     "gradient_scaling",
+    "landmark_order",
     "load_state",
     "low_rank",
     "mean_one_over_selected",
@@ -71,4 +75,5 @@ __all__ = [
     "token_batches",
     "top_k",
     "weighted_gradients",
+    "weighted_selection",
 ]
