@@ -1,11 +1,13 @@
 """Round robin, top k, and the closed form of the first-order weights (METHOD 9, point 4)."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 
-from worker.influence import first_order_weights, mean_one_over_selected, round_robin, top_k
+from worker.influence import first_order_weights, mean_one_over_selected, round_robin, selection, top_k
 
 
 def naive_round_robin(P, budget, seed, eligible=None):
@@ -50,6 +52,39 @@ def test_round_robin_of_a_million_samples_when_all_targets_want_the_same():
     P = np.random.default_rng(0).standard_normal((1_000_000, 1)).astype(np.float32)
     chosen = round_robin(np.broadcast_to(P, (1_000_000, 50)), 5000, seed=0)
     assert chosen.tolist() == top_k(P[:, 0], 5000).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("alike", [False, True])
+def test_round_robin_in_small_blocks_and_with_short_lists_is_the_same(seed, alike, monkeypatch, tmp_path):
+    """Lists are filled block by block, and made again from what is left when one of them is used up."""
+    generator = np.random.default_rng(seed)
+    n, t = 150, int(generator.integers(1, 7))
+    stored = np.lib.format.open_memmap(tmp_path / "P.npy", mode="w+", dtype=np.float32, shape=(n, t + 2))
+    stored[:] = generator.integers(0, 30, (n, 1 if alike else t + 2))
+    stored[:, t:] = np.nan  # columns behind those that count
+    P, eligible = stored[:, :t], generator.random(n) < 0.8
+    monkeypatch.setattr(selection, "_BLOCK_VALUES", 7 * t)
+    monkeypatch.setattr(selection, "_RANKED_VALUES", 3 * t)
+    available = int(eligible.sum())
+    for budget in (1, 9, available // 2, available):
+        actual = round_robin(P, budget, seed=seed, eligible=eligible)
+        assert actual.tolist() == naive_round_robin(P, budget, seed, eligible)
+
+
+def test_round_robin_does_not_hold_the_influence(monkeypatch, tmp_path):
+    n, t = 100_000, 64
+    stored = np.lib.format.open_memmap(tmp_path / "P.npy", mode="w+", dtype=np.float32, shape=(n, t))
+    stored[:] = np.random.default_rng(0).standard_normal((n, t))
+    monkeypatch.setattr(selection, "_BLOCK_VALUES", 1 << 18)
+    monkeypatch.setattr(selection, "_RANKED_VALUES", 1 << 18)
+    P = np.load(tmp_path / "P.npy", mmap_mode="r")
+    tracemalloc.start()
+    chosen = round_robin(P, 5000, seed=0, eligible=np.ones(n, dtype=bool))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < n * t * 4 / 2
+    assert chosen.tolist() == round_robin(np.array(P), 5000, seed=0).tolist()
 
 
 def test_top_k():

@@ -5,6 +5,7 @@ Shape suffixes: n samples, t targets.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 from .samples import BoolArray, IntArray
 
 FloatArray = npt.NDArray[np.floating[Any]]
+
+_BLOCK_VALUES = 1 << 22  # of P read at once
+_RANKED_VALUES = 1 << 22  # of P held, by rank, over all targets: longer lists are made less often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,48 +48,77 @@ def round_robin(P: Tensor | FloatArray, budget: int, *, seed: int, eligible: npt
     """Targets take turns, each taking its best sample not yet taken: P (n, t) -> indices (budget,) in the order taken.
 
     The order of the targets is drawn once from the seed and kept in every round. Of equal influence the lower index goes first.
-    eligible and errors are as in `top_k`.
+    eligible and errors are as in `top_k`. P may be a memory map, or a view of one: it is read in blocks of rows, and the targets'
+    lists hold no more than max(2 budget + 2 t, 4 million) entries together.
     """
     P_nt = _array(P, "P", 2)
     if not P_nt.shape[1]:
         raise ValueError("P has no targets")
     candidates = _candidates(P_nt, budget, eligible)
     order = np.random.Generator(np.random.Philox(seed)).permutation(P_nt.shape[1])
-    queues = [_Queue(P_nt[candidates, target], budget // len(order) + 1) for target in order]
-    taken = np.zeros(candidates.size, dtype=bool)
+    ranked = [np.empty(0, dtype=np.int64)] * len(order)
+    position = [0] * len(order)
+    taken = np.zeros(P_nt.shape[0], dtype=bool)
     chosen = np.empty(budget, dtype=np.int64)
     for turn in range(budget):
-        chosen[turn] = queues[turn % len(queues)].take(taken)
-    return candidates[chosen]
+        seat = turn % len(order)
+        position[seat] = _next_free(ranked[seat], position[seat], taken)
+        if (
+            position[seat] == ranked[seat].size
+        ):  # this target has seen all of its list: all targets look at what is left
+            left = budget - turn
+            count = max(2 * (left // len(order) + 1), min(left, _RANKED_VALUES // len(order)))
+            ranked, position = _ranked(P_nt, candidates[~taken[candidates]], order, count), [0] * len(order)
+        chosen[turn] = ranked[seat][position[seat]]
+        taken[chosen[turn]] = True
+    return chosen
 
 
-class _Queue:
-    """One target's candidates from best to worst, sorted only as far as they were asked for."""
+def _next_free(ranked: IntArray, start: int, taken: BoolArray) -> int:
+    """Where in the list, from `start` on, the first one not taken stands; its size where all are."""
+    for near in range(start, ranked.size, 256):
+        free = np.flatnonzero(~taken[ranked[near : near + 256]])
+        if free.size:
+            return near + int(free[0])
+    return ranked.size
 
-    def __init__(self, p: FloatArray, expected: int) -> None:
-        self.p = p
-        self.ranked = _best(p, min(2 * expected, p.size))
-        self.next = 0
 
-    def take(self, taken: BoolArray) -> int:
-        while True:
-            if self.next == self.ranked.size:  # everything sorted so far is gone: sort twice as far
-                self.ranked = _best(self.p, min(2 * self.ranked.size, self.p.size))
-            index = int(self.ranked[self.next])
-            self.next += 1
-            if not taken[index]:
-                taken[index] = True
-                return index
+def _ranked(P_nt: FloatArray, rows: IntArray, targets: IntArray, count: int) -> list[IntArray]:
+    """For each target the `count` best of the rows (ascending) of P, or all where they are fewer, best first."""
+    tops: list[tuple[FloatArray, IntArray]] = [(np.empty(0, P_nt.dtype), np.empty(0, np.int64))] * len(targets)
+    for start in range(0, rows.size, step := _block_rows(P_nt)):
+        index = rows[start : start + step]
+        block = P_nt[index]
+        for seat, target in enumerate(targets):
+            values, held = tops[seat]
+            fresh = block[:, target]
+            # Of equal values the lower index stays, so what comes later must be above all that is held of a full list.
+            above = np.flatnonzero(fresh > values.min()) if held.size == count else slice(None)
+            values, held = np.concatenate([values, fresh[above]]), np.concatenate([held, index[above]])
+            kept = _leading(values, min(count, values.size))
+            tops[seat] = values[kept], held[kept]
+    return [held[np.argsort(-values, kind="stable")] for values, held in tops]
+
+
+def _leading(p: FloatArray, count: int) -> IntArray:
+    """Indices, ascending, of the `count` highest values, of equal ones the lower index first."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    smallest = np.partition(p, p.size - count)[p.size - count]
+    above, equal = p > smallest, np.flatnonzero(p == smallest)
+    above[equal[: count - int(above.sum())]] = True
+    return np.flatnonzero(above)
 
 
 def _best(p: FloatArray, count: int) -> IntArray:
     """Indices of the `count` highest values, best first, of equal ones the lower index first."""
-    if count == 0:
-        return np.empty(0, dtype=np.int64)
-    smallest = np.partition(p, p.size - count)[p.size - count]
-    reaching = np.flatnonzero(p >= smallest)
-    best: IntArray = reaching[np.argsort(-p[reaching], kind="stable")][:count]
+    leading = _leading(p, count)
+    best: IntArray = leading[np.argsort(-p[leading], kind="stable")]
     return best
+
+
+def _block_rows(values: FloatArray) -> int:
+    return max(1, _BLOCK_VALUES // max(1, math.prod(values.shape[1:])))
 
 
 def first_order_weights(p: Tensor | FloatArray, k: int) -> FirstOrderWeights:
@@ -139,8 +172,11 @@ def _candidates(values: FloatArray, budget: int, eligible: npt.ArrayLike | None)
     candidates = np.flatnonzero(mask)
     if not 0 <= budget <= candidates.size:
         raise ValueError(f"budget must be from 0 to the number of eligible samples, {candidates.size}, not {budget}")
-    rows = values.reshape(n, -1)
-    wrong = np.flatnonzero(mask & ~np.isfinite(rows).all(axis=1))
+    step, wrong_rows = _block_rows(values), [np.empty(0, dtype=np.int64)]
+    for start in range(0, candidates.size, step):
+        index = candidates[start : start + step]
+        wrong_rows.append(index[~np.isfinite(values[index].reshape(index.size, -1)).all(axis=1)])
+    wrong = np.concatenate(wrong_rows)
     if wrong.size:
         raise ValueError(
             f"influence is not finite for {wrong.size} samples, the first at {wrong[:5].tolist()}: make them ineligible"
