@@ -223,6 +223,8 @@ def _load_base(folder: ModelFolder, dtype: torch.dtype, device: torch.device, qu
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random values in their place
         raise ModelError(f"The model lacks {len(missing)} of its weights, {missing[0]} among them.")
+    if config is not None:
+        placement.check_derivative(model)
     if not where:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     return model

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from worker.errors import ParameterError
+from worker.influence.models import parameter_dtype
 
 _BYTES: Mapping[str, float] = {"int8": 1.0, "nf4": 0.5}
 _SHARE = 0.8
@@ -32,6 +34,29 @@ def quantised(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def check_derivative(model: nn.Module) -> None:
+    """Makes sure that output gradients pass through the quantised layers to their inputs.
+
+    On a processor, bitsandbytes repacks 4-bit weights at the first pass without gradients, for products that have no derivative:
+    gradients would then be wrong without a word. It is told not to, and one layer is tried.
+
+    Raises:
+        ParameterError: they do not pass.
+    """
+    layers = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    layer = next(module for module in layers if isinstance(module, nn.Linear))
+    x_BI = torch.ones(2, layer.in_features, dtype=parameter_dtype(model), device=layer.weight.device)
+    with torch.no_grad():
+        layer(x_BI)
+    (gradient,) = torch.autograd.grad(layer(x_BI.requires_grad_()).sum(), x_BI, allow_unused=True)
+    if gradient is None or not gradient.any():
+        raise ParameterError(
+            "This worker's bitsandbytes has no derivative of quantised layers on its device; use another quantization."
+        )
 
 
 def weight_bytes(files: Iterable[Path], dtype: torch.dtype, quantization: str) -> int:

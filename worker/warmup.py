@@ -169,7 +169,7 @@ class _Run:
         for indices in passes:
             loss = self._loss(indices, size)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
             done += indices.size
             progress(done)
         return total
