@@ -11,18 +11,15 @@ import gzip
 import hashlib
 import json
 import os
-import platform
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
+from measuring import MemoryWatch, commit, machine
 from rich.console import Console
 
 from service.client import Winnow
@@ -30,36 +27,6 @@ from service.demo import import_model
 from service.local import MODEL_NAME, Stack, StackProcess
 
 console = Console(stderr=True)
-
-
-class MemoryWatch:
-    """Samples the resident memory of the stack's processes twice a second and keeps the peak of each."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.peaks: dict[str, int] = {}
-        self._names = {pid: name for name, pid in stack.pids.items()}
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(0.5):
-            for pid, name in self._names.items():
-                try:
-                    process = psutil.Process(pid)
-                    self._note(name, process)
-                    for child in process.children(recursive=True) if name.startswith("worker") else []:
-                        self._note(f"{name} compute", child)
-                except psutil.Error:
-                    continue  # a process that ended, or was killed, has left its peak
-
-    def _note(self, name: str, process: psutil.Process) -> None:
-        self.peaks[name] = max(self.peaks.get(name, 0), process.memory_info().rss)
-
-    def stop(self) -> dict[str, int]:
-        self._stopping.set()
-        self._thread.join()
-        return {name: peak >> 20 for name, peak in sorted(self.peaks.items())}
 
 
 def _first_rows(file: Path, count: int, into: Path) -> Path:
@@ -131,17 +98,6 @@ def _show(job: dict[str, Any]) -> None:
         )
 
 
-def _machine() -> dict[str, Any]:
-    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform(terse=True)}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
@@ -154,12 +110,9 @@ def main() -> None:
     parser.add_argument("--kill", action="store_true", help="run again and kill a worker in the middle")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     places = {str(arguments.corpus): "DIR", str(arguments.out): "FILE"}  # a result names no path of its machine
     command = "python benchmarks/corpus_job.py " + " ".join(places.get(a, a) for a in sys.argv[1:])
-    report: dict[str, Any] = {"command": command, "commit": commit, "machine": _machine(), "runs": {}}
+    report: dict[str, Any] = {"command": command, "commit": commit(), "machine": machine(), "runs": {}}
     for name in ["undisturbed", *(["worker killed"] if arguments.kill else [])]:
         with tempfile.TemporaryDirectory(prefix="winnow-corpus-") as folder:
             report["runs"][name] = run_job(Path(folder), arguments, kill=name == "worker killed")
