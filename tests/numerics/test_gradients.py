@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from numerics_reference import (
     EXACT,
     FAMILIES,
@@ -207,6 +208,25 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["transformer.wpe.weight"]
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes itself
+@pytest.mark.parametrize("modules", ["down_proj", "lora"])
+def test_four_bit_weights_equal_what_they_stand_for(modules, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    build("llama", torch.float32, **sizes).save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    quantised, plain = load(tmp_path, quantization_config=config), load(tmp_path)
+    for name, module in quantised.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data = weight
+    if modules == "lora":
+        quantised, plain = with_adapters(quantised), with_adapters(plain)
+    gradients = [per_sample_gradients(m, ragged(*MIXED), modules=modules, projection=None) for m in (quantised, plain)]
+    assert relative_error(gradients[0].values, gradients[1].values) < 1e-4
 
 
 @pytest.mark.parametrize(("modules", "values"), [("self_attn.o_proj", 24 * 32), ("k_proj", 16 * 24)])

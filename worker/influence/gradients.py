@@ -215,7 +215,8 @@ class _PerSample(Use):
             return
         for part, G_bOI in _in_pieces(delta_BTO, kept_BTq, self.dtype):
             G_bOI *= self.exact.full[layer].to(G_bOI)
-            self.batch_Bk[part, columns] += found.to(G_bOI).apply(G_bOI).flatten(1).to(self.device)
+            found = self.projections[layer] = found.to(G_bOI)  # copies at the first batch only
+            self.batch_Bk[part, columns] += found.apply(G_bOI).flatten(1).to(self.device)
 
     def finish(self, samples_B: Tensor) -> None:
         self.values_nk[samples_B] = self.batch_Bk.cpu()

@@ -93,6 +93,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     required = [p for p in model.parameters() if p.requires_grad]
     model.eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes else repacks a 4-bit weight in eval mode on a processor, for a kernel without a derivative:
+            # the gradients of all layers before it would be wrong without an error.
+            vars(module)["support_avx512bf16_for_cpu"] = False
     for p in required:
         p.requires_grad_(False)
     try:
