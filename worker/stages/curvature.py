@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
@@ -25,24 +26,28 @@ _LANDMARKS_A_DIRECTION = 8  # directions are sums of the gradients of this many 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Writes for `ggn` and `hessian` `directions` (r, k), `M` (r, r) and, where the optimiser drifts, `Hb` (k,); for `fisher`
-    `target_drift` (t,), each target's gradient along the drift. float32, M float64.
+    `target_drift` (t,), each target's gradient along the drift. float32, M float64. Targets without a response or a finite
+    gradient have no part in it.
 
     Directions are of the landmarks of highest mean influence, since weight goes to such samples.
     """
     parameters = context.job.parameters
     model = context.model(spec["checkpoint"])
-    targets = data.read_all(context.store, spec["targets"])
+    speaking = speaking_targets(context, spec["target_gradients"])
+    targets = data.read_all(context.store, spec["targets"]).take(speaking)
     options, state = optimizer.options(parameters), optimizer.state(context, spec["state"])
     facts: dict[str, Any]
     drift = step_offset(model, spec["modules"], options, state)
     if parameters["curvature"]["type"] == "fisher":
-        tensors = {"target_drift": _along(context, model, targets, drift, spec["modules"])}
+        along = torch.zeros(context.prepared["t"])
+        along[torch.from_numpy(speaking)] = _along(context, model, targets, drift, spec["modules"])
+        tensors = {"target_drift": along}
         facts = {}
     else:
         scaling = None
         if options.is_adam:
             scaling = gradient_scaling(model, spec["modules"], options, state, parameters["optimizer"]["scaling"])
-        samples, G_mk = _landmarks(context, spec)
+        samples, G_mk = _landmarks(context, spec, speaking)
         coefficients, directions = low_rank(G_mk, parameters["curvature"]["rank"], seed=parameters["seed"])
         dim = parameters["gradient"]["projection_dim"]
         found = second_order_terms(
@@ -84,11 +89,13 @@ def _along(
     return found[:, 0].float()
 
 
-def _landmarks(context: StageContext, spec: dict[str, Any]) -> tuple[Samples, torch.Tensor]:
+def _landmarks(
+    context: StageContext, spec: dict[str, Any], speaking: npt.NDArray[np.int64]
+) -> tuple[Samples, torch.Tensor]:
     """The landmarks that make the directions: their tokens, and their gradients (m, k)."""
     rounds = spec["landmarks"]
     rows, P_lt = exact_rows(context.store, Measure.load(context, {**spec, "curvature": None}), rounds)
-    influence = P_lt[:, torch.from_numpy(speaking_targets(context, spec["target_gradients"]))].mean(dim=1).numpy()
+    influence = P_lt[:, torch.from_numpy(speaking)].mean(dim=1).numpy()
     count = _LANDMARKS_A_DIRECTION * context.job.parameters["curvature"]["rank"]
     best = np.sort(rows[np.argsort(-influence, kind="stable")[:count]])
     return data.read_rows(context.store, rounds[0]["tokens"], best), gradient_rows(context.store, rounds, best)

@@ -17,7 +17,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     The rows of samples whose embedding is not finite are 0; the result names them.
 
     Raises:
-        DataError: more than 1 % of the unit's samples are not finite; names them.
+        DataError: more than 1 % of the stage's samples are not finite; names them.
     """
     chosen = spec["options"]
     samples = data.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
@@ -41,7 +41,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     if broken.any():
         rows = data.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
         wrong = rows[broken.numpy()].tolist()
-        check_nonfinite(context, dataset, wrong, len(samples), "samples")
+        check_nonfinite(context, dataset, wrong, spec["of"], "samples")
         embeddings[broken] = 0
     with context.store.writing(artifact_key) as path:
         save_file({"embeddings": embeddings.to(torch.float16)}, path)

@@ -24,13 +24,13 @@ _WORKER = Path(__file__).parent.parent
 _SOURCES: dict[Stage, tuple[str, ...]] = {
     Stage.PREPARE: ("chat.py", "data.py", "influence/landmarks.py", "stages/prepare.py"),
     Stage.WARMUP: ("influence", "adapters.py", "warmup.py", "stages/warmup.py"),
-    Stage.LANDMARK_GRADIENTS: ("influence", "stages/gradients.py"),
+    Stage.LANDMARK_GRADIENTS: ("influence", "stages/gradients.py", "stages/optimizer.py"),
     Stage.CHOOSE_EMBEDDING: ("influence", "stages/influence.py", "stages/choose.py"),
-    Stage.CURVATURE: ("influence", "stages/influence.py", "stages/curvature.py"),
+    Stage.CURVATURE: ("influence", "stages/influence.py", "stages/optimizer.py", "stages/curvature.py"),
     Stage.EMBED: ("influence", "stages/embed.py"),
     Stage.PROPAGATE: ("influence", "stages/influence.py", "stages/propagate.py"),
     Stage.SELECT: ("influence", "stages/influence.py", "stages/select.py"),
-    Stage.VALIDATE: ("influence", "stages/validate.py"),
+    Stage.VALIDATE: ("influence", "stages/optimizer.py", "stages/validate.py"),
 }
 _SAME_CODE = {
     Stage.TARGET_GRADIENTS: Stage.LANDMARK_GRADIENTS,

@@ -86,6 +86,7 @@ class _Planner:
         depends_on = {
             **spec,
             "model": self._prepared["model_fingerprint"],
+            "dtype": self._prepared["dtype"],  # of the base below adapters
             "quantization": self._parameters["quantization"],
             "warmup": self._parameters["warmup"],
             "optimizer": self._parameters["optimizer"],
@@ -177,7 +178,14 @@ class _Planner:
     ) -> list[UnitSpec]:
         units = []
         for shard, (start, stop) in enumerate(bounds, first):
-            spec = {"tokens": tokens, "start": start, "stop": stop, "options": dict(options), **self._model()}
+            spec = {
+                "tokens": tokens,
+                "start": start,
+                "stop": stop,
+                "of": bounds[-1][1],
+                "options": dict(options),
+                **self._model(),
+            }
             depends_on = {
                 **self._model_dependence(),
                 "tokens": tokens,
@@ -293,6 +301,7 @@ class _Planner:
             **self._measured(),
             "refined": shortlist,
             "embeddings": self._keys(Stage.EMBED),
+            "target_units": [*self._keys(Stage.TARGET_GRADIENTS), *self._keys(Stage.EMBED_TARGET)],
             "influence": propagated[-1].artifact_key if propagated else None,
             "curvature": self._curvature_key(),
         }

@@ -72,7 +72,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
     return {
         "solution": None if solution is None else _certificate(solution),
         "nonfinite": nonfinite(context.store, measured),
-        "nonfinite_targets": nonfinite(context.store, spec["target_gradients"]),
+        "nonfinite_targets": nonfinite(context.store, spec["target_units"]),
         "eligible": int(eligible.sum()),
     }
 
@@ -118,7 +118,7 @@ def _from_influence(
         P_nc: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
         candidates, exact = _candidates(context, spec, P_nc, eligible)
         influence = mean_influence(P_nc, speaking)
-        if len(candidates.rows) < len(P_nc):
+        if spec["refined"]:
             influence[candidates.rows] = mean_influence(candidates.P_mc, speaking)
         influence[~eligible] = 0.0
         choice = _choose(context, spec, candidates, speaking)
@@ -131,9 +131,9 @@ def _from_influence(
 
 
 def _targets(context: StageContext, spec: dict[str, Any]) -> Rows:
-    speaking = speaking_targets(context, spec["target_gradients"])
+    speaking = speaking_targets(context, spec["target_units"])
     if not len(speaking):
-        raise DataError("No target sample has a finite gradient: there is nothing to select for.")
+        raise DataError("No target sample has a finite gradient or embedding: there is nothing to select for.")
     return speaking
 
 

@@ -4,6 +4,7 @@ The step is the optimiser's true one, measured in float32. The half of the targe
 the selection that is measured on it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from safetensors.numpy import load_file
 
 from worker import data
-from worker.influence import Samples, StepMeasure, measure_step
+from worker.influence import Samples, StepMeasure, measure_step, sample_losses
 from worker.stages import optimizer
 from worker.stages.context import StageContext
+from worker.stages.keys import result_key
 from worker.stages.plan import VALIDATION_SAMPLES
 
 Rows = npt.NDArray[np.int64]
@@ -26,8 +28,9 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     """Returns the changes of the mean target loss, measured and predicted; writes no artifact of its own."""
     with context.store.local(spec["selection"]) as path:
         arrays = load_file(path)
+    known = context.store.read_json(result_key(spec["selection"]))
     generator = np.random.default_rng([context.job.parameters["seed"], 0x7E57])
-    eligible = np.flatnonzero(data.read_counts(context.store, context.prepared["pool_tokens"]).predicted > 0)
+    eligible = _speaking(context, "pool_tokens", known["nonfinite"])
     selected, held_out = arrays["selected"], arrays["held_out_targets"]
     drawn = generator.choice(eligible, size=min(len(selected), VALIDATION_SAMPLES), replace=False)
     arms = {
@@ -37,7 +40,8 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     if len(held_out):
         arms["held_out_selection"] = _drawn(arrays["held_out_selected"], arrays["held_out_weight"], generator)
     targets = data.read_all(context.store, context.prepared["target_tokens"])
-    sets = [targets, targets.take(held_out)] if len(held_out) else [targets]
+    speaking = _speaking(context, "target_tokens", known["nonfinite_targets"])
+    sets = [targets.take(rows) for rows in ((speaking, held_out) if len(held_out) else (speaking,))]
     measured = _measure(context, spec, arms, {"random": sets, "selection": sets[:1], "held_out_selection": sets[1:]})
     found: dict[str, Any] = {
         "samples": len(arms["selection"][0]),
@@ -55,6 +59,13 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
             "random": _change(measured["random"][1]),
         }
     return {"validation": {**found, "sentence": _sentence(found)}}
+
+
+def _speaking(context: StageContext, tokens: str, nonfinite: Sequence[int]) -> Rows:
+    """The rows that have a response and are not known to be without a finite gradient or embedding."""
+    speaks = data.read_counts(context.store, context.prepared[tokens]).predicted > 0
+    speaks[list(nonfinite)] = False
+    return np.flatnonzero(speaks)
 
 
 def _drawn(rows: Rows, weight: Weights, generator: np.random.Generator) -> tuple[Rows, Weights]:
@@ -79,10 +90,13 @@ def _measure(
     state = optimizer.state(context, spec["state"])
     measured, before = {}, 0
     for arm, (rows, weight) in arms.items():
+        samples = data.read_rows(context.store, context.prepared["pool_tokens"], rows)
+        # Not every sample's gradient was computed before: one that is not finite would end a job that is all but done.
+        finite = torch.isfinite(sample_losses(model, samples, token_budget=context.token_budget))
         measured[arm] = measure_step(
             model,
-            data.read_rows(context.store, context.prepared["pool_tokens"], rows),
-            torch.from_numpy(weight),
+            samples.take(torch.nonzero(finite).flatten().numpy()),
+            torch.from_numpy(weight)[finite],
             targets[arm],
             options=optimizer.options(parameters),
             state=state,
