@@ -156,10 +156,10 @@ def _note(parameters: Parameters, total: float | None, exact: float | None) -> s
 
 
 def _caps(parameters: Parameters, counts: JobCounts) -> list[str]:
-    n, wanted = int(counts.pool.samples), parameters["landmarks"]["count"]
+    n, wanted = int(counts.selectable), parameters["landmarks"]["count"]
     if parameters["method"] != "influence_distillation" or wanted < n:
         return []
-    lowered = f"landmarks.count is {wanted}; lowered to the pool's {n} samples. " if wanted > n else ""
+    lowered = f"landmarks.count is {wanted}; lowered to the {n} usable samples of the pool. " if wanted > n else ""
     return [f"{lowered}Every sample is a landmark, so every influence is exact and no embedding is needed."]
 
 

@@ -193,11 +193,12 @@ def gradients(
     return total
 
 
-def full_gradients(shape: Shape, counts: TokenCounts, *, modules: str, sums: int = 1) -> float:
-    """Of `sums` weighted sums of unprojected gradients in one pass."""
+def full_gradients(shape: Shape, counts: TokenCounts, *, modules: str, directions: int = 1) -> float:
+    """Of unprojected gradients in one pass: weighted sums of them, or their products with directions."""
     layers = shape.measured(modules)
-    outer = sum(2 * counts.seen.tokens * out * into for _, (out, into) in layers)
-    return forward(shape, counts) + backward(shape, counts, layers[0][0]) + sums * outer
+    weights = sum(out * into for _, (out, into) in layers)
+    each = 2 * counts.samples * directions * weights if directions > 1 else 0.0
+    return forward(shape, counts) + backward(shape, counts, layers[0][0]) + 2 * counts.seen.tokens * weights + each
 
 
 def embedding(shape: Shape, counts: TokenCounts, options: Mapping[str, Any]) -> float:

@@ -22,6 +22,9 @@ _ROWS = 4096  # of the kernel, at a time
 _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
+_HELD_OUT_FROM = 16  # targets
+VALIDATION_SAMPLES = 256
+"""Of a step of the validation at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +35,14 @@ class JobCounts:
     target: TokenCounts
     budget: int
     estimated: bool
+    usable: int | None = None
     candidates: Sequence[Mapping[str, Any]] | None = None
     dtype: str | None = None
+
+    @property
+    def selectable(self) -> float:
+        """Samples of the pool that have a response; before that is known, all of them."""
+        return self.pool.samples if self.usable is None else self.usable
 
     @classmethod
     def of_prepared(cls, prepared: Mapping[str, Any], budget: int) -> "JobCounts":
@@ -43,6 +52,7 @@ class JobCounts:
             target=TokenCounts.of_summary(prepared["target_counts"]),
             budget=budget,
             estimated=False,
+            usable=prepared.get("usable"),
             candidates=prepared.get("candidates"),
             dtype=prepared["dtype"],
         )
@@ -62,7 +72,7 @@ def stages_of(parameters: Parameters, counts: JobCounts) -> list[Stage]:
     """The stages that a job of these parameters goes through, in order."""
     method, embedding = parameters["method"], parameters["embedding"]["kind"]
     has_gradients = method in ("influence_distillation", "exact_influence")
-    propagates = method == "influence_distillation" and parameters["landmarks"]["count"] < counts.pool.samples
+    propagates = method == "influence_distillation" and parameters["landmarks"]["count"] < counts.selectable
     is_auto = propagates and embedding == "auto"
     kind, optimizer = parameters["curvature"]["type"], parameters["optimizer"]
     drifts = optimizer["type"] in ("adam", "adamw") or optimizer["momentum"] or optimizer["weight_decay"]
@@ -101,7 +111,7 @@ class StageCosts:
         self._stages = stages_of(parameters, counts)
         self._n, self._t = counts.pool.samples, counts.target.samples
         self._is_exact = parameters["method"] == "exact_influence"
-        self._l = self._n if self._is_exact else min(self._n, parameters["landmarks"]["count"])
+        self._l = counts.selectable if self._is_exact else min(counts.selectable, parameters["landmarks"]["count"])
         self._modules = parameters["gradient"]["modules"]
         self._layers = shape.measured(self._modules)
         self._k = operations.gradient_size(self._layers, parameters["gradient"]["projection_dim"])
@@ -230,23 +240,26 @@ class StageCosts:
             return StageCost(
                 operations=total, samples=self._t, memory_bytes=self._memory(self._activations(shape.blocks))
             )
-        once = operations.forward(shape, targets) + operations.backward(shape, targets)
-        outer = operations.full_gradients(shape, targets, modules=self._modules) - once
-        # Of a direction: down to the hidden states and back, through the first derivative too for the exact Hessian.
-        each = once + 2 * outer if self._parameters["curvature"]["type"] == "ggn" else 1.5 * once + 3 * outer
-        at_once = max(1, _DIRECTION_BYTES // (16 * weights))
-        passes = math.ceil(self._r / at_once)
+        once, each = self._curvature_passes(targets)
+        at_once = min(self._r, max(1, _DIRECTION_BYTES // (16 * weights)))
         landmarks = self._counts.pool.scaled(self._l)
-        summed = operations.full_gradients(shape, landmarks, modules=self._modules, sums=0)
-        directions = passes * summed + self._r * 2 * landmarks.seen.tokens * weights
+        passes = 2 * operations.full_gradients(shape, landmarks, modules=self._modules, directions=at_once)
+        chunks = math.ceil(self._r / at_once)
         return StageCost(
-            operations=directions + passes * (once + outer) + self._r * each + 24 * self._l * self._k * self._r,
+            operations=chunks * (passes + once) + self._r * each + 24 * self._l * self._k * self._r,
             samples=self._t,
             artifact_bytes=4 * self._r * self._k,
-            memory_bytes=self._memory(
-                3 * self._activations(shape.blocks), min(_DIRECTION_BYTES, 16 * weights * self._r)
-            ),
+            memory_bytes=self._memory(3 * self._activations(shape.blocks), 16 * weights * at_once),
         )
+
+    def _curvature_passes(self, targets: TokenCounts) -> tuple[float, float]:
+        """Of the products of `ggn` or `hessian` with directions: what they share, and what each costs."""
+        passes = operations.forward(self._shape, targets) + operations.backward(self._shape, targets)
+        outer = operations.full_gradients(self._shape, targets, modules=self._modules) - passes
+        # Down to the hidden states and back, through the first derivative too for the exact Hessian. The factors are those
+        # of the products that really ran.
+        is_ggn = self._parameters["curvature"]["type"] == "ggn"
+        return passes + outer, (1.25 * passes + 2 * outer if is_ggn else 2.1 * passes + 3 * outer)
 
     def _propagate(self) -> StageCost:
         n, columns = self._n, self._columns()
@@ -261,8 +274,9 @@ class StageCosts:
         return StageCost(operations=total, samples=n, artifact_bytes=4 * n * columns, memory_bytes=memory)
 
     def _shortlist(self) -> float:
-        """Samples of the shortlist that are no landmarks."""
-        return float(self._parameters["refine"] * self._n * (1 - self._l / self._n))
+        """Samples of the shortlist that are no landmarks, which are taken to be as many of it as of the pool."""
+        size = max(self._parameters["refine"] * self._n, self._counts.budget)
+        return float(size * (1 - self._l / self._n))
 
     def _select(self) -> StageCost:
         chosen = self._l + self._shortlist() if Stage.REFINE in self._stages else self._n
@@ -274,16 +288,19 @@ class StageCosts:
         return StageCost(operations=total, samples=self._n, artifact_bytes=bytes_, memory_bytes=memory)
 
     def _validate(self) -> StageCost:
-        """A step each on the selection and on as many random samples, and the targets' loss before and after; and the same
-        for the half of the targets that was held out."""
-        halves = 2 if self._t >= 16 else 1
-        chosen, targets = self._counts.pool.scaled(self._counts.budget), self._counts.target
-        steps = 2 * halves * operations.full_gradients(self._shape, chosen, modules=self._modules)
-        losses = (1 + 2 * halves) * operations.forward(self._shape, targets)
-        predicted = operations.full_gradients(self._shape, targets, modules=self._modules)
+        """A step each on the selection and on as many random samples; a step on the choice from half of the targets, where
+        half were held out. Each step's loss before and after, and the change that was predicted."""
+        arms, sets = (3, 3) if self._t >= _HELD_OUT_FROM else (2, 2)
+        chosen, targets = self._counts.pool.scaled(min(self._counts.budget, VALIDATION_SAMPLES)), self._counts.target
+        steps = arms * operations.full_gradients(self._shape, chosen, modules=self._modules)
+        linear = operations.full_gradients(self._shape, targets, modules=self._modules)
+        second = {"none": 0.0, "fisher": linear}.get(self._parameters["curvature"]["type"])
+        if second is None:
+            second = sum(self._curvature_passes(targets))
         weights = sum(out * into for _, (out, into) in self._layers)
+        widened = 0 if self._parameters["quantization"] != "none" else (4 - self._bytes) * self._shape.weights
         return StageCost(
-            operations=steps + losses + predicted,
-            samples=self._t,
-            memory_bytes=self._memory(self._activations(self._shape.blocks), 16 * weights),
+            operations=steps + sets * (2 * operations.forward(self._shape, targets) + linear + second),
+            samples=arms * chosen.samples,
+            memory_bytes=self._memory(self._activations(self._shape.blocks), 16 * weights + widened),
         )

@@ -85,6 +85,15 @@ def test_a_file_is_uploaded_under_its_name(tmp_path: Path) -> None:
         assert dict(request.url.params) == {"name": "pool.jsonl", "format": "auto"}
 
 
+def test_a_plan_is_a_job_that_is_not_made() -> None:
+    server = Server(httpx.Response(200, json={"object": "selection_plan"}))
+    with server.client() as winnow:
+        assert winnow.plan(model="m", budget=3) == {"object": "selection_plan"}
+    (sent,) = server.requests
+    assert (sent.method, sent.url.path) == ("POST", "/v1/selection-jobs")
+    assert json.loads(sent.content) == {"model": "m", "budget": 3, "dry_run": True}
+
+
 def test_content_needs_a_name() -> None:
     server = Server(httpx.Response(201, json={}))
     with server.client() as winnow:

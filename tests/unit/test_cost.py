@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.jobs import cost, operations, planning
+from service.jobs import cost, operations, planning, stage_cost
 from service.jobs.cost import Rates
 from service.jobs.operations import Shape, TokenCounts
 from service.jobs.parameters import Parameters
@@ -16,6 +18,8 @@ from service.jobs.stage_cost import JobCounts, StageCosts, stages_of
 from service.jobs.state import Stage
 from service.settings import ModelSettings
 from worker.influence import EmbeddingOptions, FactoredProjection, Samples, embedding_flops, gradient_flops
+from worker.influence.second_order import second_order_terms
+from worker.stages.plan import VALIDATION_SAMPLES
 
 PLAIN = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = {**PLAIN, "num_key_value_heads": 2}
@@ -104,6 +108,58 @@ def test_weights_are_those_of_the_loaded_model(loaded: tuple[Any, Shape]) -> Non
     model, shape = loaded
     matrices = [p.numel() for name, p in model.base_model.named_parameters() if p.ndim == 2 and "wpe" not in name]
     assert shape.weights == sum(matrices)
+
+
+class Products(TorchDispatchMode):
+    """Adds up the operations of every matrix product. (torch's own counter cannot look into second derivatives.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            left, right = args[-2:]
+            self.total += 2 * left.numel() * right.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_second_order_terms_count_about_as_many_products_as_really_run(kind: Any) -> None:
+    config = AutoConfig.for_model(
+        "llama", vocab_size=128, bos_token_id=0, eos_token_id=1, pad_token_id=2, **{**GROUPED, "num_hidden_layers": 6}
+    )
+    rank, dim, length = 8, 96, 24
+    counts = {n: TokenCounts(n, n * length, n * length**2, n * length / 2) for n in (6, 12)}
+    targets, landmarks = (
+        Samples(
+            input_ids=np.full(n * length, 5, dtype=np.int32),
+            response=np.tile(np.arange(length) >= length // 2, n),
+            offsets=np.arange(n + 1) * length,
+        )
+        for n in counts
+    )
+    with Products() as counter:
+        second_order_terms(
+            AutoModelForCausalLM.from_config(config),
+            landmarks,
+            targets,
+            kind=kind,
+            coefficients=torch.randn(12, rank, dtype=torch.float64),
+            scaling=None,
+            offset=None,
+            projection=FactoredProjection(dim=dim),
+        )
+    given = parameters(
+        method="exact_influence",
+        selection="weighted",
+        optimizer={"type": "sgd"},
+        curvature={"type": kind, "rank": rank},
+        gradient={"projection_dim": dim},
+    )
+    about = JobCounts(pool=counts[12], target=counts[6], budget=1, estimated=False)
+    shape = Shape.of_config(config.to_dict())
+    estimate = StageCosts(shape, given, about, "float32").all()[Stage.CURVATURE].operations
+    assert estimate == pytest.approx(counter.total, rel=0.25)
 
 
 def test_the_passes_are_multiples_of_2_n_t() -> None:
@@ -239,7 +295,7 @@ def test_the_exact_method_is_named_where_it_would_cost_less_than_twice() -> None
 
 
 def test_landmarks_above_the_pool_are_said_to_be_lowered() -> None:
-    assert "landmarks.count is 4096; lowered to the pool's 3000 samples." in planned()["warnings"][0]
+    assert "landmarks.count is 4096; lowered to the 3000 usable samples of the pool." in planned()["warnings"][0]
     assert planned(landmarks={"count": 3000})["warnings"][0].startswith("Every sample is a landmark")
     assert planned(landmarks={"count": 2999})["warnings"] == []
 
@@ -307,6 +363,21 @@ def test_what_depends_on_a_warm_up_depends_on_its_pool_and_optimizer() -> None:
     assert inputs(Stage.TARGET_GRADIENTS, **warm) != inputs(Stage.TARGET_GRADIENTS, pool="q", **warm)
     adam = {"optimizer": {"type": "adamw", "weight_decay": 0.1}}
     assert inputs(Stage.TARGET_GRADIENTS, **warm) != inputs(Stage.TARGET_GRADIENTS, **warm, **adam)
+
+
+def test_a_validation_takes_as_many_samples_as_the_worker() -> None:
+    assert stage_cost.VALIDATION_SAMPLES == VALIDATION_SAMPLES
+    few, many, more = (
+        stages(planned(JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=budget, estimated=False)))
+        for budget in (64, 256, 2000)
+    )
+    assert few["validate"]["operations"] < many["validate"]["operations"] == more["validate"]["operations"]
+
+
+def test_samples_without_a_response_are_no_landmarks() -> None:
+    counts = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=5, estimated=False, usable=900)
+    assert "embed" not in stages(planned(counts, landmarks={"count": 1000}))
+    assert "embed" in stages(planned(counts, landmarks={"count": 899}))
 
 
 def test_stages_of_needs_no_shape() -> None:
