@@ -82,6 +82,13 @@ def test_more_rows_than_a_piece():
     torch.testing.assert_close(fitted.predict(many), fitted.predict(E).repeat(300, 1))
 
 
+def test_stored_half_precision_is_converted_a_piece_at_a_time():
+    E, P = problem(n=30)
+    fitted = KernelRidge.fit(E, P)
+    half = E.repeat(100, 1).half()
+    assert torch.equal(fitted.predict(half), fitted.predict(half.double()))
+
+
 def test_duplicates_need_a_ridge():
     E, P = problem(n=20)
     E2, P2 = torch.cat([E, E[:5]]), torch.cat([P, P[:5]])

@@ -3,6 +3,7 @@
 It knows no job, file or database, and imports nothing else of the project.
 """
 
+from .auto import candidates, choose
 from .batching import Progress, default_token_budget
 from .curvature import curvature_products, stepped
 from .embeddings import EmbeddingOptions, embed
@@ -44,6 +45,8 @@ __all__ = [
     "SecondOrder",
     "StepMeasure",
     "WeightedSolution",
+    "candidates",
+    "choose",
     "cosine_influence",
     "curvature_products",
     "default_token_budget",

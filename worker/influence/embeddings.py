@@ -108,7 +108,7 @@ def embed(
             rows, places = marked_positions(pooled, samples, indices)
             positions(torch.from_numpy(rows * ids_BT.shape[1] + places).to(device))
             states_FTD = hidden_states(model, base, ids_BT)
-            weights = places + 1.0 if options.kind == "rds" else np.ones(rows.size)
+            weights = (places + 1 if options.kind == "rds" else np.ones_like(places)).astype(np.float64)
             states_SND = states_FTD.view(copies, ids_BT.numel(), -1)
             pooled_BE = _pool(states_SND, ids_BT.shape, rows, places, weights).to(device)
             reduced_Be = pooled_BE if reduction_eE is None else pooled_BE @ reduction_eE.T
@@ -150,7 +150,7 @@ def _reduction(size: int, options: EmbeddingOptions, dtype: torch.dtype, device:
     return torch.from_numpy(values).to(device, accumulation_dtype(dtype)) * float(options.max_dim**-0.5)
 
 
-def _pool(states_SND: Tensor, shape: tuple[int, int], rows: IntArray, places: IntArray, weights: FloatArray) -> Tensor:
+def _pool(states_SND: Tensor, shape: torch.Size, rows: IntArray, places: IntArray, weights: FloatArray) -> Tensor:
     """Weighted means over the pooled tokens (R,) of each sample of a batch, or of its tangents one after the other: (B, E)."""
     device, (count, tokens) = states_SND.device, shape
     shares = weights / np.bincount(rows, weights=weights, minlength=count)[rows]

@@ -73,6 +73,12 @@ def gradient_flops(
     )
 
 
+def embedding_passes(options: EmbeddingOptions, total_blocks: int) -> float:
+    """What an embedding costs in forward passes through all blocks of the model: (1 + 2 k) b / B, for `rds` 1 (METHOD 3)."""
+    share = 1.0 if options.kind == "rds" else options.blocks / total_blocks
+    return share * (1 + 2 * options.tangents) if options.kind == "jvp" else share
+
+
 def embedding_flops(model: Any, samples: Samples, *, options: EmbeddingOptions) -> Operations:
     """Operations of `embed`: 1 + 2 k forward passes of the first blocks, k = 0 for `hidden`; for `rds` one of all blocks.
 
@@ -83,7 +89,7 @@ def embedding_flops(model: Any, samples: Samples, *, options: EmbeddingOptions) 
     pooled_N = pooled_tokens(samples, options)
     lengths_n = (last_marked(pooled_N, samples.offsets) + 1).astype(np.float64)
     pooled = float(pooled_N.sum())
-    passes = 1 + 2 * options.tangents if options.kind == "jvp" else 1
+    passes = embedding_passes(options, len(every)) * len(every) / len(blocks)
     parts = [module for name, module in blocks[-1].named_modules() if name in POSITIONWISE]
     at_pooled = sum(_weights(part) for part in parts)
     everywhere = sum(_weights(block) for block in blocks) - at_pooled

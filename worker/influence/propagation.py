@@ -15,7 +15,7 @@ from torch import Tensor
 
 Kernel = Literal["rbf", "linear"]
 
-ROWS = 4096
+ROWS = 1024
 """Rows of the kernel matrix K(S, L) that exist at a time; it is never stored whole."""
 
 
@@ -67,12 +67,12 @@ class KernelRidge:
         """
         E_le, P_lt = E_L.double(), P_L.double()
         _check_fit(E_le, P_lt, kernel, ridge, bandwidth)
-        sigma = None
         if kernel == "rbf":
-            sigma = _median_distance(E_le) if bandwidth is None else bandwidth
-        K_ll = _kernel(E_le, E_le, sigma)
-        if kernel == "rbf":
-            K_ll.fill_diagonal_(1.0)
+            squared_ll = _squared_distances(E_le, E_le)  # once, for the width and for the kernel: it is a large matrix
+            sigma = _median_distance(squared_ll, E_le) if bandwidth is None else bandwidth
+            K_ll = _gaussian(squared_ll, sigma).fill_diagonal_(1.0)
+        else:
+            sigma, K_ll = None, E_le @ E_le.T
         delta = ridge * float(K_ll.diagonal().mean())
         K_ll.diagonal().add_(delta)
         cholesky_ll, failed = torch.linalg.cholesky_ex(K_ll)
@@ -101,7 +101,7 @@ class KernelRidge:
         for start in range(0, E.shape[0], ROWS):
             rows = slice(start, start + ROWS)
             E_re = E[rows].to(self.E_L.device, torch.float64)
-            P_mt[rows] = _kernel(E_re, self.E_L, self.sigma) @ self.coefficients_lt
+            torch.mm(_kernel(E_re, self.E_L, self.sigma), self.coefficients_lt, out=P_mt[rows])
         return P_mt
 
     def leave_one_out(self) -> Tensor:
@@ -134,9 +134,12 @@ def _check_fit(E_le: Tensor, P_lt: Tensor, kernel: str, ridge: float, bandwidth:
 
 def _kernel(X_me: Tensor, Y_le: Tensor, sigma: float | None) -> Tensor:
     """Gaussian kernel of width sigma, the linear one without: (m, e), (l, e) -> (m, l)."""
-    if sigma is None:
-        return X_me @ Y_le.T
-    return _squared_distances(X_me, Y_le).mul_(-0.5 / sigma**2).exp_()
+    return X_me @ Y_le.T if sigma is None else _gaussian(_squared_distances(X_me, Y_le), sigma)
+
+
+def _gaussian(squared_ml: Tensor, sigma: float) -> Tensor:
+    """exp(-d^2 / 2 sigma^2), in place."""
+    return squared_ml.mul_(-0.5 / sigma**2).exp_()
 
 
 def _squared_distances(X_me: Tensor, Y_le: Tensor) -> Tensor:
@@ -144,12 +147,13 @@ def _squared_distances(X_me: Tensor, Y_le: Tensor) -> Tensor:
     return norms_ml.addmm_(X_me, Y_le.T, alpha=-2.0).clamp_min_(0.0)
 
 
-def _median_distance(E_le: Tensor) -> float:
-    squared = _squared_distances(E_le, E_le)[*torch.triu_indices(len(E_le), len(E_le), 1)]
+def _median_distance(squared_ll: Tensor, E_le: Tensor) -> float:
+    """Median distance between landmarks that differ; that each pair is there twice leaves a median what it is."""
     # Below this a difference is the rounding of |x|^2 + |y|^2 - 2 x.y, not a distance.
     noise = 64 * torch.finfo(torch.float64).eps * float(E_le.square().sum(dim=1).max())
-    apart = squared[squared > noise].numpy(force=True)
-    return float(np.sqrt(np.median(apart))) if apart.size else 1.0
+    squared = squared_ll.numpy(force=True)
+    apart = squared[squared > noise]
+    return float(np.sqrt(np.median(apart, overwrite_input=True))) if apart.size else 1.0
 
 
 def fidelity(P_L: Tensor, loo: Tensor) -> Fidelity:

@@ -1,0 +1,82 @@
+"""Which embeddings `auto` offers, and which it takes."""
+
+import json
+
+import pytest
+import torch
+from scipy import stats
+
+from worker.influence import EmbeddingOptions, KernelRidge
+from worker.influence.auto import candidates, choose
+
+
+def test_candidates_come_with_their_cost_the_cheapest_first():
+    offered = candidates(EmbeddingOptions(kind="rds", blocks=4, tangents=3, seed=7), 30)
+    assert [(each.kind, each.pooling) for each, _ in offered] == [
+        ("hidden", "response"),
+        ("hidden", "last"),
+        ("jvp", "response"),
+        ("jvp", "last"),
+    ]
+    assert [cost for _, cost in offered] == pytest.approx([4 / 30, 4 / 30, 28 / 30, 28 / 30])
+    assert all((each.blocks, each.tangents, each.seed) == (4, 3, 7) for each, _ in offered)
+
+
+def test_candidates_of_small_and_of_quantised_models():
+    assert {each.blocks for each, _ in candidates(EmbeddingOptions(blocks=4), 3)} == {3}
+    assert [each.kind for each, _ in candidates(EmbeddingOptions(), 30, quantized=True)] == ["hidden", "hidden"]
+
+
+def problem(noises, count=80, t=5):
+    """Embeddings that carry what influence follows, under more and more noise."""
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.randn(count, 6, generator=generator)
+    P = truth @ torch.randn(6, t, generator=generator)
+    noisy = [truth + noise * torch.randn(count, 6, generator=generator) for noise in noises]
+    return [torch.nn.functional.normalize(E, dim=1) for E in noisy], P
+
+
+def test_a_clearly_better_embedding_is_worth_its_cost():
+    embeddings, P = problem([3.0, 0.1])
+    index, table = choose(embeddings, P, options=[{"kind": "hidden"}, {"kind": "jvp"}], costs=[0.2, 1.0], ridge=0.05)
+    assert index == 1
+    assert [entry["chosen"] for entry in table] == [False, True]
+    assert json.loads(json.dumps(table)) == table
+    for entry, E in zip(table, embeddings, strict=True):
+        left_out = KernelRidge.fit(E, P, ridge=0.05).leave_one_out().mean(1)
+        assert entry["mean_spearman"] == pytest.approx(stats.spearmanr(P.mean(1), left_out).statistic)
+        exact = P.double().mean(1)
+        unexplained = float((exact - left_out).square().sum() / (exact - exact.mean()).square().sum())
+        assert entry["mean_r2"] == pytest.approx(1 - unexplained)
+    assert table[1] | {"mean_spearman": 0, "mean_r2": 0} == {
+        "kind": "jvp",
+        "cost": 1.0,
+        "mean_spearman": 0,
+        "mean_r2": 0,
+        "chosen": True,
+    }
+
+
+def test_of_two_that_are_as_good_the_cheaper_and_of_equal_costs_the_better():
+    (good, better), P = problem([0.05, 0.05])
+    names = [{"kind": "a"}, {"kind": "b"}]
+    scores = [entry["mean_spearman"] for entry in choose([good, better], P, options=names, costs=[1, 1])[1]]
+    assert 0 < abs(scores[0] - scores[1]) < 0.01
+    for costs in ((1.0, 2.0), (2.0, 1.0)):
+        assert choose([good, better], P, options=names, costs=costs)[0] == costs.index(1.0)
+    assert choose([good, better], P, options=names, costs=[1.0, 1.0])[0] == scores.index(max(scores))
+
+
+def test_constant_influence_takes_the_cheapest():
+    embeddings, P = problem([0.1, 0.1])
+    index, table = choose(embeddings, torch.ones_like(P), options=[{}, {}], costs=[2.0, 1.0])
+    assert index == 1
+    assert table[0]["mean_spearman"] is None
+
+
+def test_candidates_must_be_described():
+    embeddings, P = problem([0.1, 0.1])
+    with pytest.raises(ValueError, match="there are 2, 1 and 2"):
+        choose(embeddings, P, options=[{}], costs=[1.0, 2.0])
+    with pytest.raises(ValueError, match="there are 0, 0 and 0"):
+        choose([], P, options=[], costs=[])

@@ -1,0 +1,75 @@
+"""Choice of the embedding by what the landmarks show of each candidate (METHOD 4, `auto`).
+
+Shape suffixes: l landmarks, t targets, e embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .embeddings import EmbeddingOptions
+from .flops import embedding_passes
+from .propagation import Fidelity, Kernel, KernelRidge, fidelity
+
+CLOSE = 0.01
+"""How far below the best Spearman correlation a cheaper embedding may lie and still be taken."""
+
+
+def candidates(
+    options: EmbeddingOptions, total_blocks: int, *, quantized: bool = False
+) -> list[tuple[EmbeddingOptions, float]]:
+    """What `auto` compares on a model of `total_blocks` blocks, cheapest first, each with its cost.
+
+    Both poolings of `hidden` and of `jvp`, with the blocks (as many as the model has, where that is fewer), tangents and seed of
+    `options`, whose own kind and pooling do not matter; no `jvp` where weights are quantised, since it cannot be computed.
+    The cost is in operations, 1 being a forward pass through all blocks (`embedding_passes`).
+    """
+    blocks = min(options.blocks, total_blocks)
+    kinds: tuple[Literal["hidden", "jvp"], ...] = ("hidden",) if quantized else ("hidden", "jvp")
+    poolings: tuple[Literal["response", "last"], ...] = ("response", "last")
+    offered = [replace(options, kind=kind, pooling=pooling, blocks=blocks) for kind in kinds for pooling in poolings]
+    return [(each, embedding_passes(each, total_blocks)) for each in offered]
+
+
+def choose(
+    embeddings: Sequence[Tensor],
+    P_L: Tensor,
+    *,
+    options: Sequence[Mapping[str, Any]],
+    costs: Sequence[float],
+    kernel: Kernel = "rbf",
+    ridge: float = 0.01,
+    bandwidth: float | None = None,
+) -> tuple[int, list[dict[str, Any]]]:
+    """The index of the embedding to use, and a table of all of them that can be written as JSON.
+
+    Each candidate, embeddings (l, e) of the landmarks, is fitted to their exact influence P_L (l, t), and judged by how well the
+    mean over targets of a left-out landmark's influence is predicted. Chosen is the cheapest whose Spearman
+    correlation is within 0.01 of the best, of equal costs the better one; where no candidate has a correlation (influence is
+    constant), the cheapest. A table entry is the candidate's `options` with `cost`, `mean_spearman`, `mean_r2` (None where
+    undefined) and `chosen`.
+
+    Raises ValueError where there are no candidates, or not one set of options and one cost for each; and as `KernelRidge.fit`.
+    """
+    if not embeddings or not len(embeddings) == len(options) == len(costs):
+        raise ValueError(
+            f"each candidate needs embeddings, options and a cost: there are {len(embeddings)}, {len(options)} and {len(costs)}"
+        )
+    found = [_left_out(E_L, P_L, kernel, ridge, bandwidth) for E_L in embeddings]
+    scores = [-1.0 if one.mean_spearman is None else one.mean_spearman for one in found]
+    close = [index for index, score in enumerate(scores) if score >= max(scores) - CLOSE]
+    chosen = min(close, key=lambda index: (costs[index], -scores[index]))
+    table = [
+        {**named, "cost": cost, "mean_spearman": one.mean_spearman, "mean_r2": one.mean_r2, "chosen": index == chosen}
+        for index, (named, cost, one) in enumerate(zip(options, costs, found, strict=True))
+    ]
+    return chosen, table
+
+
+def _left_out(E_L: Tensor, P_L: Tensor, kernel: Kernel, ridge: float, bandwidth: float | None) -> Fidelity:
+    fitted = KernelRidge.fit(E_L, P_L, kernel=kernel, ridge=ridge, bandwidth=bandwidth)
+    return fidelity(fitted.P_L, fitted.leave_one_out())
