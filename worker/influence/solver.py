@@ -263,17 +263,20 @@ def _search(pool: _Pool, budget: int, steps: int = 0) -> _Point:
         while high.overshoot(budget) <= 0:
             low, high = high, _maximum(pool, high.ridge * 4, high)
     ends = [low.overshoot(budget), high.overshoot(budget)]
+    last: bool | None = None
     for trial in itertools.count(1):
         tie = _TIE / 10 * low.ridge / budget
         at_crossing = low.overshoot(budget) >= -tie and (low.meets(budget) or high.overshoot(budget) <= tie)
         if at_crossing or high.ridge - low.ridge <= 1e-12 * high.ridge:
             break
-        # Regula falsi with the Illinois rule, every third step a bisection so that it ends.
+        # Regula falsi with the Illinois rule (an end that stays twice counts half), every third step a bisection so that it ends.
         share = 0.5 if trial % 3 == 0 else ends[0] / (ends[0] - ends[1])
         point = _maximum(pool, low.ridge + share * (high.ridge - low.ridge), low if share < 0.5 else high)
-        overshoot = point.overshoot(budget)
-        ends = [ends[0] / 2, overshoot] if overshoot > 0 else [overshoot, ends[1] / 2]
-        low, high = (low, point) if overshoot > 0 else (point, high)
+        over = point.overshoot(budget) > 0
+        ends[over] = point.overshoot(budget)
+        if over == last:
+            ends[not over] /= 2
+        low, high, last = (low, point, over) if over else (point, high, over)
     return low if low.meets(budget) else high
 
 
