@@ -147,6 +147,7 @@ def submit(
     budget: Annotated[str, typer.Option(help="Samples to select: a number or a fraction")],
     settings: Settings = None,
     wait: Annotated[bool, typer.Option(help="Show progress until it has ended")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only show the plan and what it would cost")] = False,
     home: Home = DEFAULT_HOME,
     url: Url = None,
     api_key: Key = None,
@@ -155,7 +156,12 @@ def submit(
     """Post a selection job."""
     with _client(home, url, api_key) as client:
         ids = {name: _dataset(client, value) for name, value in (("pool", pool), ("target", target))}
-        job = client.create_job(**assigned(settings or [], {"model": model, "budget": read_budget(budget), **ids}))
+        request = assigned(settings or [], {"model": model, "budget": read_budget(budget), **ids})
+        if dry_run or request.get("dry_run"):
+            plan = client.plan(**request)
+            _print_json(plan) if as_json else show.plan(out, plan)
+            return
+        job = client.create_job(**request)
         if not as_json:
             out.print(f"Posted {job['id']}")
         if wait:

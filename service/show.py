@@ -51,6 +51,41 @@ def _note(stage: Json) -> str:
     return f"{stage['seconds']:.1f} s{reused}"
 
 
+def plan(console: Console, planned: Json) -> None:
+    """Prints what a job would do and cost."""
+    title = f"Plan ({'about ' if planned['estimated'] else ''}{planned['tokens']['pool']:,} tokens in the pool)"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    table.add_column("stage", footer="all")
+    figures = {
+        "operations": ("TFLOP", _tera),
+        "seconds": ("s", _seconds),
+        "artifact_bytes": ("artifacts MiB", _mebi),
+        "memory_bytes": ("memory MiB", _mebi),
+    }
+    for key, (name, as_text) in figures.items():
+        table.add_column(name, justify="right", footer=as_text(planned["totals"][key]))
+    table.add_column("there already", justify="right")
+    for stage in planned["stages"]:
+        shown = [as_text(stage[key]) for key, (_, as_text) in figures.items()]
+        table.add_row(stage["stage"], *shown, f"{stage['already_there']:.0%}")
+    console.print(table)
+    for sentence in (*planned["warnings"], planned["note"]):
+        if sentence is not None:
+            console.print(sentence, markup=False)
+
+
+def _tera(operations: float | None) -> str:
+    return "" if operations is None else f"{operations / 1e12:,.2f}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:,.1f}"
+
+
+def _mebi(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f}"
+
+
 def results(console: Console, summary: Json, selected: Sequence[Json], *, top: int = 10) -> None:
     """Prints the selection's best, its sources, the time of each stage, and what the job found out in sentences."""
     console.print(_top_table(selected[:top]))

@@ -89,7 +89,7 @@ def plan(
             raise ValueError(shape)
         stages = dict(StageCosts(shape, parameters, counts, dtype).all())
         exactly = StageCosts(shape, {**parameters, "method": "exact_influence"}, counts, dtype).all()
-        exact = math.fsum(cost.operations for cost in exactly.values())
+        exact = float(round(math.fsum(cost.operations for cost in exactly.values())))
     except ValueError as error:
         warnings.append(f"Operations, memory and bytes are not known: {error}.")
         stages = dict.fromkeys(stages_of(parameters, counts))
