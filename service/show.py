@@ -55,7 +55,7 @@ def plan(console: Console, planned: Json) -> None:
     """Prints what a job would do and cost."""
     title = f"Plan ({'about ' if planned['estimated'] else ''}{planned['tokens']['pool']:,} tokens in the pool)"
     table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("stage", footer="all")
+    table.add_column("stage", footer="all", no_wrap=True)
     figures = {
         "operations": ("TFLOP", _tera),
         "seconds": ("s", _seconds),
@@ -64,7 +64,7 @@ def plan(console: Console, planned: Json) -> None:
     }
     for key, (name, as_text) in figures.items():
         table.add_column(name, justify="right", footer=as_text(planned["totals"][key]))
-    table.add_column("there already", justify="right")
+    table.add_column("there", justify="right")
     for stage in planned["stages"]:
         shown = [as_text(stage[key]) for key, (_, as_text) in figures.items()]
         table.add_row(stage["stage"], *shown, f"{stage['already_there']:.0%}")
