@@ -14,8 +14,8 @@ from service.jobs.state import Stage
 
 Parameters = Mapping[str, Any]
 
-# The embeddings that `auto` is taken to choose among until the worker has said which they are.
-_CANDIDATES = ({"kind": "hidden", "pooling": "response"}, {"kind": "jvp", "pooling": "response"})
+# The embeddings that `auto` chooses among, cheapest first; the worker leaves out those that the model cannot have.
+_CANDIDATES = [{"kind": kind, "pooling": pooling} for kind in ("hidden", "jvp") for pooling in ("response", "last")]
 _PROCESS_BYTES = 600 * 2**20  # of a compute process without a model
 _BATCH_TOKENS = 16_384  # of a padded batch on an accelerator; far fewer on a processor
 _ROWS = 4096  # of the kernel, at a time
@@ -140,8 +140,10 @@ class StageCosts:
         return {stage: costs[stage]() for stage in self._stages}
 
     def _offered(self) -> Sequence[Mapping[str, Any]]:
-        embedding = self._parameters["embedding"]
-        return self._counts.candidates or [{**embedding, **candidate} for candidate in _CANDIDATES]
+        if self._counts.candidates is not None:
+            return self._counts.candidates
+        kinds = ("hidden", "jvp") if self._parameters["quantization"] == "none" else ("hidden",)
+        return [{**self._parameters["embedding"], **one} for one in _CANDIDATES if one["kind"] in kinds]
 
     def _dearest_embedding(self) -> Mapping[str, Any]:
         """What the pool is embedded with; of `auto`, the candidate that would cost most."""

@@ -17,7 +17,7 @@ from service.jobs.parameters import Parameters
 from service.jobs.stage_cost import JobCounts, StageCosts, stages_of
 from service.jobs.state import Stage
 from service.settings import ModelSettings
-from worker.influence import EmbeddingOptions, FactoredProjection, Samples, embedding_flops, gradient_flops
+from worker.influence import EmbeddingOptions, FactoredProjection, Samples, candidates, embedding_flops, gradient_flops
 from worker.influence.second_order import second_order_terms
 from worker.stages.plan import VALIDATION_SAMPLES
 
@@ -288,7 +288,7 @@ def test_what_is_there_already_takes_no_time() -> None:
 
 def test_the_exact_method_is_named_where_it_would_cost_less_than_twice() -> None:
     note = planned(landmarks={"count": 1500})["note"]
-    assert note.startswith("method exact_influence would cost 1.")
+    assert note.startswith("method exact_influence would cost 0.9 times the operations of this job")
     assert planned(landmarks={"count": 64}, validate=False, embedding={"kind": "hidden"}, refine=0)["note"] is None
     assert planned(method="exact_influence")["note"] is None
     assert planned(method="rds_plus")["note"] is None
@@ -331,6 +331,15 @@ def test_candidates_are_the_workers_where_it_has_said_them() -> None:
     known, guessed = (stages(planned(c, landmarks={"count": 64})) for c in (counts, COUNTS))
     assert known["candidates"]["operations"] < guessed["candidates"]["operations"] / 4
     assert known["embed"]["operations"] < guessed["embed"]["operations"] / 4
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_candidates_of_a_plan_are_those_of_the_worker(quantization: str) -> None:
+    offered = candidates(EmbeddingOptions(), SHAPE.blocks, quantized=quantization != "none")
+    as_json = [{name: getattr(one, name) for name in ("kind", "pooling", "blocks", "tangents")} for one, _ in offered]
+    told = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=150, estimated=False, candidates=as_json)
+    given: dict[str, Any] = {"landmarks": {"count": 64}, "quantization": quantization}
+    assert planned(told, **given)["stages"] == planned(**given)["stages"]
 
 
 # What a stage depends on
