@@ -15,7 +15,7 @@ from service.jobs.ledger import UnitSpec
 from service.jobs.state import Stage
 from worker.stages.keys import artifact_key
 
-VALIDATION_SAMPLES = 256
+VALIDATION_SAMPLES = 64
 """Samples of a validation step at most; of a larger selection as many are drawn: the proof costs little beside the job."""
 
 
@@ -271,7 +271,7 @@ class _Planner:
         names = ("kernel", "selection", "refine", "min_fidelity", "seed", "gradient", "curvature")
         depends_on = {
             **spec,
-            **{name: self._parameters[name] for name in names},
+            "parameters": {name: self._parameters[name] for name in names},  # apart: a name may be one of the spec's
             "pool": self._prepared["pool_tokens"],
             "targets": self._prepared["target_tokens"],
             "budget": self._job.budget,
@@ -305,12 +305,10 @@ class _Planner:
             "influence": propagated[-1].artifact_key if propagated else None,
             "curvature": self._curvature_key(),
         }
+        names = ("method", "selection", "curvature", "optimizer", "seed", "refine")
         depends_on = {
             **spec,
-            **{
-                name: self._parameters[name]
-                for name in ("method", "selection", "curvature", "optimizer", "seed", "refine")
-            },
+            "parameters": {name: self._parameters[name] for name in names},
             "normalize": self._parameters["gradient"]["normalize"],
             "pool": self._prepared["pool_tokens"],
             "targets": self._prepared["target_tokens"],
