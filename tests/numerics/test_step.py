@@ -1,29 +1,29 @@
 """One optimiser step, predicted and measured (METHOD 8; METHOD 9, point 3), against torch.optim on a copy of the model."""
 
 import copy
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from numerics_reference import EXACT, MIXED, build, one_by_one_loss, ragged, relative_error, role_layers
+from numerics_reference import EXACT, build, one_by_one_loss, ragged, relative_error, role_layers
 
 from worker.influence import (
     OptimizerOptions,
-    OptimizerState,
-    directional_derivatives,
     gradient_scaling,
+    low_rank,
+    measure_step,
+    offset_influence,
+    optimizer_step,
     per_sample_gradients,
+    predicted_change,
+    quadratic_factors,
     sample_losses,
+    second_order_terms,
     state_of,
     step_offset,
+    stepped,
 )
-from worker.influence.second_order import (
-    low_rank,
-    offset_influence,
-    quadratic_factors,
-    second_order_terms,
-)
-from worker.influence.step import measure_step, optimizer_step, predicted_change, stepped
+from worker.influence.curvature import _add
 
 POOL = ragged("....rrr", "..rr..rr", "....", "...r", "rrrr", "....rrr", seed=5)
 POOL = POOL.take([0, 1, 2, 3, 4, 5, 0])  # the first twice
@@ -112,8 +112,7 @@ def test_objective_predicts_a_real_step_to_third_order(name, family, record_prop
         rest = 0.0  # what f leaves out, for it does not depend on w
         if b is not None:
             p_n = p_n - eta * offset_influence("hessian", G_nk=G_nk, Hb_k=terms.Hb_k)
-            first, second = predicted_change(model, TARGETS, {k: -eta * v for k, v in b.items()}, curvature="hessian")
-            rest = second
+            _, rest = predicted_change(model, TARGETS, {k: -eta * v for k, v in b.items()}, curvature="hessian")
         f = float(-p_n @ weights + eta / 2 * weights @ Qw_n)
         return real_step(model, optimizer, options, eta, weights, frozen=True)[0] - (eta / n * f + rest)
 
@@ -127,3 +126,107 @@ def test_objective_predicts_a_real_step_to_third_order(name, family, record_prop
         f"{name} {family}: freezing v, lr 1e-4: true {true:.4e}, frozen {frozen:.4e}, error {abs(frozen / true - 1):.1%}"
     )
     record_property("error_of_freezing_v", abs(frozen / true - 1))
+
+
+def by_layer(model, value):
+    """Of each chosen layer what `value` makes of its weight, as (O, I)."""
+    return {
+        name: (value(module.weight).T if transposed else value(module.weight)).detach().clone()
+        for name, (module, transposed) in role_layers(model).items()
+    }
+
+
+@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_update_and_measure_are_those_of_torch_optim(name, family):
+    options = replace(OPTIMIZERS[name], learning_rate=0.01)
+    model, optimizer = warmed(family, options)
+    state = state_of(optimizer, model)
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 1.25, 0.75], dtype=torch.float64)
+    change, after = real_step(model, optimizer, options, options.learning_rate, weights, frozen=False)
+    mean_loss(model, POOL, weights).backward()
+    mean_gradient = by_layer(model, lambda weight: weight.grad)
+    model.zero_grad(set_to_none=True)
+    update = optimizer_step(model, "down_proj", options, state, mean_gradient)
+    old, new = (by_layer(m, lambda weight: weight) for m in (model, after))
+    for layer in update:
+        assert relative_error(update[layer], new[layer] - old[layer]) < 1e-10
+
+    scaling = gradient_scaling(model, "down_proj", options, state)
+    b = step_offset(model, "down_proj", options, state) or dict.fromkeys(update, 0.0)
+    frozen = optimizer_step(model, "down_proj", options, state, mean_gradient, frozen_second=True)
+    for layer, g in mean_gradient.items():
+        expected = -options.learning_rate * ((g if scaling is None else scaling.times(layer, g)) + b[layer])
+        assert relative_error(frozen[layer], expected) < 1e-12
+
+    (all_targets, some) = measure_step(
+        model, POOL, weights * 3, [TARGETS, TARGETS.slice(0, 1)], options=options, state=state, curvature="hessian"
+    )
+    assert all_targets.measured == pytest.approx(change, rel=1e-9)
+    assert all_targets.loss_before == pytest.approx(float(mean_loss(model, TARGETS).detach()), rel=1e-12)
+    assert some.loss_before != all_targets.loss_before
+    first, second = predicted_change(model, TARGETS, frozen, curvature="hessian")
+    assert all_targets.predicted_first == pytest.approx(first, rel=1e-10)
+    assert all_targets.predicted_second == pytest.approx(second, rel=1e-10)
+    with stepped(model, frozen):
+        real = float((sample_losses(model, TARGETS).mean()) - all_targets.loss_before)
+    assert abs(real - second) < abs(real - first)
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_a_stepped_model_is_one_with_other_weights_and_leaves_no_trace(family):
+    model = build(family)
+    update = by_layer(model, lambda weight: torch.sin(weight * 50) * 0.01)
+    before = sample_losses(model, POOL)
+    with stepped(model, update):
+        inside = sample_losses(model, POOL)
+    with pytest.raises(RuntimeError, match="inside"), stepped(model, update):
+        raise RuntimeError("inside")
+    assert torch.equal(sample_losses(model, POOL), before)
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.no_grad():
+        for name, (module, transposed) in role_layers(model).items():
+            module.weight += update[name].T if transposed else update[name]
+    assert relative_error(inside, sample_losses(model, POOL)) < 1e-12
+    assert relative_error(inside, before) > 1e-4
+    with pytest.raises(ValueError, match="update: must have the chosen layers"), stepped(model, {}):
+        pass
+
+
+@torch.no_grad()
+def test_small_steps_of_a_bfloat16_model_are_not_rounded_away():
+    """Steps of 1/500 of the output: below half a unit in the last place, so that nearest rounding would lose most of each."""
+    layer = torch.nn.Linear(64, 512, bias=False, dtype=torch.bfloat16)
+    update = (layer.weight.detach() / 500).float()
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    plain = layer(x)
+    changed = _add(layer, (x,), plain, delta_OI=update, generators={})
+    assert changed.dtype == torch.bfloat16
+    moved = ((changed - plain).float() * plain.sign()).sum() / plain.float().abs().sum() * 500
+    assert float(moved) == pytest.approx(1, abs=0.1)
+    nearest = ((plain.float() + x.float() @ update.T).to(torch.bfloat16) - plain).float() * plain.sign()
+    assert float(nearest.sum() / plain.float().abs().sum() * 500) < 0.5
+    again = _add(layer, (x,), plain, delta_OI=update, generators={})
+    assert torch.equal(changed, again)
+
+
+def test_fisher_prediction_is_the_mean_square_of_slopes():
+    model = build("gpt2")
+    update = by_layer(model, lambda weight: torch.cos(weight * 50) * 0.01)
+    G_tk = per_sample_gradients(model, TARGETS, projection=None).values
+    slopes = G_tk @ torch.cat([value.flatten() for value in update.values()])
+    first, second = predicted_change(model, TARGETS, update, curvature="fisher")
+    assert first == pytest.approx(float(slopes.mean()), rel=1e-10)
+    assert second == pytest.approx(first + float(slopes.square().mean()) / 2, rel=1e-10)
+    assert predicted_change(model, TARGETS, update) == (pytest.approx(first), None)
+
+
+def test_errors_name_what_is_wrong():
+    model, options = build("gpt2"), OptimizerOptions(type="adam")
+    for weights in (torch.ones(2), torch.zeros(len(POOL)), -torch.ones(len(POOL)), torch.full((len(POOL),), torch.nan)):
+        with pytest.raises(ValueError, match="weights must be 7 numbers"):
+            measure_step(model, POOL, weights, [TARGETS], options=options, state=None)
+    with pytest.raises(ValueError, match="a set of targets is empty"):
+        measure_step(model, POOL, torch.ones(7), [TARGETS, TARGETS.slice(0, 0)], options=options, state=None)
+    with pytest.raises(ValueError, match=r"no first moment of transformer\.h\.0\.mlp\.c_proj\.weight"):
+        measure_step(model, POOL, torch.ones(7), [TARGETS], options=options, state=None)

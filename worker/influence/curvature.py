@@ -114,8 +114,8 @@ def curvature_products(
     H is the Hessian or the generalised Gauss-Newton matrix of the mean over the t targets of each one's mean response
     cross-entropy, in the chosen layers' weights; a target without a predicted token counts as loss 0. Values are float32 (float64
     from a float64 model), on each direction's device. Needs 2 c d values beside the model and the batch's activations, d the
-    number of chosen weights; with N parameters and T tokens about 4 N T operations a batch, and for each direction 4 N T for
-    `ggn`, 8 N T for `hessian`. `token_budget` bounds the padded tokens of a batch; None is a quarter of the device's default.
+    number of chosen weights; with N parameters and T tokens, on `down_proj`, 5 N T operations, and for each direction 5 N T for
+    `ggn`, 9 N T for `hessian`. `token_budget` bounds the padded tokens of a batch; None is a quarter of the device's default.
 
     Raises ValueError for an unknown kind, no targets, and directions that do not fit the layers; torch.OutOfMemoryError where
     one target alone does not fit.
