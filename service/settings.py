@@ -38,7 +38,9 @@ class ArtifactSettings(_Group):
 
 
 class ModelSettings(_Group):
-    folder: Path = Field(description="Every folder in it that holds a config.json is a model registered by its name")
+    folder: Path = Field(
+        description="A folder in it with config.json or adapter_config.json is a model registered by its name"
+    )
     hub: bool = Field(default=True, description="Whether a job may name a model of the Hugging Face Hub")
 
 

@@ -95,9 +95,7 @@ class Compute:
         try:
             result = self._stage(context, unit)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                "One sample does not fit the device's memory; lower max_length, or use bfloat16."
-            ) from error
+            raise OutOfMemory(str(error)) from error
         except ValueError as error:  # the numerical core's word for arguments that do not fit together
             raise ParameterError(str(error)) from error
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

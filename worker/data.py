@@ -64,6 +64,7 @@ class TokenCounts:
         return {
             "samples": len(self.length),
             "tokens": int(self.length.sum()),
+            "squares": int(np.square(self.length).sum()),
             "response_tokens": int(self.predicted.sum()),
             "longest": int(self.length.max()),
             "truncated": int(self.truncated.sum()),

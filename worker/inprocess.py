@@ -31,8 +31,9 @@ from service.errors import ApiError
 from service.jobs.ledger import UnitSpec
 from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
+from service.models import ADAPTER_CONFIG, resolve
 from service.results import formats
-from service.settings import UploadSettings, WorkerSettings
+from service.settings import ModelSettings, UploadSettings, WorkerSettings
 from worker import summary
 from worker.compute import Compute
 from worker.errors import ParameterError, UnitError
@@ -154,14 +155,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parameters(settings: list[str]) -> dict[str, Any]:
+def _parameters(settings: list[str]) -> Parameters:
     """The parameters by name, checked as the service checks them."""
     try:
         given = assigned(settings)
     except ValueError as error:
         raise ParameterError(str(error)) from error
     try:
-        return Parameters(**given).model_dump(mode="json")
+        return Parameters(**given)
     except ValidationError as error:
         first = error.errors()[0]
         raise ParameterError(f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -193,24 +194,26 @@ def _store(cache: Path | None) -> Iterator[ArtifactStore]:
 def _run(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.out.suffix not in _ENCODERS:
         raise ParameterError(f"--out {arguments.out}: the name must end in one of {', '.join(_ENCODERS)}")
-    if not (arguments.model / "config.json").is_file():
-        raise ParameterError(f"--model {arguments.model}: no folder with a config.json")
+    if not any((arguments.model / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise ParameterError(f"--model {arguments.model}: no folder with a config.json or {ADAPTER_CONFIG}")
     parameters = _parameters(arguments.set)
-    model = arguments.model.resolve()
+    folder = arguments.model.resolve()
+    # The base of an adapter lies beside it, as among the service's registered models.
+    model = resolve(ModelSettings(folder=folder.parent), folder.name, parameters)
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with _store(arguments.cache) as store, Progress(*columns, console=console) as progress:
         pool, target = _register(store, arguments.pool), _register(store, arguments.target)
         try:
             settings = WorkerSettings(device=arguments.device)
-            compute = Compute(artifacts=store.url, models=model.parent, settings=settings)
+            compute = Compute(artifacts=store.url, models=folder.parent, settings=settings)
         except RuntimeError as error:
             raise ParameterError(f"--device {arguments.device}: {error}") from error
         job = JobInputs(
-            model={"kind": "registered", "name": model.name},
+            model=model,
             pool=pool.fingerprint,
             target=target.fingerprint,
             budget=_budget(arguments.budget, pool.row_count),
-            parameters=parameters,
+            parameters=parameters.model_dump(mode="json"),
         )
         done = LocalJob(compute, job, progress).run(pool.row_count + target.row_count)
         with store.local(done[Stage.SELECT][0].artifact_key) as path:

@@ -5,6 +5,8 @@ from typing import Any
 
 from service.jobs.state import Stage
 
+_KKT_RESIDUAL = 1e-8  # what the weights promise
+
 Results = Mapping[Stage, Sequence[Mapping[str, Any] | None]]
 """The results of each stage's units, in the order of their shards."""
 
@@ -24,7 +26,7 @@ def of_method(results: Results) -> dict[str, Any]:
         "warmup": {name: warmup[name] for name in ("samples", "steps", "loss_first", "loss_last")} if warmup else None,
         "solution": selected.get("solution"),
         "validation": _last(results, Stage.VALIDATE).get("validation"),
-        "notes": [*prepared.get("notes", ()), *propagated.get("notes", ())],
+        "notes": [*prepared.get("notes", ()), *propagated.get("notes", ()), *_of_solver(selected.get("solution"))],
     }
     return {**found, "sentences": _sentences(found)}
 
@@ -40,6 +42,18 @@ def _last(results: Results, stage: Stage) -> Mapping[str, Any]:
 
 def _landmark_count(results: Results) -> int:
     return sum(result["rows"] for result in _all(results, Stage.LANDMARK_GRADIENTS))
+
+
+def _of_solver(solution: Mapping[str, Any] | None) -> list[str]:
+    """What the certificate of the weights does not promise."""
+    if solution is None:
+        return []
+    notes = []
+    if solution["restricted"]:
+        notes.append("No ridge gives the budget exactly; the weights are the best among the samples that were kept.")
+    if solution["kkt_residual"] > _KKT_RESIDUAL:
+        notes.append(f"The weights are not solved to the end: their KKT residual is {solution['kkt_residual']:.1e}.")
+    return notes
 
 
 def _sentences(found: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from worker import publish
 from worker.child import Child
 from worker.errors import ComputeDied, UnitError
 from worker.stages.keys import result_key
-from worker.units import exact_plan, next_units, unit_message
+from worker.units import exact_plan, next_units, unit_message, with_operations
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class Supervisor:
         ledger.succeed_job(session, job)
 
     def _finish(self, session: Session, job: SelectionJob, claim: Claim, result: dict[str, Any]) -> None:
-        if not ledger.finish_unit(session, job, claim, result):
+        if not ledger.finish_unit(session, job, claim, with_operations(session, claim, result)):
             return
         units = next_units(session, job)
         if claim.stage == Stage.PREPARE:

@@ -19,6 +19,7 @@ from worker.stages.keys import result_key
 from worker.stages.plan import Done, JobInputs
 
 _LOOKED_UP = 8  # units of a stage whose artifacts are asked for; in a remote store, each is a request
+_COUNTED_BY_THE_PLAN = (Stage.WARMUP, Stage.CURVATURE, Stage.CHOOSE_EMBEDDING, Stage.VALIDATE)
 _OUT_OF_MEMORY = (ComputeDied.code, OutOfMemory.code)
 
 
@@ -66,6 +67,15 @@ def exact_plan(
     counts = JobCounts.of_prepared(prepared_result(session, job.id), job.budget)
     shape = planning.shape_of(settings, job.model)
     return cost.plan(shape, job.parameters, counts, planning.measured_rates(session), already)
+
+
+def with_operations(session: Session, claim: Claim, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with the stage's planned operations where it is one unit that did not count its own: rates are made of it."""
+    if "operations" in result or claim.stage not in _COUNTED_BY_THE_PLAN:
+        return result
+    planned = ledger.last_event(session, claim.job_id, "job.planned")
+    stages = {entry["stage"]: entry["operations"] for entry in planned["stages"]} if planned else {}
+    return {**result, "operations": stages.get(claim.stage)}
 
 
 def next_units(session: Session, job: SelectionJob) -> list[UnitSpec]:

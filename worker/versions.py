@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import version
 
-_PACKAGES = ("winnow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
+_PACKAGES = ("winnow", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pyarrow")
 
 
 def installed() -> dict[str, str]:

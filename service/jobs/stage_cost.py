@@ -23,7 +23,7 @@ _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
 _HELD_OUT_FROM = 16  # targets
-VALIDATION_SAMPLES = 256
+VALIDATION_SAMPLES = 64
 """Of a step of the validation at most."""
 
 

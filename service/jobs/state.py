@@ -63,4 +63,3 @@ UNIT_TRANSITIONS: frozenset[tuple[UnitState, UnitState]] = frozenset(
 )
 
 TERMINAL: frozenset[JobStatus] = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
-

@@ -46,9 +46,17 @@ def _attention_width(model: Any) -> int:
 
 
 def gradient_flops(
-    model: Any, samples: Samples, *, modules: str = "down_proj", projection: FactoredProjection | None
+    model: Any,
+    samples: Samples,
+    *,
+    modules: str = "down_proj",
+    projection: FactoredProjection | None,
+    is_scaled_exactly: bool = False,
 ) -> Operations:
-    """Operations of `per_sample_gradients`: 4 N T for the N block weights, less the backward before the first hooked layer."""
+    """Operations of `per_sample_gradients`: 4 N T for the N block weights, less the backward before the first hooked layer.
+
+    Scaled entry by entry, each gradient is first formed in full and then projected.
+    """
     _, blocks = block_list(model.base_model)
     used_n = np.maximum(last_marked(samples.predictable(), samples.offsets), 0).astype(np.float64)
     tokens, squares = used_n.sum(), np.square(used_n).sum()
@@ -60,8 +68,11 @@ def gradient_flops(
     for layer in layers.values():
         out_features, in_features = linear_size(layer) or (0, 0)
         p, q = projection.size(len(layers), out_features, in_features) if projection else (out_features, in_features)
-        outer += 2 * tokens * p * q
-        outer += 2 * tokens * (out_features * p + in_features * q) if projection else 0.0
+        if projection is None or is_scaled_exactly:
+            outer += 2 * tokens * out_features * in_features
+            outer += 2 * len(samples) * out_features * q * (in_features + p) if projection else 0.0
+        else:
+            outer += 2 * tokens * (p * q + out_features * p + in_features * q)
     head = model.get_output_embeddings().weight.numel()
     # Forward: scores and values, 4 T^2 a head width, half of it causal; backward twice that.
     attention = 2 * squares * _attention_width(model) * (len(blocks) + 2 * len(blocks[first + 1 :]))

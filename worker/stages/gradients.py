@@ -37,6 +37,13 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
         token_budget=context.token_budget,
         progress=lambda done, _: context.report(done),
     )
+    operations = gradient_flops(
+        model,
+        samples,
+        modules=spec["modules"],
+        projection=projection,
+        is_scaled_exactly=scaling is not None and parameters["optimizer"]["scaling"] == "exact",
+    )
     rows = data.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
     wrong = rows[gradients.nonfinite.numpy()].tolist()
     check_nonfinite(context, dataset, wrong, spec["of"], "samples")
@@ -49,7 +56,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     return {
         "rows": len(samples),
         "tokens": int(samples.input_ids.size),
-        "operations": gradient_flops(model, samples, modules=spec["modules"], projection=projection).total,
+        "operations": operations.total,
         "mean_loss": float(gradients.loss.mean()),
         "scaling_error": None if scaling is None else scaling.relative_error,
         "nonfinite": wrong,

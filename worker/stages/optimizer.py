@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from service.models import OPTIMIZER_STATE
 from worker.errors import ModelError
 from worker.influence import OptimizerOptions, OptimizerState, load_state
 from worker.stages.context import StageContext
 
 REGISTERED = "registered"
-STATE_FILE = "optimizer.safetensors"
 
 
 def options(parameters: Mapping[str, Any]) -> OptimizerOptions:
@@ -34,9 +34,9 @@ def state(context: StageContext, where: str | None) -> OptimizerState | None:
     if where != REGISTERED:
         with context.store.local(where) as path:
             return load_state(path)
-    path = context.models.folder(context.job.model).path / STATE_FILE
+    path = context.models.folder(context.job.model).path / OPTIMIZER_STATE
     if not path.is_file():
         raise ModelError(
-            f"The model is registered without an optimiser state ({STATE_FILE}); ask for a warmup instead."
+            f"The model is registered without an optimiser state ({OPTIMIZER_STATE}); ask for a warmup instead."
         )
     return load_state(path)
