@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from service.artifacts import ArtifactStore
 from service.datasets.tables import Dataset
-from service.jobs import cost, ledger, planning
+from service.jobs import cost, ledger, planning, repository
 from service.jobs.ledger import Claim, UnitSpec
 from service.jobs.stage_cost import JobCounts
 from service.jobs.state import Stage
@@ -73,7 +73,7 @@ def with_operations(session: Session, claim: Claim, result: dict[str, Any]) -> d
     """The result with the stage's planned operations where it is one unit that did not count its own: rates are made of it."""
     if "operations" in result or claim.stage not in _COUNTED_BY_THE_PLAN:
         return result
-    planned = ledger.last_event(session, claim.job_id, "job.planned")
+    planned = repository.last_event(session, claim.job_id, "job.planned")
     stages = {entry["stage"]: entry["operations"] for entry in planned["stages"]} if planned else {}
     return {**result, "operations": stages.get(claim.stage)}
 

@@ -59,12 +59,6 @@ def add_event(session: Session, job_id: str, kind: str, **data: Any) -> None:
     session.add(JobEvent(job_id=job_id, type=kind, data=data))
 
 
-def last_event(session: Session, job_id: str, kind: str) -> dict[str, Any] | None:
-    """The data of the job's latest event of that kind."""
-    events = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == kind)
-    return session.scalar(events.order_by(JobEvent.id.desc()).limit(1))
-
-
 def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -> None:
     """Adds the job, its first units and its first event to the session's transaction."""
     session.add(job)

@@ -69,6 +69,12 @@ def events(session: Session, job_id: str, *, after: int, limit: int) -> list[Job
     )
 
 
+def last_event(session: Session, job_id: str, kind: str) -> dict[str, Any] | None:
+    """The data of the job's latest event of that kind."""
+    events = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == kind)
+    return session.scalar(events.order_by(JobEvent.id.desc()).limit(1))
+
+
 def similar_jobs(
     session: Session, tenant_id: str, *, model: Mapping[str, Any], pool: str, target: str, limit: int
 ) -> list[tuple[SelectionJob, str, str]]:
