@@ -124,21 +124,25 @@ def test_state_of_adapters_is_matched_by_name():
     )
 
 
-def test_factors_are_the_best_rank_one():
+def test_factors_are_those_of_adafactor():
     generator = torch.Generator().manual_seed(0)
-    a = torch.rand(30, 50, generator=generator, dtype=torch.float64) ** 4
-    row, column = rank_one(a)
-    values = torch.linalg.svdvals(a)
-    assert (row >= 0).all()
-    assert (column >= 0).all()
-    assert float(row.norm() / column.norm()) == pytest.approx(1)
-    best = float(values[1:].square().sum().sqrt())
-    assert float((a - torch.outer(row, column)).norm()) == pytest.approx(best, rel=1e-9)
-    exact = torch.outer(row, column)
+    v = torch.rand(30, 50, generator=generator, dtype=torch.float64) ** 4
+    factored = torch.outer(v.mean(1), v.mean(0)) / v.mean()
+    torch.testing.assert_close(torch.outer(*rank_one(3 / v.sqrt())), 3 / factored.sqrt(), rtol=1e-12, atol=0)
+    exact = 3 / factored.sqrt()
     torch.testing.assert_close(torch.outer(*rank_one(exact)), exact, rtol=1e-12, atol=0)
-    row, column = rank_one(torch.full((20, 20), 1e25))
-    torch.testing.assert_close(torch.outer(row, column), torch.full((20, 20), 1e25))
-    assert not torch.outer(*rank_one(torch.zeros(3, 4))).any()
+    torch.testing.assert_close(torch.outer(*rank_one(torch.full((9, 8), 1e25))), torch.full((9, 8), 1e25))
+
+
+def test_a_weight_that_never_had_a_gradient_does_not_decide_the_factors():
+    v = 10 ** (-2 * torch.rand(30, 50, generator=torch.Generator().manual_seed(0)) - 4)
+    before = torch.outer(*rank_one(1 / (v.sqrt() + 1e-8)))
+    v[3, 4] = 0.0
+    v[7] = 0.0
+    after = torch.outer(*rank_one(1 / (v.sqrt() + 1e-8)))
+    alive = torch.arange(30) != 7
+    assert relative_error(after[alive], before[alive]) < 0.05
+    assert after.isfinite().all()
 
 
 def test_error_of_the_factors():
@@ -201,6 +205,9 @@ def test_errors_name_the_parameter():
         step_offset(model, "down_proj", OptimizerOptions(type="sgd", momentum=0.5), None)
     with pytest.raises(ValueError, match="state is of step 0"):
         gradient_scaling(model, "down_proj", options, OptimizerState(step=0, first=state.first, second=state.second))
+    wrong = OptimizerState(step=7, first=state.first, second={**state.second, name: -state.second[name]})
+    with pytest.raises(ValueError, match=rf"second moment of {name} is negative or not finite"):
+        gradient_scaling(model, "down_proj", options, wrong)
     with pytest.raises(ValueError, match="kind must be exact or factored"):
         gradient_scaling(model, "down_proj", options, state, "best")
     with pytest.raises(ValueError, match="type must be none, sgd, adam or adamw"):

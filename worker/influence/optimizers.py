@@ -20,9 +20,6 @@ from torch import Tensor, nn
 
 from .models import accumulation_dtype, layer_size, linear_layers, output_by_input, parameter_dtype
 
-ROUNDS = 100
-"""Rounds of the power iteration at most; it stops when the factors no longer move."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions:
@@ -114,10 +111,10 @@ def load_state(path: str | PathLike[str]) -> OptimizerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scaling:
-    """a of METHOD 1 by layer name: in full, or its best rank-one factors, on the layers' devices.
+    """a of METHOD 1 by layer name: in full, or rank-one factors, on the layers' devices.
 
     full: (O, I) each, as many values as the layers have; empty where factored.
-    factors: (O,) and (I,) each, not negative, a being about their outer product; empty where exact.
+    factors: (O,) and (I,) each, positive, a being about their outer product; empty where exact.
     relative_error: of the factors, ||a - a_1|| / ||a|| in the Frobenius norm over all layers; None where exact.
     layer_errors: the same of each layer.
     """
@@ -154,9 +151,9 @@ def gradient_scaling(
 ) -> Scaling | None:
     """The scaling a of the chosen layers' gradients; None for `none` and `sgd`, whose a is 1 (METHOD 1 and 3).
 
-    float32, float64 for a float64 model. `factored` keeps the best non-negative rank-one approximation of each layer's a, by
-    power iteration, and measures its error; a itself is then held for one layer at a time. Raises ValueError that names the
-    parameter whose state is missing or mis-shaped, and for an unknown `kind`.
+    float32, float64 for a float64 model. `factored` keeps rank-one factors of each layer's a (`rank_one`) and measures their
+    error; a itself is then held for one layer at a time. Raises ValueError that names the parameter whose state is missing,
+    mis-shaped or no second moment, and for an unknown `kind`.
     """
     if kind not in ("exact", "factored"):
         raise ValueError(f"scaling kind must be exact or factored, not {kind!r}")
@@ -194,24 +191,15 @@ def step_offset(
 
 
 def rank_one(a_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (O,) and (I,) of the best rank-one approximation of a non-negative matrix, by power iteration.
+    """Factors (O,) and (I,) of a positive matrix a by Adafactor's rule: row and column means of the second moment 1 / a^2.
 
-    They are not negative (Perron and Frobenius) and of equal norm, so that neither leaves the range of a short dtype.
+    Exact where a has rank one. The best factors in the Frobenius norm follow the largest a, where gradients are smallest: a
+    single weight that never had a gradient would decide them, and influence is less well ranked.
     """
-    scale = float(a_OI.max())
-    if scale == 0:
-        return a_OI.new_zeros(a_OI.shape[0]), a_OI.new_zeros(a_OI.shape[1])
-    scaled_OI = a_OI / scale  # else the squares of entries near 1/eps leave float32
-    column_I = nn.functional.normalize(scaled_OI.mean(dim=0), dim=0)
-    for _ in range(ROUNDS):
-        row_O = scaled_OI @ column_I
-        before_I = column_I
-        column_I = nn.functional.normalize(scaled_OI.T @ row_O, dim=0)
-        if float((column_I - before_I).norm()) < 10 * torch.finfo(a_OI.dtype).eps:
-            break
-    row_O = scaled_OI @ column_I
-    balance = (float(row_O.norm()) * scale) ** 0.5
-    return row_O * (scale / balance), column_I * balance
+    least = a_OI.double().min()
+    moment_OI = (least / a_OI.double()).square()  # relative, so that no eps underflows
+    row_O, column_I, half = moment_OI.mean(dim=1), moment_OI.mean(dim=0), (least * moment_OI.mean().sqrt()).sqrt()
+    return (half * row_O.rsqrt()).to(a_OI.dtype), (half * column_I.rsqrt()).to(a_OI.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -264,6 +252,10 @@ def _adam_scale(options: OptimizerOptions, state: OptimizerState | None, weight:
     if state.step < 1:
         raise ValueError(
             f"the optimizer state is of step {state.step}: Adam's second moment needs at least 1 finished step"
+        )
+    if not ((second_OI >= 0) & second_OI.isfinite()).all():
+        raise ValueError(
+            f"the second moment of {weight.name} is negative or not finite somewhere: train again, from a sound state"
         )
     beta1, beta2 = options.betas
     next_step = state.step + 1
