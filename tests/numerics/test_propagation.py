@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from worker.influence import KernelRidge, cosine_influence, fidelity
+from worker.influence.propagation import RIDGES
 
 
 def problem(n=60, e=16, t=3, seed=0):
@@ -73,6 +74,21 @@ def test_leave_one_out_by_formula_equals_refitting(kernel):
         diagonal = 1.0 if kernel == "rbf" else float(E[rest].square().sum(1).mean())
         again = KernelRidge.fit(E[rest], P[rest], kernel=kernel, ridge=fitted.delta / diagonal, bandwidth=fitted.sigma)
         torch.testing.assert_close(by_formula[i : i + 1], again.predict(E[i : i + 1]), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "linear"])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
+def test_a_ridge_not_given_is_the_one_that_predicts_left_out_landmarks_best(kernel, noise):
+    E, P = problem(n=80)
+    P += noise * P.std() * torch.randn(P.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    P = torch.cat([P * torch.tensor([1, 1e6, 1e-6]), torch.full((80, 1), 0.1)], 1)  # scales and constants do not matter
+    chosen = KernelRidge.fit(E, P, kernel=kernel, ridge=None)
+    fits = {ridge: KernelRidge.fit(E, P, kernel=kernel, ridge=ridge) for ridge in RIDGES}
+    score = {ridge: sum(fidelity(P, one.leave_one_out()).r2[:3]) for ridge, one in fits.items()}
+    best = fits[max(score, key=score.get)]
+    assert chosen.delta == best.delta
+    assert torch.equal(chosen.coefficients_lt, best.coefficients_lt)
+    assert noise < 3 or chosen.delta == pytest.approx(RIDGES[-1])
 
 
 def test_more_rows_than_a_piece():

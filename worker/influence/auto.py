@@ -42,7 +42,7 @@ def choose(
     options: Sequence[Mapping[str, Any]],
     costs: Sequence[float],
     kernel: Kernel = "rbf",
-    ridge: float = 0.01,
+    ridge: float | None = 0.01,
     bandwidth: float | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
     """The index of the embedding to use, and a table of all of them that can be written as JSON.
@@ -70,6 +70,6 @@ def choose(
     return chosen, table
 
 
-def _left_out(E_L: Tensor, P_L: Tensor, kernel: Kernel, ridge: float, bandwidth: float | None) -> Fidelity:
+def _left_out(E_L: Tensor, P_L: Tensor, kernel: Kernel, ridge: float | None, bandwidth: float | None) -> Fidelity:
     fitted = KernelRidge.fit(E_L, P_L, kernel=kernel, ridge=ridge, bandwidth=bandwidth)
     return fidelity(fitted.P_L, fitted.leave_one_out())

@@ -18,6 +18,9 @@ Kernel = Literal["rbf", "linear"]
 ROWS = 1024
 """Rows of the kernel matrix K(S, L) that exist at a time; it is never stored whole."""
 
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""What a ridge that is not given is chosen among (docs/decisions/0007-landmarks-and-embeddings.md)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
@@ -54,13 +57,14 @@ class KernelRidge:
         P_L: Tensor,
         *,
         kernel: Kernel = "rbf",
-        ridge: float = 0.01,
+        ridge: float | None = 0.01,
         bandwidth: float | None = None,
     ) -> KernelRidge:
         """Fit landmark embeddings (l, e) to exact influence (l, t).
 
         kernel: `rbf`, exp(-|x - y|^2 / 2 sigma^2), or `linear`, x.y.  ridge: delta as a share of the mean of the
-        kernel's diagonal.
+        kernel's diagonal; None takes that of `RIDGES` which predicts left-out landmarks best, every column counted in shares of
+        its own variance.
         bandwidth: sigma; None is the median distance between landmarks that differ (1 where none do).
         Raises ValueError for shapes that do not fit, values that are not finite, and a matrix that is singular because
         landmarks coincide while the ridge is 0.
@@ -73,25 +77,23 @@ class KernelRidge:
             K_ll = _gaussian(squared_ll, sigma).fill_diagonal_(1.0)
         else:
             sigma, K_ll = None, E_le @ E_le.T
-        delta = ridge * float(K_ll.diagonal().mean())
-        K_ll.diagonal().add_(delta)
-        cholesky_ll, failed = torch.linalg.cholesky_ex(K_ll)
-        pivots_l = cholesky_ll.diagonal().square()
-        smallest = torch.finfo(torch.float64).eps * len(K_ll) * float(K_ll.diagonal().max())
-        if int(failed) or not bool((pivots_l > smallest).all()):
-            raise ValueError(
-                f"the kernel matrix of {len(K_ll)} landmarks is singular with ridge={ridge}: landmarks coincide or outnumber the "
-                "embedding's dimensions; raise ridge"
+        diagonal_l = K_ll.diagonal().clone()
+
+        def fitted(share: float) -> KernelRidge:
+            delta = share * float(diagonal_l.mean())
+            K_ll.diagonal().copy_(diagonal_l + delta)
+            cholesky_ll = _cholesky(K_ll, share)
+            return cls(
+                kernel=kernel,
+                sigma=sigma,
+                delta=delta,
+                E_L=E_le,
+                P_L=P_lt,
+                coefficients_lt=torch.cholesky_solve(P_lt, cholesky_ll),
+                cholesky_ll=cholesky_ll,
             )
-        return cls(
-            kernel=kernel,
-            sigma=sigma,
-            delta=delta,
-            E_L=E_le,
-            P_L=P_lt,
-            coefficients_lt=torch.cholesky_solve(P_lt, cholesky_ll),
-            cholesky_ll=cholesky_ll,
-        )
+
+        return min(map(fitted, RIDGES), key=_left_out_error) if ridge is None else fitted(ridge)
 
     def predict(self, E: Tensor) -> Tensor:
         """Propagated influence float64 (m, t) of samples with embeddings (m, e)."""
@@ -113,14 +115,35 @@ class KernelRidge:
         return self.P_L - self.coefficients_lt / inverse_ll.diagonal()[:, None]
 
 
-def _check_fit(E_le: Tensor, P_lt: Tensor, kernel: str, ridge: float, bandwidth: float | None) -> None:
+def _cholesky(K_ll: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of the kernel matrix with its ridge added; raises ValueError where that is singular."""
+    cholesky_ll: Tensor
+    cholesky_ll, failed = torch.linalg.cholesky_ex(K_ll)
+    pivots_l = cholesky_ll.diagonal().square()
+    smallest = torch.finfo(torch.float64).eps * len(K_ll) * float(K_ll.diagonal().max())
+    if int(failed) or not bool((pivots_l > smallest).all()):
+        raise ValueError(
+            f"the kernel matrix of {len(K_ll)} landmarks is singular with ridge={ridge}: landmarks coincide or outnumber the "
+            "embedding's dimensions; raise ridge"
+        )
+    return cholesky_ll
+
+
+def _left_out_error(fitted: KernelRidge) -> float:
+    """Squared error where a landmark is left out, as a share of each column's variance; columns that vary, summed."""
+    varying_t = (fitted.P_L[:1] != fitted.P_L).any(dim=0)
+    error_lt = (fitted.P_L - fitted.leave_one_out())[:, varying_t]
+    return float((error_lt.square().mean(dim=0) / fitted.P_L[:, varying_t].var(dim=0, correction=0)).sum())
+
+
+def _check_fit(E_le: Tensor, P_lt: Tensor, kernel: str, ridge: float | None, bandwidth: float | None) -> None:
     if E_le.ndim != 2 or P_lt.ndim != 2 or E_le.shape[0] != P_lt.shape[0] or not E_le.shape[0]:
         raise ValueError(
             f"E_L must be (l, e) and P_L (l, t) with l >= 1, not {tuple(E_le.shape)} and {tuple(P_lt.shape)}"
         )
     if kernel not in ("rbf", "linear"):
         raise ValueError(f"kernel must be rbf or linear, not {kernel!r}")
-    if ridge < 0:
+    if ridge is not None and ridge < 0:
         raise ValueError(f"ridge must not be negative, but is {ridge}")
     if bandwidth is not None and bandwidth <= 0:
         raise ValueError(f"bandwidth must be positive, not {bandwidth}")
