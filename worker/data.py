@@ -18,6 +18,7 @@ from service.artifacts import ArtifactStore
 from service.datasets.storage import Sample
 from worker.chat import ChatFormat, Rendered
 from worker.influence import Samples
+from worker.stages import keys
 
 ROW_GROUP = 1024
 
@@ -205,6 +206,14 @@ def read_rows(store: ArtifactStore, key: str, indices: npt.NDArray[np.int64]) ->
             if len(wanted):
                 parts.append(file.read_row_group(group, columns=["input_ids", "response"]).take(pa.array(wanted)))
     return _as_samples(pa.concat_tables(parts))
+
+
+def rows_artifact(store: ArtifactStore, source: str, indices: npt.NDArray[np.int64]) -> str:
+    """The key of an artifact with the rows of `source` at the rising `indices`; written where it is not there yet."""
+    key = keys.rows_key(source, indices)
+    if not store.exists(key):
+        copy_rows(store, source, key, indices)
+    return key
 
 
 def copy_rows(store: ArtifactStore, source: str, key: str, indices: npt.NDArray[np.int64]) -> None:

@@ -25,7 +25,7 @@ def _write_out(model: BaseModel, **values: Any) -> None:
 class Landmarks(_Strict):
     """The samples whose gradients are computed exactly."""
 
-    count: int = Field(default=4096, ge=2, le=65_536, description="Lowered to the number of usable samples of the pool")
+    count: int = Field(default=4096, ge=2, le=16_384, description="Lowered to the number of usable samples of the pool")
     choice: Literal["uniform", "stratified"] = Field(
         default="uniform", description="`uniform`: by the seed; `stratified`: each source in proportion to its size"
     )
@@ -37,11 +37,19 @@ class Embedding(_Strict):
     kind: Literal["auto", "jvp", "hidden", "rds"] = Field(
         default="auto", description="`auto`: the cheapest whose fidelity on the landmarks is within 0.01 of the best"
     )
-    pooling: Literal["last", "response"] = "response"
+    pooling: Literal["last", "response"] | None = Field(
+        default=None, description="`last` token, or mean over the `response`; null: `auto` tries both, others `response`"
+    )
     blocks: int = Field(
         default=4, ge=1, le=256, description="The first blocks of the model, the only ones run; not `rds`"
     )
     tangents: int = Field(default=2, ge=1, le=16, description="Random directions; `jvp` only")
+
+    @model_validator(mode="after")
+    def _settle(self) -> Self:
+        if self.pooling is None and self.kind in ("jvp", "hidden"):
+            _write_out(self, pooling="response")
+        return self
 
 
 class Gradient(_Strict):

@@ -14,14 +14,14 @@ from service.jobs.state import Stage
 
 Parameters = Mapping[str, Any]
 
-# The embeddings that `auto` chooses among, cheapest first; the worker leaves out those that the model cannot have.
-_CANDIDATES = [{"kind": kind, "pooling": pooling} for kind in ("hidden", "jvp") for pooling in ("response", "last")]
 _PROCESS_BYTES = 600 * 2**20  # of a compute process without a model
 _BATCH_TOKENS = 16_384  # of a padded batch on an accelerator; far fewer on a processor
 _ROWS = 4096  # of the kernel, at a time
 _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
+_MOST_COMPARED = 1024  # landmarks that candidate embeddings are compared on
+_LANDMARKS_A_DIRECTION = 8
 _HELD_OUT_FROM = 16  # targets
 VALIDATION_SAMPLES = 64
 """Of a step of the validation at most."""
@@ -143,7 +143,9 @@ class StageCosts:
         if self._counts.candidates is not None:
             return self._counts.candidates
         kinds = ("hidden", "jvp") if self._parameters["quantization"] == "none" else ("hidden",)
-        return [{**self._parameters["embedding"], **one} for one in _CANDIDATES if one["kind"] in kinds]
+        embedding = self._parameters["embedding"]
+        poolings = ("response", "last") if embedding["pooling"] is None else (embedding["pooling"],)
+        return [{**embedding, "kind": kind, "pooling": pooling} for kind in kinds for pooling in poolings]
 
     def _dearest_embedding(self) -> Mapping[str, Any]:
         """What the pool is embedded with; of `auto`, the candidate that would cost most."""
@@ -212,7 +214,7 @@ class StageCosts:
         )
 
     def _candidates(self) -> StageCost:
-        return self._embed(self._counts.pool.scaled(self._l), self._offered())
+        return self._embed(self._counts.pool.scaled(min(self._l, _MOST_COMPARED)), self._offered())
 
     def _fit(self, e: int) -> float:
         """Of the kernel ridge regression from e values to every target: the kernel, its Cholesky factor and its inverse."""
@@ -244,7 +246,7 @@ class StageCosts:
             )
         once, each = self._curvature_passes(targets)
         at_once = min(self._r, max(1, _DIRECTION_BYTES // (16 * weights)))
-        landmarks = self._counts.pool.scaled(self._l)
+        landmarks = self._counts.pool.scaled(min(self._l, _LANDMARKS_A_DIRECTION * self._r))
         passes = 2 * operations.full_gradients(shape, landmarks, modules=self._modules, directions=at_once)
         chunks = math.ceil(self._r / at_once)
         return StageCost(

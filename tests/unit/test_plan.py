@@ -53,6 +53,7 @@ PREPARED: dict[str, Any] = {
     "all_exact": False,
     "embed_shards": [[0, 60], [60, 100]],
     "landmark_shards": [[0, 12], [12, 20]],
+    "candidate_tokens": "tokens/landmarks",
     "candidate_shards": [[0, 20]],
     "candidates": [HIDDEN, JVP],
     "target_shards": [[0, 5]],

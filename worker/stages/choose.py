@@ -16,13 +16,14 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of the chosen embedding, and the table of all candidates; writes no artifact of its own."""
     landmarks, P_lt = exact_rows(context.store, Measure.load(context, spec), spec["landmarks"])
     speaking = speaking_targets(context, spec["target_gradients"])
-    # The candidates' rows are those of the landmark artifact: all of them, the ones that are not finite too.
-    rows = np.searchsorted(data.read_indices(context.store, spec["landmarks"][0]["tokens"]), landmarks)
+    compared = data.read_indices(context.store, spec["tokens"])
+    known = np.isin(landmarks, compared)  # those that are not finite have embeddings, but no influence
+    rows = np.searchsorted(compared, landmarks[known])
     embeddings = [landmark_embeddings(context.store, c["embeddings"], rows) for c in spec["candidates"]]
     kernel = context.job.parameters["kernel"]
     index, table = choose(
         embeddings,
-        P_lt[:, torch.from_numpy(speaking)],
+        P_lt[torch.from_numpy(known)][:, torch.from_numpy(speaking)],
         options=[candidate["options"] for candidate in spec["candidates"]],
         costs=context.prepared["candidate_costs"],
         kernel=kernel["kind"],

@@ -23,7 +23,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     samples = data.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
     options = EmbeddingOptions(
         kind=chosen["kind"],
-        pooling=chosen["pooling"],
+        pooling=chosen["pooling"] or "response",
         blocks=chosen["blocks"],
         tangents=chosen["tangents"],
         seed=context.job.parameters["seed"],

@@ -132,7 +132,7 @@ class _Planner:
                 shards = prepared["candidate_shards"]
                 for number, options in enumerate(prepared["candidates"]):
                     first = number * len(shards)
-                    units += self._embeddings(Stage.CANDIDATES, prepared["landmarks"], shards, options, first)
+                    units += self._embeddings(Stage.CANDIDATES, prepared["candidate_tokens"], shards, options, first)
             elif self._propagates:
                 units += self._pool_embeddings(embedding)
         if self._method == "rds_plus" and not self._of(Stage.EMBED):
@@ -211,7 +211,7 @@ class _Planner:
             if unit.spec["start"] == 0:
                 candidates.append({"options": unit.spec["options"], "embeddings": []})
             candidates[-1]["embeddings"].append(unit.artifact_key)
-        spec = {**self._measured(), "candidates": candidates}
+        spec = {**self._measured(), "tokens": self._prepared["candidate_tokens"], "candidates": candidates}
         depends_on = {
             **spec,
             "kernel": self._parameters["kernel"],

@@ -16,6 +16,8 @@ from worker.influence import EmbeddingOptions, candidates, landmark_order
 from worker.stages import keys
 from worker.stages.context import StageContext
 
+_MOST_COMPARED = 1024  # landmarks that candidate embeddings are compared on: enough to tell them apart
+
 
 def run(context: StageContext) -> dict[str, Any]:
     """Writes the tokens of pool and target and those of the landmarks; returns what the plan needs of them.
@@ -91,20 +93,18 @@ def _landmarks(
     if not context.store.exists(order_key):
         with context.store.writing(order_key) as path, path.open("wb") as file:
             np.save(file, order)
-    rows = np.sort(order[:wanted])
-    tokens = keys.rows_key(pool_key, rows)
-    if not context.store.exists(tokens):
-        data.copy_rows(context.store, pool_key, tokens, rows)
+    rows, compared = np.sort(order[:wanted]), np.sort(order[: min(wanted, _MOST_COMPARED)])
     if wanted > len(usable) and "landmarks" in parameters:
         notes.append(f"landmarks.count is {wanted}: lowered to the {len(usable)} usable samples of the pool.")
     if len(rows) == len(usable):
         notes.append("Every usable sample is a landmark, so every influence is exact and nothing was propagated.")
     return {
-        "landmarks": tokens,
+        "landmarks": data.rows_artifact(context.store, pool_key, rows),
         "landmark_order": order_key,
         "landmark_count": len(rows),
         "landmark_shards": keys.gradient_shards(pool.length[rows]),
-        "candidate_shards": keys.embed_shards(pool.length[rows]),
+        "candidate_tokens": data.rows_artifact(context.store, pool_key, compared),
+        "candidate_shards": keys.embed_shards(pool.length[compared]),
         "all_exact": len(rows) == len(usable),
         "notes": notes,
     }
@@ -121,13 +121,9 @@ def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
     embedding = parameters["embedding"]
     if embedding["kind"] != "auto":
         return {}
-    named = EmbeddingOptions(
-        pooling=embedding["pooling"],
-        blocks=embedding["blocks"],
-        tangents=embedding["tangents"],
-        seed=parameters["seed"],
-    )
-    offered = candidates(named, int(config.num_hidden_layers), quantized=parameters["quantization"] != "none")
+    named = EmbeddingOptions(blocks=embedding["blocks"], tangents=embedding["tangents"], seed=parameters["seed"])
+    known = candidates(named, int(config.num_hidden_layers), quantized=parameters["quantization"] != "none")
+    offered = [each for each in known if embedding["pooling"] in (None, each[0].pooling)]
     names = ("kind", "pooling", "blocks", "tangents")
     return {
         "candidates": [{name: getattr(options, name) for name in names} for options, _ in offered],

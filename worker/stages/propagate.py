@@ -170,9 +170,7 @@ def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any
     with context.store.local(prepared["landmark_order"]) as path:
         order = np.load(path, mmap_mode="r")
     rows = np.sort(order[count:count_after])
-    tokens = keys.rows_key(prepared["pool_tokens"], rows)
-    if not context.store.exists(tokens):
-        data.copy_rows(context.store, prepared["pool_tokens"], tokens, rows)
+    tokens = data.rows_artifact(context.store, prepared["pool_tokens"], rows)
     lengths = data.read_counts(context.store, tokens).length
     return {"tokens": tokens, "shards": keys.gradient_shards(lengths), "count": count_after}
 
@@ -219,9 +217,7 @@ def _shortlist(
     rows = np.setdiff1d(best, landmarks)
     if not len(rows):
         return None
-    tokens = keys.rows_key(context.prepared["pool_tokens"], rows)
-    if not context.store.exists(tokens):
-        data.copy_rows(context.store, context.prepared["pool_tokens"], tokens, rows)
+    tokens = data.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
     lengths = data.read_counts(context.store, tokens).length
     return {"tokens": tokens, "count": len(rows), "shards": keys.gradient_shards(lengths)}
 
