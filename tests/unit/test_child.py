@@ -17,7 +17,7 @@ from tiny import make_tokenizer, turns
 
 from service.artifacts import ArtifactStore
 from service.datasets.storage import Sample
-from service.jobs.schemas import Parameters
+from service.jobs.parameters import Parameters
 from service.settings import (
     ArtifactSettings,
     BrokerSettings,
@@ -32,6 +32,15 @@ from worker.errors import ComputeDied
 from worker.stages.plan import JobInputs
 
 ROWS = 4_000
+SPEC: dict[str, Any] = {
+    "tokens": "tokens",
+    "start": 0,
+    "stop": ROWS,
+    "of": ROWS,
+    "checkpoint": None,
+    "options": {"kind": "hidden", "pooling": "response", "blocks": 2, "tangents": 1},
+}
+WARMUP = {"samples": ROWS, "batch_size": 16}
 _PATIENCE = 120.0
 
 
@@ -55,15 +64,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Sett
 @pytest.fixture(scope="module")
 def unit(tiny_llama: Path) -> dict[str, Any]:
     model = {"kind": "registered", "name": tiny_llama.name}
-    parameters = Parameters().model_dump(mode="json")
-    parameters["embedding"] |= {"blocks": 2, "kind": "hidden"}
+    parameters = Parameters(method="exact_influence", warmup=WARMUP).model_dump(mode="json")
     fingerprint = models.find(model, tiny_llama.parent).fingerprint
     return {
         "stage": "embed",
         "artifact_key": "embeddings",
-        "spec": {"tokens": "tokens", "start": 0, "stop": ROWS},
+        "spec": SPEC,
         "job": JobInputs(model=model, pool="p", target="t", budget=2, parameters=parameters).as_dict(),
-        "prepared": {"dtype": "float32", "model_fingerprint": fingerprint},
+        "prepared": {"dtype": "float32", "model_fingerprint": fingerprint, "is_adapter": False},
         "halvings": 0,
     }
 
@@ -83,11 +91,11 @@ def child(settings: Settings) -> Iterator[Child]:
 
 
 def answer(child: Child) -> dict[str, Any]:
-    """The next message that is no progress."""
+    """The next message that is neither progress nor an event."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         message = child.receive(1)
-        if message is not None and message["type"] != "progress":
+        if message is not None and message["type"] not in ("progress", "event"):
             return message
     raise AssertionError("the child did not answer")
 
@@ -103,6 +111,12 @@ def test_a_cancel_right_behind_its_unit_counts(child: Child, unit: dict[str, Any
     """The first test: the child is still starting when both have been written."""
     child.send(type="run", **unit)
     child.send(type="cancel")
+    ready = answer(child)
+    assert ready["type"] == "ready"
+    assert ready["device"].startswith("cpu")
+    assert ready["memory_bytes"] > 2**30
+    assert set(ready["matmul_rates"]) == {"float32", "bfloat16"}
+    assert min(ready["matmul_rates"].values()) > 1e6
     assert answer(child) == {"type": "cancelled"}
 
 
@@ -117,7 +131,7 @@ def test_the_environment_holds_no_credentials_of_ours(child: Child) -> None:
 def test_a_unit_is_done_and_its_result_stands_beside_the_artifact(
     child: Child, unit: dict[str, Any], settings: Settings
 ) -> None:
-    child.send(type="run", **{**unit, "artifact_key": "few", "spec": {"tokens": "tokens", "start": 10, "stop": 14}})
+    child.send(type="run", **{**unit, "artifact_key": "few", "spec": {**SPEC, "start": 10, "stop": 14}})
     message = answer(child)
     assert message["type"] == "done"
     store = ArtifactStore(settings.artifacts.url)
@@ -141,12 +155,34 @@ def test_a_cancel_is_seen_between_batches_and_the_child_stays(
     assert not ArtifactStore(settings.artifacts.url).exists("cancelled")
 
 
+def test_a_warm_up_tells_its_steps_and_is_cancelled_between_batches(
+    child: Child, unit: dict[str, Any], settings: Settings
+) -> None:
+    spec = {"tokens": "tokens"}
+    child.send(type="run", **{**unit, "stage": "warmup", "artifact_key": "warm.safetensors", "spec": spec})
+    deadline, steps, done = time.monotonic() + _PATIENCE, [], 0
+    while not (len(steps) > 1 and done):
+        assert time.monotonic() < deadline
+        message = child.receive(1) or {"type": "none"}
+        assert message["type"] in ("none", "event", "progress"), message
+        if message["type"] == "event":
+            assert message["kind"] == "warmup.step"
+            steps.append(message["data"])
+        done = message.get("done", done)
+    child.send(type="cancel")
+    assert answer(child) == {"type": "cancelled"}
+    assert [step["steps"] for step in steps] == [ROWS // 16] * len(steps)
+    assert all(2 < step["loss"] < 20 and step["learning_rate"] > 0 for step in steps)
+    assert 0 < done < ROWS
+    assert not ArtifactStore(settings.artifacts.url).exists("warm.safetensors")
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "retryable", "detail"),
     [
-        ({"spec": {}}, "internal_error", True, r"KeyError: 'tokens' \(embed.py:\d+\)"),
+        ({"spec": {}}, "internal_error", True, r"KeyError: 'options' \(embed.py:\d+\)"),
         (
-            {"spec": {"tokens": "absent", "start": 0, "stop": 1}},
+            {"spec": {**SPEC, "tokens": "absent"}},
             "internal_error",
             True,
             r"FileNotFoundError: .*\(.*:\d+\)",
@@ -165,14 +201,7 @@ def test_what_fails_is_told_with_its_code_and_place(
 
 
 def test_arguments_that_do_not_fit_are_the_jobs_fault(child: Child, unit: dict[str, Any]) -> None:
-    job = {
-        **unit["job"],
-        "parameters": {
-            **unit["job"]["parameters"],
-            "embedding": {"kind": "hidden", "pooling": "last", "blocks": 9, "tangents": 1},
-        },
-    }
-    child.send(type="run", **{**unit, "job": job})
+    child.send(type="run", **{**unit, "spec": {**SPEC, "options": {**SPEC["options"], "blocks": 9}}})
     message = answer(child)
     assert (message["type"], message["error"]["code"], message["retryable"]) == (
         "failed",

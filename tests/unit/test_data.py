@@ -148,6 +148,7 @@ class TestArtifact:
         assert summary == {
             "samples": 4,
             "tokens": sum(lengths) + 1,
+            "squares": sum(length**2 for length in lengths) + 1,
             "response_tokens": sum(row.predicted for row in rows),
             "longest": 50,
             "truncated": 2,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "transformers", "accelerate", "safetensors", "gguf", "datasets"}
+HEAVY = {"torch", "transformers", "accelerate", "safetensors", "peft", "bitsandbytes", "gguf", "datasets"}
 
 
 def sources(folder: str) -> list[Path]:
@@ -55,6 +55,16 @@ def test_the_numerical_core_knows_no_job_no_file_and_no_database() -> None:
     assert breaches("worker/influence", outside, allowed="worker.influence") == []
 
 
+def test_no_stage_knows_the_database() -> None:
+    """They are given a store and a job; what the ledger holds of it is the supervisor's."""
+    assert breaches("worker/stages", {"sqlalchemy", "psycopg", "celery", "redis"}) == []
+    ours = {name for path in sources("worker/stages") for name in imports(path) if name.startswith("service.")}
+    allowed = ("artifacts", "datasets.storage", "jobs.state", "models", "settings")
+    assert {name for name in ours if not name.startswith(tuple(f"service.{module}" for module in allowed))} == {
+        "service.jobs.ledger.UnitSpec"
+    }
+
+
 def test_the_reader_of_imports_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "worker" / "influence" / "x.py"
@@ -95,10 +105,10 @@ def loaded_by(program: str, tmp_path: Path) -> set[str]:
 def test_the_running_api_has_loaded_neither_torch_nor_the_worker(tmp_path: Path) -> None:
     loaded = loaded_by("import service.app, service.cli\nservice.app.create_app().openapi()", tmp_path)
     assert "fastapi" in loaded
-    assert not loaded & {"torch", "transformers", "accelerate", "worker"}
+    assert not loaded & {"torch", "transformers", "accelerate", "peft", "worker"}
 
 
 def test_the_supervisor_has_not_loaded_torch_which_only_its_child_may(tmp_path: Path) -> None:
     loaded = loaded_by("import worker.celery_app, worker.supervisor, worker.publish", tmp_path)
     assert {"celery", "worker"} <= loaded
-    assert not loaded & {"torch", "transformers", "accelerate"}
+    assert not loaded & {"torch", "transformers", "accelerate", "peft"}

@@ -7,6 +7,7 @@ from service.jobs.state import (
     TERMINAL,
     UNIT_TRANSITIONS,
     JobStatus,
+    Stage,
     UnitState,
 )
 
@@ -40,3 +41,19 @@ def test_a_job_succeeds_or_fails_only_while_it_runs() -> None:
 
 def test_a_transition_changes_the_state() -> None:
     assert not [step for step in chain(JOB_TRANSITIONS, UNIT_TRANSITIONS) if step[0] == step[1]]
+
+
+def test_no_stage_comes_before_what_it_reads() -> None:
+    """Within a wave the ledger hands units out in the order of this table; the plan says the rest."""
+    order = list(Stage)
+    assert order[0] == Stage.PREPARE
+    assert order[-3:] == [Stage.SELECT, Stage.VALIDATE, Stage.PUBLISH]
+    for earlier, later in (
+        (Stage.WARMUP, Stage.LANDMARK_GRADIENTS),
+        (Stage.CANDIDATES, Stage.CHOOSE_EMBEDDING),
+        (Stage.CHOOSE_EMBEDDING, Stage.EMBED),
+        (Stage.CURVATURE, Stage.PROPAGATE),
+        (Stage.PROPAGATE, Stage.REFINE),
+        (Stage.REFINE, Stage.SELECT),
+    ):
+        assert order.index(earlier) < order.index(later)
