@@ -11,18 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rich.progress import Progress
+from local_job import Ran, run
 from tiny import FAMILIES, pool_rows, save_model, target_rows, write_jsonl
 
-from service.jobs.schemas import Parameters
 from service.models import MODEL_TYPES
-from service.settings import WorkerSettings
 from worker import inprocess
-from worker.compute import Compute
 from worker.errors import DataError, ModelError, ParameterError
-from worker.stages.plan import JobInputs
 
 POOL, TARGET, BUDGET = 40, 4, 6
+UNREFINED: dict[str, Any] = {"refine": 0, "validate": False}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,36 +37,26 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tests for which it is no matter that equal work is done once."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("target") / "target.jsonl", target_rows(TARGET, "python_function"))
 
 
-def parameters(**changes: Any) -> dict[str, Any]:
-    small = {"landmarks": {"count": 12}, "embedding": {"blocks": 2}, "gradient": {"projection_dim": 512}}
-    return Parameters(**{**small, "max_length": 128, "dtype": "float32", **changes}).model_dump(mode="json")
-
-
-def run(model: Path, pool: Path, target: Path, folder: Path, *, budget: int = BUDGET, **changes: Any) -> dict[str, Any]:
-    compute = Compute(artifacts=str(folder), models=model.parent, settings=WorkerSettings(device="cpu"))
-    contents = [inprocess._register(compute.store, file) for file in (pool, target)]
-    job = JobInputs(
-        model={"kind": "registered", "name": model.name},
-        pool=contents[0].fingerprint,
-        target=contents[1].fingerprint,
-        budget=budget,
-        parameters=parameters(**changes),
-    )
-    return inprocess.LocalJob(compute, job, Progress(disable=True)).run(POOL + TARGET)
-
-
-def check(arrays: dict[str, np.ndarray], *, count: int = POOL, budget: int = BUDGET, landmarks: int = 12) -> None:
+def check(ran: Ran, *, count: int = POOL, budget: int = BUDGET) -> None:
     """What holds of every selection."""
+    arrays, summary = ran.arrays, ran.summary
     assert len(arrays["influence"]) == len(arrays["weight"]) == len(arrays["exact"]) == count
     assert np.isfinite(arrays["influence"]).all()
     assert len(set(arrays["selected"].tolist())) == len(arrays["selected"]) == budget
     assert set(np.flatnonzero(arrays["weight"]).tolist()) == set(arrays["selected"].tolist())
     assert arrays["weight"].sum() == pytest.approx(budget, rel=1e-5)
-    assert arrays["exact"].sum() == landmarks
+    assert arrays["exact"].sum() == summary["landmark_count"] + summary["refined_count"]
+    json.dumps(summary, allow_nan=False)
 
 
 def test_all_supported_families_are_tested() -> None:
@@ -80,22 +67,23 @@ def test_all_supported_families_are_tested() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_through_a_job(family: str, dtype: str, pool: Path, target: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / family, family)
-    done = run(model, pool, target, tmp_path / "store", dtype=dtype)
-    check(done["arrays"])
-    assert done["prepared"]["model_type"] == family
-    assert done["prepared"]["dtype"] == dtype
-    assert np.ptp(done["arrays"]["influence"]) > 0
+    done = run(model, pool, target, tmp_path / "store", dtype=dtype, embedding={"kind": "auto"})
+    check(done)
+    assert {entry["kind"] for entry in done.summary["embedding"]["candidates"]} == {"hidden", "jvp"}
+    assert done.prepared["model_type"] == family
+    assert done.prepared["dtype"] == dtype
+    assert np.ptp(done.arrays["influence"]) > 0
 
 
 @pytest.mark.parametrize("selection", ["round_robin", "top_k", "weighted"])
-@pytest.mark.parametrize("kind", ["jvp", "hidden"])
+@pytest.mark.parametrize("kind", ["jvp", "hidden", "rds"])
 def test_every_selection_and_embedding(
-    selection: str, kind: str, tiny_llama: Path, pool: Path, target: Path, tmp_path: Path
+    selection: str, kind: str, tiny_llama: Path, pool: Path, target: Path, store: Path
 ) -> None:
-    arrays = run(
-        tiny_llama, pool, target, tmp_path, selection=selection, embedding={"kind": kind, "blocks": 2, "tangents": 1}
-    )["arrays"]
-    check(arrays)
+    ran = run(tiny_llama, pool, target, store, selection=selection, embedding={"kind": kind}, **UNREFINED)
+    check(ran)
+    arrays = ran.arrays
+    assert arrays["exact"].sum() == 12
     if selection != "weighted":
         assert set(arrays["weight"].tolist()) == {0.0, 1.0}
     if selection != "round_robin":
@@ -104,29 +92,19 @@ def test_every_selection_and_embedding(
         assert ranked[-1] >= np.delete(arrays["influence"], arrays["selected"]).max()
 
 
-def test_the_same_job_twice_gives_the_same_bits(tiny_llama: Path, pool: Path, target: Path, tmp_path: Path) -> None:
-    """Each with a store of its own, so that nothing of the first is reused."""
-    one, two = (run(tiny_llama, pool, target, tmp_path / name)["arrays"] for name in ("one", "two"))
-    assert all(one[name].tobytes() == two[name].tobytes() for name in one)
-    other = run(tiny_llama, pool, target, tmp_path / "three", seed=1)["arrays"]
+def test_another_seed_takes_other_landmarks(tiny_llama: Path, pool: Path, target: Path, store: Path) -> None:
+    one, other = (run(tiny_llama, pool, target, store, seed=seed, **UNREFINED).arrays for seed in (0, 1))
     assert one["exact"].tolist() != other["exact"].tolist()
 
 
 def test_smaller_batches_change_nothing_but_rounding(
     tiny_llama: Path, pool: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = run(tiny_llama, pool, target, tmp_path / "one")["arrays"]
+    one = run(tiny_llama, pool, target, tmp_path / "one", **UNREFINED).arrays
     monkeypatch.setattr("worker.compute.default_token_budget", lambda _: 1)
-    two = run(tiny_llama, pool, target, tmp_path / "two")["arrays"]
+    two = run(tiny_llama, pool, target, tmp_path / "two", **UNREFINED).arrays
     assert one["influence"] == pytest.approx(two["influence"], abs=2e-3)
     assert one["influence"][one["exact"]] == pytest.approx(two["influence"][two["exact"]], abs=1e-5)
-
-
-def test_with_every_sample_a_landmark_all_influence_is_exact(
-    tiny_llama: Path, pool: Path, target: Path, tmp_path: Path
-) -> None:
-    done = run(tiny_llama, pool, target, tmp_path, landmarks={"count": 1000})
-    check(done["arrays"], landmarks=POOL)
 
 
 # Templates without a token that ends a turn: an empty reply has nothing to predict.
@@ -148,20 +126,33 @@ class TestEmptyReplies:
     def test_they_are_never_selected_and_have_no_influence(self, bare: Path, target: Path, tmp_path: Path) -> None:
         pool = self.emptied(tmp_path / "pool.jsonl", pool_rows(POOL), lambda i: i % 2 == 0)
         done = run(bare, pool, target, tmp_path / "store")
-        check(done["arrays"])
-        assert done["prepared"]["pool_counts"]["empty_responses"] == POOL // 2
-        assert all(index % 2 for index in done["arrays"]["selected"].tolist())
-        assert not done["arrays"]["exact"][::2].any()
+        check(done)
+        assert done.prepared["pool_counts"]["empty_responses"] == POOL // 2
+        assert all(index % 2 for index in done.arrays["selected"].tolist())
+        assert not done.arrays["exact"][::2].any()
 
     def test_a_target_sample_without_reply_takes_no_turn(self, bare: Path, pool: Path, tmp_path: Path) -> None:
         rows = target_rows(TARGET, "python_function")
         alone = write_jsonl(tmp_path / "alone.jsonl", rows[1:2])
         beside = self.emptied(tmp_path / "beside.jsonl", rows, lambda i: i != 1)
-        one = run(bare, pool, alone, tmp_path / "one")
-        two = run(bare, pool, beside, tmp_path / "two")
-        assert two["prepared"]["target_counts"]["empty_responses"] == TARGET - 1
-        assert one["arrays"]["selected"].tolist() == two["arrays"]["selected"].tolist()
-        assert one["arrays"]["influence"] == pytest.approx(two["arrays"]["influence"], abs=1e-5)
+        weighted = {"selection": "weighted", "curvature": {"type": "hessian", "rank": 2}, "optimizer": {"type": "sgd"}}
+        how = {**weighted, "gradient": {"normalize": False}}
+        one = run(bare, pool, alone, tmp_path / "one", **how)
+        two = run(bare, pool, beside, tmp_path / "two", **how)
+        assert two.prepared["target_counts"]["empty_responses"] == TARGET - 1
+        assert one.arrays["selected"].tolist() == two.arrays["selected"].tolist()
+        assert one.arrays["influence"] == pytest.approx(two.arrays["influence"], abs=1e-5)
+        assert one.arrays["weight"] == pytest.approx(two.arrays["weight"], rel=1e-3)
+        for name in ("measured", "predicted", "predicted_second_order"):
+            before, after = (ran.summary["validation"]["selection"][name] for ran in (one, two))
+            assert before == pytest.approx(after, rel=1e-2)
+
+    def test_exact_influence_selects_none_of_them(self, bare: Path, target: Path, tmp_path: Path) -> None:
+        pool = self.emptied(tmp_path / "pool.jsonl", pool_rows(POOL), lambda i: i % 2 == 0)
+        for method in ("exact_influence", "rds_plus", "random"):
+            ran = run(bare, pool, target, tmp_path / "store", method=method, budget=20)
+            assert sorted(ran.selected) == list(range(1, POOL, 2))
+            assert not ran.arrays["influence"][::2].any()
 
     def test_a_target_without_any_reply_is_an_error(self, bare: Path, pool: Path, tmp_path: Path) -> None:
         target = self.emptied(tmp_path / "t.jsonl", target_rows(TARGET, "python_function"), lambda _: True)
@@ -184,6 +175,13 @@ def test_more_blocks_than_the_model_has_are_an_error(
 ) -> None:
     with pytest.raises(ParameterError, match=r"embedding.blocks is 4; the model has 3"):
         run(tiny_llama, pool, target, tmp_path, embedding={"blocks": 4})
+
+
+def test_modules_that_match_nothing_are_an_error_that_lists_those_there_are(
+    tiny_llama: Path, pool: Path, target: Path, store: Path
+) -> None:
+    with pytest.raises(ParameterError, match=r"modules='gate' matches no linear layer; .*mlp\.gate_proj"):
+        run(tiny_llama, pool, target, store, gradient={"modules": "gate"})
 
 
 def test_a_model_that_cannot_be_used_is_an_error(tmp_path: Path, pool: Path, target: Path) -> None:
@@ -242,8 +240,8 @@ class TestCommand:
     ) -> None:
         cache = ("--cache", str(tmp_path / "cache"))
         select(tmp_path / "one.jsonl", *cache)
-        monkeypatch.setattr("worker.stages.embed.run", lambda *_: pytest.fail("embedded again"))
-        monkeypatch.setattr("worker.stages.gradients.run", lambda *_: pytest.fail("gradients again"))
+        monkeypatch.setattr("worker.stages.embed.run", lambda *_, **__: pytest.fail("embedded again"))
+        monkeypatch.setattr("worker.stages.gradients.run", lambda *_, **__: pytest.fail("gradients again"))
         select(tmp_path / "two.jsonl", *cache)
         assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
