@@ -86,6 +86,10 @@ class LedgerWorld:
         with self.sessions.begin() as session:
             return ledger.beat(session, claim, lease_seconds=lease_seconds, done=done)
 
+    def tell(self, claim: Claim, kind: str, data: dict[str, Any]) -> None:
+        with self.sessions.begin() as session:
+            ledger.record_event(session, claim, kind, data)
+
     def finish(self, claim: Claim, result: dict[str, Any] | None = None) -> bool:
         """As the supervisor does; a finished `publish` ends the job."""
         with self.sessions.begin() as session:

@@ -36,10 +36,10 @@ def test_claims_go_by_age_of_the_job_then_stage_then_shard(world: LedgerWorld) -
     first, second = world.job(*middle), world.job()
     claims = [world.claim() for _ in range(5)]
     assert [(c.job_id, c.stage, c.shard) for c in claims] == [
-        (first, Stage.EMBED, 0),
-        (first, Stage.EMBED, 1),
         (first, Stage.LANDMARK_GRADIENTS, 0),
         (first, Stage.TARGET_GRADIENTS, 0),
+        (first, Stage.EMBED, 0),
+        (first, Stage.EMBED, 1),
         (second, Stage.PREPARE, 0),
     ]
     assert world.try_claim() is None
@@ -353,7 +353,7 @@ def test_a_failure_that_can_pass_is_tried_again_with_its_error_kept(world: Ledge
 
 
 def test_a_failure_for_good_fails_the_job_and_cancels_its_other_units(world: LedgerWorld) -> None:
-    job_id = world.job(unit(Stage.EMBED, 0), unit(Stage.EMBED, 1), unit(Stage.EMBED, 2), unit(Stage.TARGET_GRADIENTS))
+    job_id = world.job(unit(Stage.EMBED, 0), unit(Stage.EMBED, 1), unit(Stage.EMBED, 2), unit(Stage.EMBED_TARGET))
     done, culprit, _running = world.claim(), world.claim(), world.claim()
     world.finish(done)
     assert world.fail(culprit, retryable=False) is False
@@ -362,7 +362,7 @@ def test_a_failure_for_good_fails_the_job_and_cancels_its_other_units(world: Led
     assert job.status is JobStatus.FAILED
     assert job.error == {"code": "broken", "detail": "It is broken.", "stage": "embed", "shard": 1, "attempts": 1}
     assert world.events(job_id)[-2:] == [
-        ("units.cancelled", {"stages": ["embed", "target_gradients"], "units": 2}),
+        ("units.cancelled", {"stages": ["embed", "embed_target"], "units": 2}),
         ("job.failed", {"error": job.error}),
     ]
 
@@ -522,6 +522,18 @@ def test_cancels_claims_and_ends_at_once_leave_a_ledger_that_makes_sense(world: 
 
 
 # Events
+
+
+def test_a_running_unit_tells_of_itself_and_one_that_lost_its_lease_is_not_heard(world: LedgerWorld) -> None:
+    job_id = world.job(unit(Stage.WARMUP))
+    claim = world.claim()
+    world.tell(claim, "warmup.step", {"step": 3, "loss": 1.5})
+    assert world.events(job_id)[-1] == ("warmup.step", {"stage": "warmup", "shard": 0, "step": 3, "loss": 1.5})
+    world.release(claim)
+    before = world.image()
+    with pytest.raises(LeaseLost):
+        world.tell(claim, "warmup.step", {"step": 4, "loss": 1.4})
+    assert world.image() == before
 
 
 def test_every_change_has_its_event_in_order(world: LedgerWorld) -> None:
