@@ -23,7 +23,7 @@ _SOLVER_STEPS = 1000
 _MOST_COMPARED = 1024  # landmarks that candidate embeddings are compared on
 _LANDMARKS_A_DIRECTION = 8
 _HELD_OUT_FROM = 16  # targets
-VALIDATION_SAMPLES = 64
+VALIDATION_SAMPLES = 32
 """Of a step of the validation at most."""
 
 
