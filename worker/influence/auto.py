@@ -24,15 +24,22 @@ def candidates(
 ) -> list[tuple[EmbeddingOptions, float]]:
     """What `auto` compares on a model of `total_blocks` blocks, cheapest first, each with its cost.
 
-    Both poolings of `hidden` and of `jvp`, with the blocks (as many as the model has, where that is fewer), tangents and seed of
-    `options`, whose own kind and pooling do not matter; no `jvp` where weights are quantised, since it cannot be computed.
-    The cost is in operations, 1 being a forward pass through all blocks (`embedding_passes`).
+    `hidden` after the blocks of `options` (as many as the model has, where that is fewer) and after half of all blocks, where
+    that is deeper, in both poolings; and `jvp` over the response, but not where weights are quantised, since it cannot be
+    computed. Tangents and seed are those of `options`; its kind and pooling do not matter. Measured in
+    docs/decisions/0007-landmarks-and-embeddings.md. The cost is in operations, 1 being a forward pass through all blocks.
     """
     blocks = min(options.blocks, total_blocks)
-    kinds: tuple[Literal["hidden", "jvp"], ...] = ("hidden",) if quantized else ("hidden", "jvp")
     poolings: tuple[Literal["response", "last"], ...] = ("response", "last")
-    offered = [replace(options, kind=kind, pooling=pooling, blocks=blocks) for kind in kinds for pooling in poolings]
-    return [(each, embedding_passes(each, total_blocks)) for each in offered]
+    offered = [
+        replace(options, kind="hidden", pooling=pooling, blocks=depth)
+        for depth in sorted({blocks, max(blocks, total_blocks // 2)})
+        for pooling in poolings
+    ]
+    if not quantized:
+        offered.append(replace(options, kind="jvp", pooling="response", blocks=blocks))
+    costs = [(each, embedding_passes(each, total_blocks)) for each in offered]
+    return sorted(costs, key=lambda candidate: candidate[1])
 
 
 def choose(
