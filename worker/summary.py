@@ -41,6 +41,9 @@ def _last(results: Results, stage: Stage) -> Mapping[str, Any]:
 
 
 def _landmark_count(results: Results) -> int:
+    prepared = _last(results, Stage.PREPARE)
+    if prepared.get("all_exact"):  # gradient units then hold samples without a response too, which are no landmarks
+        return int(prepared["landmark_count"])
     return sum(result["rows"] for result in _all(results, Stage.LANDMARK_GRADIENTS))
 
 

@@ -153,6 +153,8 @@ class TestEmptyReplies:
             ran = run(bare, pool, target, tmp_path / "store", method=method, budget=20)
             assert sorted(ran.selected) == list(range(1, POOL, 2))
             assert not ran.arrays["influence"][::2].any()
+            if method == "exact_influence":
+                check(ran, budget=20)
 
     def test_a_target_without_any_reply_is_an_error(self, bare: Path, pool: Path, tmp_path: Path) -> None:
         target = self.emptied(tmp_path / "t.jsonl", target_rows(TARGET, "python_function"), lambda _: True)
