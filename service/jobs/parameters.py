@@ -27,7 +27,7 @@ class Landmarks(_Strict):
 
     count: int = Field(default=4096, ge=2, le=16_384, description="Lowered to the number of usable samples of the pool")
     choice: Literal["uniform", "stratified"] = Field(
-        default="uniform", description="`uniform`: by the seed; `stratified`: each source in proportion to its size"
+        default="stratified", description="`stratified`: each source in proportion to its size; `uniform`: by the seed"
     )
 
 
@@ -38,7 +38,8 @@ class Embedding(_Strict):
         default="auto", description="`auto`: the cheapest whose fidelity on the landmarks is within 0.01 of the best"
     )
     pooling: Literal["last", "response"] | None = Field(
-        default=None, description="`last` token, or mean over the `response`; null: `auto` tries both, others `response`"
+        default=None,
+        description="`last` token, or mean over the `response`; null: `auto` tries both, others `response`",
     )
     blocks: int = Field(
         default=4, ge=1, le=256, description="The first blocks of the model, the only ones run; not `rds`"
@@ -74,7 +75,13 @@ class Kernel(_Strict):
     """Kernel ridge regression from embeddings to influence."""
 
     kind: Literal["rbf", "linear"] = "rbf"
-    ridge: float = Field(default=0.01, gt=0, le=100, description="As a share of the kernel's mean diagonal")
+    ridge: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="As a share of the kernel's mean diagonal; null: of 0.01, 0.03, 0.1, 0.3 and 1 the one that predicts"
+        " left-out landmarks best",
+    )
     bandwidth: float | None = Field(default=None, gt=0, description="null: the median distance between landmarks")
 
 

@@ -22,6 +22,7 @@ _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
 _MOST_COMPARED = 1024  # landmarks that candidate embeddings are compared on
 _LANDMARKS_A_DIRECTION = 8
+_RIDGES = 5  # of which one is chosen where none is given
 _HELD_OUT_FROM = 16  # targets
 VALIDATION_SAMPLES = 32
 """Of a step of the validation at most."""
@@ -142,10 +143,17 @@ class StageCosts:
     def _offered(self) -> Sequence[Mapping[str, Any]]:
         if self._counts.candidates is not None:
             return self._counts.candidates
-        kinds = ("hidden", "jvp") if self._parameters["quantization"] == "none" else ("hidden",)
         embedding = self._parameters["embedding"]
-        poolings = ("response", "last") if embedding["pooling"] is None else (embedding["pooling"],)
-        return [{**embedding, "kind": kind, "pooling": pooling} for kind in kinds for pooling in poolings]
+        blocks = min(embedding["blocks"], self._shape.blocks)
+        depths = sorted({blocks, max(blocks, self._shape.blocks // 2)})
+        offered = [("hidden", pooling, depth) for depth in depths for pooling in ("response", "last")]
+        if self._parameters["quantization"] == "none":
+            offered.append(("jvp", "response", blocks))
+        return [
+            {**embedding, "kind": kind, "pooling": pooling, "blocks": depth}
+            for kind, pooling, depth in offered
+            if embedding["pooling"] in (None, pooling)
+        ]
 
     def _dearest_embedding(self) -> Mapping[str, Any]:
         """What the pool is embedded with; of `auto`, the candidate that would cost most."""
@@ -217,8 +225,10 @@ class StageCosts:
         return self._embed(self._counts.pool.scaled(min(self._l, _MOST_COMPARED)), self._offered())
 
     def _fit(self, e: int) -> float:
-        """Of the kernel ridge regression from e values to every target: the kernel, its Cholesky factor and its inverse."""
-        return 2 * self._l**2 * (e + self._columns()) + self._l**3
+        """Of the kernel ridge regression from e values to every target: the kernel, and of each ridge that is tried the Cholesky
+        factor and its inverse."""
+        tried = _RIDGES if self._parameters["kernel"]["ridge"] is None else 1
+        return 2 * self._l**2 * e + tried * (2 * self._l**2 * self._columns() + self._l**3)
 
     def _columns(self) -> float:
         return self._t + (self._r + 1 if self._r else 0)
@@ -278,9 +288,8 @@ class StageCosts:
         return StageCost(operations=total, samples=n, artifact_bytes=4 * n * columns, memory_bytes=memory)
 
     def _shortlist(self) -> float:
-        """Samples of the shortlist that are no landmarks, which are taken to be as many of it as of the pool."""
-        size = max(self._parameters["refine"] * self._n, self._counts.budget)
-        return float(size * (1 - self._l / self._n))
+        """Samples of the shortlist; it holds no landmarks."""
+        return float(min(max(self._parameters["refine"] * self._n, self._counts.budget), self._n - self._l))
 
     def _select(self) -> StageCost:
         chosen = self._l + self._shortlist() if Stage.REFINE in self._stages else self._n

@@ -288,7 +288,7 @@ def test_what_is_there_already_takes_no_time() -> None:
 
 def test_the_exact_method_is_named_where_it_would_cost_less_than_twice() -> None:
     note = planned(landmarks={"count": 1500})["note"]
-    assert note.startswith("method exact_influence would cost 0.9 times the operations of this job")
+    assert note.startswith("method exact_influence would cost 0.8 times the operations of this job")
     assert planned(landmarks={"count": 64}, validate=False, embedding={"kind": "hidden"}, refine=0)["note"] is None
     assert planned(method="exact_influence")["note"] is None
     assert planned(method="rds_plus")["note"] is None

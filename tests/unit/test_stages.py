@@ -190,10 +190,11 @@ class TestMinFidelity:
         assert any("exact gradients of all 40 usable samples cost no more" in note for note in ran.summary["notes"])
 
     def test_where_it_is_met_nothing_grows(self, job: Job) -> None:
-        easy = job(gradient=WHOLE, landmarks={"count": 30}, refine=0.1)
+        uniform = {"count": 30, "choice": "uniform"}
+        easy = job(gradient=WHOLE, landmarks=uniform, refine=0.1)
         reached = easy.summary["fidelity"]["mean_spearman"]
         assert reached > 0.05, "choose another seed: this one shows nothing"
-        ran = job(gradient=WHOLE, landmarks={"count": 30}, refine=0.1, min_fidelity=reached - 0.01)
+        ran = job(gradient=WHOLE, landmarks=uniform, refine=0.1, min_fidelity=reached - 0.01)
         assert ran.keys(Stage.LANDMARK_GRADIENTS) == easy.keys(Stage.LANDMARK_GRADIENTS)
         assert ran.arrays["exact"].sum() < POOL
         assert any("is met by 30 landmarks" in note for note in ran.summary["notes"])

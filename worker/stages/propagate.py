@@ -200,23 +200,29 @@ def _shortlist(
     landmarks: npt.NDArray[np.int64],
     speaking: npt.NDArray[np.int64],
 ) -> dict[str, Any] | None:
-    """The best by propagated influence that are not exact yet: their tokens as an artifact, cut into shards."""
+    """The best by propagated influence: their tokens as an artifact, cut into shards.
+
+    Landmarks are left out: exact influence spreads wider than the propagated one, so they would fill the list. For round robin
+    half of it is chosen by turns and half by the mean, which is predicted better than a single target's influence
+    (docs/decisions/0007-landmarks-and-embeddings.md).
+    """
     parameters = context.job.parameters
     if parameters["refine"] == 0:
         return None
     eligible = eligible_samples(context, [*spec["embeddings"], *gradient_keys(spec["landmarks"])])
-    size = min(
-        max(math.ceil(parameters["refine"] * context.prepared["usable"]), context.job.budget), int(eligible.sum())
-    )
+    eligible[landmarks] = False
+    wanted = max(math.ceil(parameters["refine"] * context.prepared["usable"]), context.job.budget)
+    size = min(wanted, int(eligible.sum()))
+    if not size:
+        return None
+    by_turns = np.empty(0, np.int64)
     with context.store.local(artifact_key) as path:
         P_nc = np.load(path, mmap_mode="r")
         if parameters["selection"] == "round_robin":
-            best = round_robin(columns(P_nc, speaking), size, seed=parameters["seed"], eligible=eligible)
-        else:
-            best = top_k(mean_influence(P_nc, speaking), size, eligible=eligible)
-    rows = np.setdiff1d(best, landmarks)
-    if not len(rows):
-        return None
+            by_turns = round_robin(columns(P_nc, speaking), size // 2, seed=parameters["seed"], eligible=eligible)
+            eligible[by_turns] = False
+        by_mean = top_k(mean_influence(P_nc, speaking), size - len(by_turns), eligible=eligible)
+    rows = np.sort(np.concatenate([by_turns, by_mean]))
     tokens = data.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
     lengths = data.read_counts(context.store, tokens).length
     return {"tokens": tokens, "count": len(rows), "shards": keys.gradient_shards(lengths)}
