@@ -1,10 +1,12 @@
 """Jobs from the request to the result: the real API, PostgreSQL and broker, and real Celery workers with their children."""
 
+import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_file
+from safetensors.torch import save_file
 from sqlalchemy import select
 from tiny import pool_rows, save_model, target_rows
 from worker_world import Json, Worker, World, is_running, stage, until
@@ -19,8 +24,10 @@ from worker_world import Json, Worker, World, is_running, stage, until
 from service.datasets.storage import Sample
 from service.jobs import ledger
 from service.jobs.ledger import Claim
-from service.jobs.schemas import Parameters
+from service.jobs.parameters import Parameters
+from service.jobs.state import Stage
 from service.jobs.tables import SelectionJob
+from service.jobs.tables import Worker as WorkerRow
 from service.settings import WorkerSettings
 from worker.compute import Compute
 from worker.data import tokenise
@@ -31,7 +38,8 @@ from worker.stages.plan import JobInputs
 from worker.units import job_inputs, unit_message
 
 MODEL = "tiny-llama"
-POOL, LANDMARKS, BUDGET = 1_300, 300, 40  # landmarks from more than one row group of the pool's tokens
+POOL, LANDMARKS = 1_100, 150  # landmarks from more than one row group of the pool's tokens
+SMALL, TARGET, BUDGET = 60, 16, 40
 PARAMETERS: Json = {
     "landmarks": {"count": LANDMARKS},
     "embedding": {"blocks": 2},
@@ -39,7 +47,10 @@ PARAMETERS: Json = {
     "dtype": "float32",
     "max_length": 128,
 }
-SLOW = {"token_budget": "128"}  # a few samples a batch: the stages last seconds
+# Of the jobs that are interrupted, in the one stage that is waited for.
+QUICK: Json = {"embedding": {"kind": "hidden", "blocks": 2}, "refine": 0, "validate": False}
+LONG = {"samples": SMALL, "epochs": 20, "batch_size": 2, "learning_rate": 1e-4}
+SLOW = {"token_budget": "64"}  # a few samples a batch: the stages last seconds
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,8 +76,13 @@ def pool(world: World) -> str:
 
 
 @pytest.fixture(scope="module")
+def small(world: World) -> str:
+    return world.upload(pool_rows(SMALL))
+
+
+@pytest.fixture(scope="module")
 def target(world: World) -> str:
-    return world.upload(target_rows(6, "python_function"))
+    return world.upload(target_rows(TARGET, "python_function"))
 
 
 class Shared:
@@ -103,9 +119,9 @@ def worker(shared: Shared) -> Worker:
 
 @pytest.fixture(scope="module")
 def job_id(world: World, shared: Shared, pool: str, target: str) -> str:
-    """A job that has succeeded."""
+    """A job of the default method that has succeeded."""
     shared.running()
-    job_id = post(world, pool, target, selection="weighted")
+    job_id = post(world, pool, target)
     world.succeeded(job_id)
     return job_id
 
@@ -132,8 +148,9 @@ def reference(world: World, job_id: str, folder: Path) -> dict[str, np.ndarray]:
         job = job_inputs(session, session.get_one(SelectionJob, job_id))
     settings = WorkerSettings(device="cpu", threads=1)
     compute = Compute(artifacts=str(folder), models=world.folder / "models", settings=settings)
-    arrays: dict[str, np.ndarray] = LocalJob(compute, job, Progress(disable=True)).run(POOL)["arrays"]
-    return arrays
+    done = LocalJob(compute, job, Progress(disable=True)).run(POOL)
+    with compute.store.local(done[Stage.SELECT][0].artifact_key) as path:
+        return dict(load_file(path))
 
 
 def same_selection(world: World, job_id: str, arrays: dict[str, np.ndarray]) -> None:
@@ -158,10 +175,42 @@ class TestJob:
             assert row["id"] == f"row-{row['index']}"
         assert sum(source["selected"] for source in summary["sources"].values()) == BUDGET
 
-    def test_exact_rows_are_the_landmarks(self, world: World, job_id: str, weights: list[Json]) -> None:
-        exact = [row["index"] for row in weights if row["exact"]]
-        assert len(exact) == LANDMARKS
-        assert exact == world.get(f"{job_id}/provenance")["record"]["landmarks"]
+    def test_exact_rows_are_the_landmarks_and_the_shortlist(
+        self, world: World, job_id: str, weights: list[Json]
+    ) -> None:
+        exact, summary = {row["index"] for row in weights if row["exact"]}, world.get(f"{job_id}/results")
+        landmarks = world.get(f"{job_id}/provenance")["record"]["landmarks"]
+        assert len(landmarks) == summary["landmark_count"] == LANDMARKS
+        assert exact >= set(landmarks)
+        assert len(exact) == LANDMARKS + summary["refined_count"]
+        assert exact >= {row["index"] for row in world.selected(job_id)}
+
+    def test_the_summary_says_how_far_to_trust_it(self, world: World, job_id: str) -> None:
+        summary = world.get(f"{job_id}/results")
+        assert -1 <= summary["fidelity"]["mean_spearman"] <= 1
+        assert len(summary["fidelity"]["spearman"]) == TARGET
+        assert {entry["kind"] for entry in summary["embedding"]["candidates"]} == {"hidden", "jvp"}
+        assert sum(entry["chosen"] for entry in summary["embedding"]["candidates"]) == 1
+        validation = summary["validation"]
+        assert validation["held_out"]["targets"] == TARGET // 2
+        assert validation["selection"]["measured"] < 0
+        assert validation["sentence"] in summary["sentences"]
+        assert summary["nonfinite"] == {name: {"count": 0, "samples": []} for name in ("pool", "target")}
+        assert summary["notes"] == []
+        assert [one["stage"] for one in summary["stages"]] == [
+            *("prepare", "landmark_gradients", "target_gradients", "candidates", "choose_embedding"),
+            *("embed", "propagate", "refine", "select", "validate"),
+        ]
+
+    def test_the_plan_is_told_twice_and_the_worker_has_measured_itself(
+        self, world: World, job_id: str, worker: Worker
+    ) -> None:
+        first, second = world.events(job_id, "job.planned")
+        assert (first["estimated"], second["estimated"]) == (True, False)
+        assert second["tokens"]["pool"] == world.get(f"{job_id}/results")["pool"]["tokens"]
+        with world.sessions() as session:
+            rows = {row.worker_id.rpartition(":")[2]: row for row in session.scalars(select(WorkerRow))}
+        assert min(rows[str(worker.pid)].matmul_rates.values()) > 0
 
     def test_exact_influence_is_the_cosine_of_exact_gradients(self, world: World, weights: list[Json]) -> None:
         """Computed here from the uploaded rows, by way of neither artifacts nor shards."""
@@ -183,7 +232,7 @@ class TestJob:
         exact = [row for row in weights if row["exact"]]
         rows = pool_rows(POOL)
         expected = cosine_influence(
-            gradients([rows[row["index"]] for row in exact]), gradients(target_rows(6, "python_function"))
+            gradients([rows[row["index"]] for row in exact]), gradients(target_rows(TARGET, "python_function"))
         ).mean(dim=1)
         assert [row["influence"] for row in exact] == pytest.approx(expected.tolist(), abs=1e-5)
         assert expected.std() > 1e-3
@@ -194,15 +243,15 @@ class TestJob:
         same_selection(world, job_id, reference(world, job_id, tmp_path))
 
     def test_the_same_job_again_gives_the_same_bits(self, world: World, job_id: str, pool: str, target: str) -> None:
-        again = post(world, pool, target, selection="weighted")
+        again = post(world, pool, target)
         job = world.succeeded(again)
         assert world.selected(again) == world.selected(job_id)
         assert world.get(f"{again}/provenance")["weights_root"] == world.get(f"{job_id}/provenance")["weights_root"]
         assert all(s["units_reused"] == s["units"] for s in job["stages"] if s["stage"] not in ("prepare", "publish"))
 
     def test_another_target_pays_for_the_target_alone(self, world: World, job_id: str, pool: str) -> None:
-        job = world.succeeded(post(world, pool, world.upload(target_rows(5, "polite_email")), selection="weighted"))
-        for name, all_reused in (("embed", True), ("landmark_gradients", True), ("target_gradients", False)):
+        job = world.succeeded(post(world, pool, world.upload(target_rows(5, "polite_email"))))
+        for name, all_reused in (("candidates", True), ("landmark_gradients", True), ("target_gradients", False)):
             report = stage(job, name)
             assert report is not None
             assert (report["units_reused"] == report["units"]) is all_reused
@@ -213,6 +262,56 @@ class TestJob:
         assert len([u for u in units if u["stage"] == "embed"]) > 1
         assert {u["attempt"] for u in units} == {1}
         assert {u["worker"].rpartition(":")[2] for u in units} == {str(worker.pid)}
+
+
+@pytest.mark.usefixtures("worker")
+class TestMethods:
+    """Each of the others once, on a small pool; what it computes is for the tests of the stages."""
+
+    @pytest.mark.parametrize("method", ["exact_influence", "rds_plus", "random"])
+    def test_one_that_approximates_nothing(self, world: World, small: str, target: str, method: str) -> None:
+        request = {"model": MODEL, "pool": small, "target": target, "budget": 7, "max_length": 128}
+        job = world.succeeded(world.post(**request, method=method))
+        summary, record = world.get(f"{job['id']}/results"), world.get(f"{job['id']}/provenance")["record"]
+        assert summary["selected_count"] == 7
+        assert summary["fidelity"] is None
+        assert summary["validation"]["sentence"]
+        assert record["landmarks"] == ("all" if method == "exact_influence" else [])
+        exported = world.client.get(f"/v1/selection-jobs/{job['id']}/export", params={"format": "csv"})
+        assert len(exported.text.splitlines()) == SMALL + 1
+
+    def test_a_warm_up_and_second_order_weights(self, world: World, small: str, target: str, tmp_path: Path) -> None:
+        request = {
+            "warmup": {"samples": 32, "batch_size": 4, "epochs": 2, "learning_rate": 1e-3},
+            "optimizer": {"type": "adamw"},
+            "selection": "weighted",
+            "curvature": {"type": "fisher"},
+            "landmarks": {"count": 20},
+        }
+        job = world.succeeded(post(world, small, target, **{"budget": 7, **request}))
+        assert len(world.events(job["id"], "job.planned")) == 2
+        steps = world.events(job["id"], "warmup.step")
+        assert steps[-1]["step"] == steps[-1]["steps"] == 16
+        assert steps[0]["stage"] == "warmup"
+        assert all(2 < step["loss"] < 20 for step in steps)
+        summary = world.get(f"{job['id']}/results")
+        assert summary["warmup"]["loss_last"] < summary["warmup"]["loss_first"]
+        assert summary["solution"]["kkt_residual"] < 1e-8
+        same_selection(world, job["id"], reference(world, job["id"], tmp_path))
+
+    def test_a_sample_without_a_finite_gradient_is_named(self, world: World, target: str) -> None:
+        folder = save_model(world.folder / "models" / "broken")
+        tensors = torch_file(folder / "model.safetensors")
+        token = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]["~"]
+        tensors["model.embed_tokens.weight"][token] = float("nan")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        rows = json.loads(json.dumps(pool_rows(110)).replace("~", "-"))
+        rows[7]["messages"][-1]["content"] += " ~ ~"
+        request = {"model": "broken", "target": target, "budget": 7, "max_length": 128, "method": "exact_influence"}
+        job = world.succeeded(world.post(**request, pool=world.upload(rows)))
+        named = world.get(f"{job['id']}/results")["nonfinite"]
+        assert named["pool"] == {"count": 1, "samples": [{"index": 7, "id": "row-7"}]}
+        assert named["target"]["count"] == 0
 
 
 @pytest.mark.usefixtures("worker")
@@ -238,7 +337,7 @@ class TestFailures:
     def test_data_without_replies(self, world: World, pool: str, target: str) -> None:
         bare = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         save_model(world.folder / "models" / "bare", template=bare)
-        silent = target_rows(6, "python_function")
+        silent = target_rows(TARGET, "python_function")
         for row in silent:
             row["messages"][-1]["content"] = ""
         quiet = world.upload(silent)
@@ -270,19 +369,74 @@ class TestInterruptions:
         self, world: World, worker: Worker, target: str
     ) -> None:
         large = world.upload(pool_rows(8_000))
-        job_id = post(world, large, target, seed=1)
+        job_id = post(world, large, target, seed=1, **QUICK)
         world.computing(job_id)
         child = worker.child()
         answer = world.client.post(f"/v1/selection-jobs/{job_id}/cancel").json()
         assert answer["status"] in ("cancelling", "cancelled")
         assert world.ended(job_id)["status"] == "cancelled"
-        world.succeeded(post(world, world.upload(pool_rows(30)), target, budget=3, seed=1))
+        world.succeeded(post(world, world.upload(pool_rows(30)), target, budget=3, seed=1, **QUICK))
         assert worker.child() == child  # it stopped at its next batch, and is kept
+
+    def test_a_warm_up_is_cancelled_between_its_steps(
+        self, world: World, worker: Worker, small: str, target: str
+    ) -> None:
+        job_id = post(world, small, target, landmarks={"count": 20}, warmup=LONG, **QUICK)
+        until("a step", lambda: world.events(job_id, "warmup.step"))
+        child = worker.child()
+        world.client.post(f"/v1/selection-jobs/{job_id}/cancel")
+        assert world.ended(job_id)["status"] == "cancelled"
+        assert world.events(job_id, "warmup.step")[-1]["step"] < world.events(job_id, "warmup.step")[0]["steps"]
+        world.succeeded(post(world, small, target, landmarks={"count": 20}, budget=3, seed=8, **QUICK))
+        assert worker.child() == child
+
+    def test_a_worker_killed_in_a_warm_up_costs_the_unit_and_changes_nothing(
+        self, world: World, shared: Shared, small: str, target: str, tmp_path: Path
+    ) -> None:
+        shared.stop()
+        with world.worker("trainer") as trainer:
+            job_id = post(world, small, target, landmarks={"count": 20}, warmup={**LONG, "epochs": 6}, seed=9, **QUICK)
+            until("a step", lambda: world.events(job_id, "warmup.step"))
+            trainer.kill()
+        with world.worker("successor"):
+            world.succeeded(job_id)
+        failures = world.events(job_id, "unit.attempt_failed")
+        assert [(f["stage"], f["error"]["code"]) for f in failures] == [("warmup", "lease_expired")]
+        same_selection(world, job_id, reference(world, job_id, tmp_path))
+
+    def test_one_two_and_five_workers_select_the_same(self, world: World, shared: Shared, target: str) -> None:
+        """METHOD 9, point 7. Between the runs all that was computed is deleted."""
+        shared.stop()
+        pool = world.upload(pool_rows(700))
+        found = []
+        with ExitStack() as running:
+            for more in (1, 1, 3):
+                for _ in range(more):
+                    running.enter_context(
+                        world.worker(f"of-five-{len(found)}-{time.monotonic_ns()}", token_budget="256")
+                    )
+                job = world.succeeded(
+                    post(
+                        world,
+                        pool,
+                        target,
+                        seed=10,
+                        landmarks={"count": 100},
+                        embedding={"kind": "hidden", "blocks": 2},
+                    )
+                )
+                provenance = world.get(f"{job['id']}/provenance")
+                assert not any(unit["reused"] for unit in provenance["record"]["units"])
+                workers = {unit["worker"] for unit in provenance["record"]["units"]}
+                found.append((provenance["weights_root"], world.selected(job["id"]), len(workers)))
+                world.forget(job["id"])
+        assert found[0][:2] == found[1][:2] == found[2][:2]
+        assert found[2][2] > 1
 
     def test_a_killed_child_is_an_attempt_that_failed(
         self, world: World, worker: Worker, pool: str, target: str
     ) -> None:
-        job_id = post(world, pool, target, seed=2)
+        job_id = post(world, pool, target, seed=2, **{**QUICK, "embedding": {"kind": "jvp", "blocks": 2}})
 
         def child_at_work() -> int | None:
             job = world.get(job_id)
@@ -298,7 +452,7 @@ class TestInterruptions:
     ) -> None:
         shared.stop()
         with world.worker("killed", **SLOW) as killed:
-            job_id = post(world, pool, target, seed=3)
+            job_id = post(world, pool, target, seed=3, **QUICK)
             world.computing(job_id)
             orphan = killed.child()
             assert orphan is not None
@@ -317,7 +471,7 @@ class TestInterruptions:
     ) -> None:
         shared.stop()
         with world.worker("ending", **SLOW) as ending:
-            job_id = post(world, pool, target, seed=4)
+            job_id = post(world, pool, target, seed=4, **QUICK)
             world.computing(job_id)
             child = ending.child()
             assert child is not None
@@ -367,9 +521,11 @@ class TestHalving:
             artifacts=str(tmp_path), models=tmp_path, settings=WorkerSettings(device="cpu", token_budget=1024)
         )
         budgets: list[int] = []
-        monkeypatch.setattr("worker.stages.embed.run", lambda context, *_: budgets.append(context.token_budget) or {})
+        monkeypatch.setattr(
+            "worker.stages.embed.run", lambda context, *_, **__: budgets.append(context.token_budget) or {}
+        )
         job = JobInputs(model={}, pool="", target="", budget=1, parameters=Parameters().model_dump(mode="json"))
         for halvings in (0, 1, 2, 30):
             unit = {"stage": "embed", "artifact_key": "a", "spec": {}, "job": job.as_dict(), "prepared": {}}
-            compute.run({**unit, "halvings": halvings}, lambda _: None)
+            compute.run({**unit, "halvings": halvings}, lambda _: None, lambda *_: None)
         assert budgets == [1024, 512, 256, 1]

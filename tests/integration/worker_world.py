@@ -171,22 +171,30 @@ class World:
         assert job["status"] == "succeeded", job["error"]
         return job
 
-    def computing(self, job_id: str) -> Json:
-        """The job, once a unit of embed has told of progress and goes on."""
+    def computing(self, job_id: str, name: str = "embed") -> Json:
+        """The job, once a unit of the stage has told of progress and goes on."""
 
         def midway() -> Json | None:
             job = self.get(job_id)
             assert job["status"] in ("queued", "running"), job
-            embed = stage(job, "embed")
-            return job if embed is not None and 0 < embed["done"] < embed["total"] else None
+            report = stage(job, name)
+            return job if report is not None and 0 < report["done"] < report["total"] else None
 
         return dict(until(f"{job_id} computing", midway))
 
     def selected(self, job_id: str) -> list[Json]:
         return list(self.get(f"{job_id}/selected", limit=1000)["data"])
 
-    def events(self, job_id: str) -> list[Json]:
-        return list(self.get(f"{job_id}/events", limit=1000)["data"])
+    def events(self, job_id: str, kind: str | None = None) -> list[Json]:
+        """All events of the job, or the data of those of one kind."""
+        found = list(self.get(f"{job_id}/events", limit=1000)["data"])
+        return found if kind is None else [event["data"] for event in found if event["type"] == kind]
+
+    def forget(self, job_id: str) -> None:
+        """Deletes what the job's units have left in the store, so that the same job computes all of it again."""
+        for unit in self.get(f"{job_id}/provenance")["record"]["units"]:
+            for key in (unit["artifact"], f"{unit['artifact']}.json"):
+                self.store.delete(key)
 
 
 def stage(job: Json, name: str) -> Json | None:
