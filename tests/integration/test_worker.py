@@ -1,56 +1,40 @@
 """Jobs from the request to the result: the real API, PostgreSQL and broker, and real Celery workers with their children."""
 
 import json
-import os
 import shutil
-import signal
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
-from safetensors.numpy import load_file
 from safetensors.torch import load_file as torch_file
 from safetensors.torch import save_file
 from sqlalchemy import select
 from tiny import pool_rows, save_model, target_rows
-from worker_world import Json, Worker, World, is_running, stage, until
+from worker_world import (
+    BUDGET,
+    LANDMARKS,
+    MODEL,
+    POOL,
+    SMALL,
+    TARGET,
+    Json,
+    Shared,
+    Worker,
+    World,
+    post,
+    reference,
+    same_selection,
+    stage,
+)
 
 from service.datasets.storage import Sample
-from service.jobs import ledger
-from service.jobs.ledger import Claim
-from service.jobs.parameters import Parameters
-from service.jobs.state import Stage
-from service.jobs.tables import SelectionJob
 from service.jobs.tables import Worker as WorkerRow
-from service.settings import WorkerSettings
-from worker.compute import Compute
 from worker.data import tokenise
 from worker.influence import FactoredProjection, Samples, cosine_influence, per_sample_gradients
-from worker.inprocess import LocalJob
 from worker.models import find, load_model, load_tokenizer
-from worker.stages.plan import JobInputs
-from worker.units import job_inputs, unit_message
-
-MODEL = "tiny-llama"
-POOL, LANDMARKS = 1_100, 150  # landmarks from more than one row group of the pool's tokens
-SMALL, TARGET, BUDGET = 60, 16, 40
-PARAMETERS: Json = {
-    "landmarks": {"count": LANDMARKS},
-    "embedding": {"blocks": 2},
-    "gradient": {"projection_dim": 1024},
-    "dtype": "float32",
-    "max_length": 128,
-}
-# Of the jobs that are interrupted, in the one stage that is waited for.
-QUICK: Json = {"embedding": {"kind": "hidden", "blocks": 2}, "refine": 0, "validate": False}
-LONG = {"samples": SMALL, "epochs": 20, "batch_size": 2, "learning_rate": 1e-4}
-SLOW = {"token_budget": "64"}  # a few samples a batch: the stages last seconds
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -85,26 +69,6 @@ def target(world: World) -> str:
     return world.upload(target_rows(TARGET, "python_function"))
 
 
-class Shared:
-    """The worker of all tests that leave it alive; the others stop it, and who needs it next starts another."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._worker: Worker | None = None
-        self._count = 0
-
-    def running(self) -> Worker:
-        if self._worker is None:
-            self._count += 1
-            self._worker = Worker(self._world.settings, self._world.folder / f"shared{self._count}.log")
-        return self._worker
-
-    def stop(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None
-
-
 @pytest.fixture(scope="module")
 def shared(world: World) -> Iterator[Shared]:
     started = Shared(world)
@@ -135,28 +99,6 @@ def weights(world: World, job_id: str) -> list[Json]:
         rows += page["data"]
         assert page["has_more"] == (len(rows) < POOL)
     return rows
-
-
-def post(world: World, pool: str, target: str, **changes: Any) -> str:
-    return world.post(**{"model": MODEL, "pool": pool, "target": target, "budget": BUDGET, **PARAMETERS, **changes})
-
-
-def reference(world: World, job_id: str, folder: Path) -> dict[str, np.ndarray]:
-    """The same job in this process, with a store of its own that holds the datasets only."""
-    shutil.copytree(world.folder / "store" / "datasets", folder / "datasets")
-    with world.sessions() as session:
-        job = job_inputs(session, session.get_one(SelectionJob, job_id))
-    settings = WorkerSettings(device="cpu", threads=1)
-    compute = Compute(artifacts=str(folder), models=world.folder / "models", settings=settings)
-    done = LocalJob(compute, job, Progress(disable=True)).run(POOL)
-    with compute.store.local(done[Stage.SELECT][0].artifact_key) as path:
-        return dict(load_file(path))
-
-
-def same_selection(world: World, job_id: str, arrays: dict[str, np.ndarray]) -> None:
-    found = world.selected(job_id)
-    assert [row["index"] for row in found] == arrays["selected"].tolist()
-    assert [row["weight"] for row in found] == pytest.approx(arrays["weight"][arrays["selected"]], abs=1e-4)
 
 
 @pytest.mark.usefixtures("worker")
@@ -360,172 +302,3 @@ class TestFailures:
         error = self.failed(world, model="rewriting", pool=world.upload(rows), target=world.upload(rows[:1]), budget=1)
         assert error["code"] == "data_not_usable"
         assert "'n1'" in error["detail"]
-
-
-class TestInterruptions:
-    """Each with a seed of its own, so that nothing of another job is reused, and small batches, so that it lasts."""
-
-    def test_a_cancelled_job_stops_and_its_worker_does_the_next(
-        self, world: World, worker: Worker, target: str
-    ) -> None:
-        large = world.upload(pool_rows(8_000))
-        job_id = post(world, large, target, seed=1, **QUICK)
-        world.computing(job_id)
-        child = worker.child()
-        answer = world.client.post(f"/v1/selection-jobs/{job_id}/cancel").json()
-        assert answer["status"] in ("cancelling", "cancelled")
-        assert world.ended(job_id)["status"] == "cancelled"
-        world.succeeded(post(world, world.upload(pool_rows(30)), target, budget=3, seed=1, **QUICK))
-        assert worker.child() == child  # it stopped at its next batch, and is kept
-
-    def test_a_warm_up_is_cancelled_between_its_steps(
-        self, world: World, worker: Worker, small: str, target: str
-    ) -> None:
-        job_id = post(world, small, target, landmarks={"count": 20}, warmup=LONG, **QUICK)
-        until("a step", lambda: world.events(job_id, "warmup.step"))
-        child = worker.child()
-        world.client.post(f"/v1/selection-jobs/{job_id}/cancel")
-        assert world.ended(job_id)["status"] == "cancelled"
-        assert world.events(job_id, "warmup.step")[-1]["step"] < world.events(job_id, "warmup.step")[0]["steps"]
-        world.succeeded(post(world, small, target, landmarks={"count": 20}, budget=3, seed=8, **QUICK))
-        assert worker.child() == child
-
-    def test_a_worker_killed_in_a_warm_up_costs_the_unit_and_changes_nothing(
-        self, world: World, shared: Shared, small: str, target: str, tmp_path: Path
-    ) -> None:
-        shared.stop()
-        with world.worker("trainer") as trainer:
-            job_id = post(world, small, target, landmarks={"count": 20}, warmup={**LONG, "epochs": 6}, seed=9, **QUICK)
-            until("a step", lambda: world.events(job_id, "warmup.step"))
-            trainer.kill()
-        with world.worker("successor"):
-            world.succeeded(job_id)
-        failures = world.events(job_id, "unit.attempt_failed")
-        assert [(f["stage"], f["error"]["code"]) for f in failures] == [("warmup", "lease_expired")]
-        same_selection(world, job_id, reference(world, job_id, tmp_path))
-
-    def test_one_two_and_five_workers_select_the_same(self, world: World, shared: Shared, target: str) -> None:
-        """METHOD 9, point 7. Between the runs all that was computed is deleted."""
-        shared.stop()
-        pool = world.upload(pool_rows(700))
-        found = []
-        with ExitStack() as running:
-            for more in (1, 1, 3):
-                for _ in range(more):
-                    running.enter_context(
-                        world.worker(f"of-five-{len(found)}-{time.monotonic_ns()}", token_budget="256")
-                    )
-                job = world.succeeded(
-                    post(
-                        world,
-                        pool,
-                        target,
-                        seed=10,
-                        landmarks={"count": 100},
-                        embedding={"kind": "hidden", "blocks": 2},
-                    )
-                )
-                provenance = world.get(f"{job['id']}/provenance")
-                assert not any(unit["reused"] for unit in provenance["record"]["units"])
-                workers = {unit["worker"] for unit in provenance["record"]["units"]}
-                found.append((provenance["weights_root"], world.selected(job["id"]), len(workers)))
-                world.forget(job["id"])
-        assert found[0][:2] == found[1][:2] == found[2][:2]
-        assert found[2][2] > 1
-
-    def test_a_killed_child_is_an_attempt_that_failed(
-        self, world: World, worker: Worker, pool: str, target: str
-    ) -> None:
-        job_id = post(world, pool, target, seed=2, **{**QUICK, "embedding": {"kind": "jvp", "blocks": 2}})
-
-        def child_at_work() -> int | None:
-            job = world.get(job_id)
-            return worker.child() if stage(job, "embed") is not None and job["phase"] == "embed" else None
-
-        os.kill(until("a child at work", child_at_work), signal.SIGKILL)
-        world.succeeded(job_id)
-        failures = [e["data"] for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
-        assert [(f["error"]["code"], f["retried"]) for f in failures] == [("compute_died", True)]
-
-    def test_a_killed_worker_is_replaced_and_two_share_a_job(
-        self, world: World, shared: Shared, pool: str, target: str, tmp_path: Path
-    ) -> None:
-        shared.stop()
-        with world.worker("killed", **SLOW) as killed:
-            job_id = post(world, pool, target, seed=3, **QUICK)
-            world.computing(job_id)
-            orphan = killed.child()
-            assert orphan is not None
-            killed.kill()
-        until("the child is gone with its worker", lambda: not is_running(orphan), 30)
-        with world.worker("first", **SLOW), world.worker("second", **SLOW):
-            world.succeeded(job_id)
-        same_selection(world, job_id, reference(world, job_id, tmp_path))
-        failures = [e["data"]["error"]["code"] for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
-        assert failures == ["lease_expired"]
-        workers = {unit["worker"] for unit in world.get(f"{job_id}/provenance")["record"]["units"]}
-        assert len(workers) >= 2
-
-    def test_a_worker_that_is_to_end_gives_its_unit_back(
-        self, world: World, shared: Shared, pool: str, target: str, tmp_path: Path
-    ) -> None:
-        shared.stop()
-        with world.worker("ending", **SLOW) as ending:
-            job_id = post(world, pool, target, seed=4, **QUICK)
-            world.computing(job_id)
-            child = ending.child()
-            assert child is not None
-            started = time.monotonic()
-            assert ending.terminate() == 0
-            assert time.monotonic() - started < 20
-        assert not is_running(child)
-        assert [e["data"]["stage"] for e in world.events(job_id) if e["type"] == "unit.released"] == ["embed"]
-        with world.worker("next"):
-            world.succeeded(job_id)
-        same_selection(world, job_id, reference(world, job_id, tmp_path))
-        assert not [e for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
-
-
-class TestHalving:
-    """What the child is told after a failure; no worker runs in this world."""
-
-    @pytest.fixture
-    def still(
-        self, tmp_path: Path, postgres_url: str, broker_url: str, tiny_llama: Path, request: pytest.FixtureRequest
-    ) -> Iterator[World]:
-        number = 2 + ["compute_died", "out_of_memory", "internal_error"].index(request.node.callspec.params["code"])
-        with World.made(tmp_path, postgres_url, broker_url, number=number) as made:
-            shutil.copytree(tiny_llama, made.folder / "models" / MODEL)
-            yield made
-
-    @pytest.mark.parametrize(
-        ("code", "halvings"), [("compute_died", [0, 1, 2]), ("out_of_memory", [0, 1, 2]), ("internal_error", [0, 0, 0])]
-    )
-    def test_batches_are_halved_where_memory_ran_out(self, still: World, code: str, halvings: list[int]) -> None:
-        post(still, still.upload(pool_rows(50)), still.upload(target_rows(2, "polite_email")))
-        told = []
-        for _ in range(3):
-            with still.sessions.begin() as session:
-                claim = ledger.claim_unit(session, worker_id="test", lease_seconds=60)
-                assert isinstance(claim, Claim)
-            with still.sessions.begin() as session:
-                told.append(unit_message(session, claim)["halvings"])
-                error = {"code": code, "detail": "x"}
-                ledger.fail_unit(session, claim, error, retryable=True, max_attempts=3)
-        assert told == halvings
-        with still.sessions() as session:
-            assert session.scalars(select(SelectionJob.status)).one() == "failed"
-
-    def test_a_halved_budget_reaches_the_stage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        compute = Compute(
-            artifacts=str(tmp_path), models=tmp_path, settings=WorkerSettings(device="cpu", token_budget=1024)
-        )
-        budgets: list[int] = []
-        monkeypatch.setattr(
-            "worker.stages.embed.run", lambda context, *_, **__: budgets.append(context.token_budget) or {}
-        )
-        job = JobInputs(model={}, pool="", target="", budget=1, parameters=Parameters().model_dump(mode="json"))
-        for halvings in (0, 1, 2, 30):
-            unit = {"stage": "embed", "artifact_key": "a", "spec": {}, "job": job.as_dict(), "prepared": {}}
-            compute.run({**unit, "halvings": halvings}, lambda _: None, lambda *_: None)
-        assert budgets == [1024, 512, 256, 1]

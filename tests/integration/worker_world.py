@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,21 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+import numpy as np
 import psutil
 import psycopg
+import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
+from rich.progress import Progress
+from safetensors.numpy import load_file
 from sqlalchemy.engine import make_url
 
 from service.app import create_app
 from service.artifacts import ArtifactStore
 from service.database import Sessions
+from service.jobs.state import Stage
+from service.jobs.tables import SelectionJob
 from service.schema import upgrade
 from service.settings import (
     ApiSettings,
@@ -30,8 +37,12 @@ from service.settings import (
     DatabaseSettings,
     LedgerSettings,
     ModelSettings,
+    WorkerSettings,
 )
 from service.tenants.service import create_key
+from worker.compute import Compute
+from worker.inprocess import LocalJob
+from worker.units import job_inputs
 
 Json = dict[str, Any]
 
@@ -39,6 +50,17 @@ SECRET = "integration-tests-only-0123456789abcdef"
 # A lease so short that a killed worker's unit comes back within the test; a busy machine still beats in time.
 LEDGER = LedgerSettings(lease_seconds=6, beat_seconds=0.5, sweep_seconds=0.5)
 PATIENCE = 180.0
+
+MODEL = "tiny-llama"
+POOL, LANDMARKS = 1_100, 150  # landmarks from more than one row group of the pool's tokens
+SMALL, TARGET, BUDGET = 60, 16, 40
+PARAMETERS: Json = {
+    "landmarks": {"count": LANDMARKS},
+    "embedding": {"blocks": 2},
+    "gradient": {"projection_dim": 1024},
+    "dtype": "float32",
+    "max_length": 128,
+}
 
 
 def until(what: str, condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -199,3 +221,45 @@ class World:
 
 def stage(job: Json, name: str) -> Json | None:
     return next((stage for stage in job["stages"] if stage["stage"] == name), None)
+
+
+class Shared:
+    """The worker of all tests that leave it alive; the others stop it, and who needs it next starts another."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._worker: Worker | None = None
+        self._count = 0
+
+    def running(self) -> Worker:
+        if self._worker is None:
+            self._count += 1
+            self._worker = Worker(self._world.settings, self._world.folder / f"shared{self._count}.log")
+        return self._worker
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
+
+
+def post(world: World, pool: str, target: str, **changes: Any) -> str:
+    return world.post(**{"model": MODEL, "pool": pool, "target": target, "budget": BUDGET, **PARAMETERS, **changes})
+
+
+def reference(world: World, job_id: str, folder: Path) -> dict[str, np.ndarray]:
+    """The same job in this process, with a store of its own that holds the datasets only."""
+    shutil.copytree(world.folder / "store" / "datasets", folder / "datasets")
+    with world.sessions() as session:
+        job = job_inputs(session, session.get_one(SelectionJob, job_id))
+    settings = WorkerSettings(device="cpu", threads=1)
+    compute = Compute(artifacts=str(folder), models=world.folder / "models", settings=settings)
+    done = LocalJob(compute, job, Progress(disable=True)).run(POOL)
+    with compute.store.local(done[Stage.SELECT][0].artifact_key) as path:
+        return dict(load_file(path))
+
+
+def same_selection(world: World, job_id: str, arrays: dict[str, np.ndarray]) -> None:
+    found = world.selected(job_id)
+    assert [row["index"] for row in found] == arrays["selected"].tolist()
+    assert [row["weight"] for row in found] == pytest.approx(arrays["weight"][arrays["selected"]], abs=1e-4)
