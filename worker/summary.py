@@ -23,7 +23,9 @@ def of_method(results: Results) -> dict[str, Any]:
         "kernel": {name: propagated.get(name) for name in ("sigma", "delta")},
         "embedding": {"chosen": chosen.get("chosen"), "candidates": chosen.get("candidates")},
         "scaling_error": next((r["scaling_error"] for r in _all(results, Stage.LANDMARK_GRADIENTS)), None),
-        "warmup": {name: warmup[name] for name in ("samples", "steps", "loss_first", "loss_last", "losses")} if warmup else None,
+        "warmup": {name: warmup[name] for name in ("samples", "steps", "loss_first", "loss_last", "losses")}
+        if warmup
+        else None,
         "solution": selected.get("solution"),
         "validation": _last(results, Stage.VALIDATE).get("validation"),
         "notes": [*prepared.get("notes", ()), *propagated.get("notes", ()), *_of_solver(selected.get("solution"))],
