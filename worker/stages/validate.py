@@ -1,7 +1,7 @@
 """Validate: what one optimiser step on the selection does to the target loss, beside one on random samples (METHOD 8).
 
 The step is the optimiser's true one, measured in float32. The half of the targets that is held out took no part in the choice of
-the selection that is measured on it.
+the selection that is measured on it; only what it was chosen among (the shortlist, the embedding) is of all targets.
 """
 
 from collections.abc import Sequence
