@@ -29,8 +29,9 @@ demo: $(INSTALLED)  ## the whole service on example data, in a few minutes; ARGS
 up: $(INSTALLED)  ## start the embedded stack and keep it running until Ctrl-C
 	@$(BIN)/winnow up $(ARGS)
 
+# Two files of tests at a time, and one thread for each process of theirs: on two cores more threads only wait for each other.
 test: $(INSTALLED)  ## all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)  ## style and types
 	@$(BIN)/ruff check .
