@@ -250,6 +250,28 @@ def test_nonfinite_samples_are_named():
     assert result.nonfinite.tolist() == affected
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_a_gradient_that_alone_is_not_finite_is_named_too(what):
+    model, samples = build("llama", torch.float32), ragged("..rr", "...rr", "..rr")
+    never = int(samples.input_ids[-1])  # gets no probability at all: the loss is infinite, its derivative is not
+    affected = [i for i in range(3) if never in samples.take(np.array([i])).input_ids[-2:]] if what == "loss" else [1]
+
+    def rule_out(module, args, output):
+        return output + torch.where(torch.arange(VOCAB) == never, -torch.inf, 0.0)
+
+    def explode(module, args, output):
+        scale = torch.where(torch.tensor(output.shape[1] == 4), torch.inf, 1.0)  # of the longer sample
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * scale)
+
+    hooked = (model.lm_head, rule_out) if what == "loss" else (model.model.layers[1].mlp.up_proj, explode)
+    handle = hooked[0].register_forward_hook(hooked[1])
+    found = per_sample_gradients(model, samples, projection=FactoredProjection(dim=192), token_budget=4)
+    handle.remove()
+    assert found.nonfinite.tolist() == affected
+    assert torch.nonzero(~torch.isfinite(found.loss)).flatten().tolist() == (affected if what == "loss" else [])
+
+
 @pytest.mark.parametrize("limit", [19, 6])
 def test_out_of_memory_halves_the_budget(limit):
     model, samples = build("gpt2"), ragged(*MIXED)

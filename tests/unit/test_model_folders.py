@@ -50,6 +50,14 @@ class TestFingerprint:
         assert before.fingerprint != after.fingerprint
         assert (before.tokenizer_fingerprint != after.tokenizer_fingerprint) == name.startswith("tokenizer")
 
+    def test_it_changes_with_the_optimisers_state(self, folder: Path) -> None:
+        found = [find(folder)]
+        for content in (b"state", b"state of another day"):
+            (folder / "optimizer.safetensors").write_bytes(content)
+            found.append(find(folder))
+        assert len({one.fingerprint for one in found}) == 3
+        assert not found[1].is_current, "a worker would go on with the state it has"
+
     def test_it_does_not_change_with_files_that_are_never_read(self, folder: Path) -> None:
         before = find(folder).fingerprint
         (folder / "README.md").write_text("hello")

@@ -224,6 +224,8 @@ def changed(before: JobInputs, after: JobInputs, **prepared: Any) -> set[str]:
 
 DECIDED = {"propagate", "refine", "select", "validate"}
 MEASURED = {"embed", "landmark_gradients", "target_gradients"}
+WARM = {"warmup": {"samples": 30, "lora": {}}}
+CURVED = {"optimizer": {"type": "adam"}, "selection": "weighted", "curvature": {"type": "ggn"}}
 
 
 class TestKeys:
@@ -277,6 +279,25 @@ class TestKeys:
         before, after = job(**NAMED), job(**NAMED)
         other = JobInputs(**{**after.as_dict(), "budget": 11})
         assert changed(before, other) == {"propagate", "select", "validate"}
+
+    @pytest.mark.parametrize(("job_of", "change", "stage"), [
+        (WARM, {"seed": 1}, Stage.WARMUP),
+        (WARM, {"quantization": "int8"}, Stage.WARMUP),
+        (WARM, {"warmup": {"samples": 30, "lora": {"rank": 2}}}, Stage.WARMUP),
+        (CURVED, {"optimizer": {"type": "adam", "weight_decay": 0.1}}, Stage.CURVATURE),
+        (CURVED, {"curvature": {"type": "hessian"}}, Stage.CURVATURE),
+        (CURVED, {"curvature": {"type": "ggn", "rank": 8}}, Stage.CURVATURE),
+        ({}, {"kernel": {"ridge": 1}}, Stage.CHOOSE_EMBEDDING),
+        ({}, {"gradient": {"normalize": False}}, Stage.CHOOSE_EMBEDDING),
+    ])  # fmt: skip
+    def test_what_is_made_once_a_job_has_all_that_it_depends_on_in_its_name(
+        self, job_of: dict[str, Any], change: dict[str, Any], stage: Stage
+    ) -> None:
+        assert stage in changed(job(**job_of), job(**{**job_of, **change}))
+
+    def test_a_warm_up_depends_on_what_it_trains(self) -> None:
+        for prepared in ({"dtype": "bfloat16"}, {"model_fingerprint": "other"}, {"pool_tokens": "tokens/other"}):
+            assert Stage.WARMUP in changed(job(**WARM), job(**WARM), **prepared)
 
     def test_the_code_of_a_stage_is_in_its_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = artifacts(job())
