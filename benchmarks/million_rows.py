@@ -26,7 +26,22 @@ from service.local import StackProcess
 
 console = Console(stderr=True)
 MODEL = "tiny"
-WORDS = ("red", "green", "blue", "one", "two", "three", "north", "south", "early", "late", "open", "shut", "warm", "cold")
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "north",
+    "south",
+    "early",
+    "late",
+    "open",
+    "shut",
+    "warm",
+    "cold",
+)
 
 
 def save_model(folder: Path) -> None:
