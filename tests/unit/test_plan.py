@@ -1,6 +1,7 @@
 """Which units a job has, wave after wave, and what the names of their artifacts depend on."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from service.jobs.ledger import UnitSpec
 from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
-from worker.stages import keys
+from worker.stages import keys, plan
 from worker.stages.plan import Done, JobInputs, next_units
 
 token_counts = st.lists(st.integers(0, 5_000), min_size=1, max_size=600).map(lambda counts: np.array(counts, np.int64))
@@ -310,6 +311,23 @@ class TestKeys:
             assert len(keys.code_version(stage)) == 64
         worker = Path(keys.__file__).parent.parent
         assert all((worker / source).exists() for sources in keys._SOURCES.values() for source in sources)
+
+    def test_the_sources_of_a_stage_hold_what_it_takes_of_others(self) -> None:
+        for stage, sources in keys._SOURCES.items():
+            for source in sources:
+                if not source.startswith("stages/"):
+                    continue
+                text = (Path(keys.__file__).parents[1] / source).read_text()
+                taken = set(re.findall(r"^from worker\.stages\.(\w+) import", text, re.MULTILINE))
+                for modules in re.findall(r"^from worker\.stages import (.+)$", text, re.MULTILINE):
+                    taken |= {module.split(" as ")[0] for module in modules.split(", ")}
+                lacking = {f"stages/{name}.py" for name in taken - {"context", "keys", "plan"}} - set(sources)
+                assert not lacking, f"{stage} uses {lacking} by {source}"
+
+    def test_the_size_of_a_validation_step_is_in_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = artifacts(job())
+        monkeypatch.setattr(plan, "VALIDATION_SAMPLES", 64)
+        assert artifacts(job())[Stage.VALIDATE] != before[Stage.VALIDATE]
 
     def test_chosen_rows_have_a_name_of_their_own(self) -> None:
         rows = np.array([1, 5, 9])

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from local_job import Ran, down_projections, gradients, in_turns, is_optimum, loss_of, run, unit
+from safetensors.numpy import load_file
 from tiny import pool_rows, target_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from service.jobs.state import Stage
-from worker.influence import Samples
+from worker.influence import Samples, weighted_selection
+from worker.stages.plan import VALIDATION_SAMPLES
 
 POOL, TARGET, BUDGET = 40, 18, 8
 WHOLE = {"projection_dim": None}
@@ -189,6 +191,17 @@ class TestMinFidelity:
         assert ran.selected == job(method="exact_influence", gradient=WHOLE).selected
         assert any("exact gradients of all 40 usable samples cost no more" in note for note in ran.summary["notes"])
 
+    @pytest.mark.parametrize("changes", [{"seed": 1}, {"landmarks": {"count": 6, "choice": "uniform"}}])
+    def test_each_seed_and_choice_grows_in_an_order_of_its_own(self, job: Job, changes: dict[str, Any]) -> None:
+        grown = {"gradient": WHOLE, "landmarks": {"count": 6}, "refine": 0.1, "min_fidelity": 0.999}
+        for ran in (job(**grown), job(**{**grown, **changes})):
+            assert ran.arrays["exact"].all(), "landmarks of several rounds are the same"
+
+    def test_with_the_shortlist_exact_gradients_of_all_may_cost_no_more(self, job: Job) -> None:
+        ran = job(gradient=WHOLE, landmarks={"count": 6}, refine=0.5, min_fidelity=0.999)
+        rounds = [unit.result.get("grow") for unit in ran.done[Stage.PROPAGATE]]
+        assert [round_ and round_["count"] for round_ in rounds] == [12, POOL, None]
+
     def test_where_it_is_met_nothing_grows(self, job: Job) -> None:
         uniform = {"count": 30, "choice": "uniform"}
         easy = job(gradient=WHOLE, landmarks=uniform, refine=0.1)
@@ -234,6 +247,22 @@ class TestLandmarks:
         named = {name: chosen[name] for name in ("kind", "pooling", "tangents")}
         assert job(gradient=WHOLE, embedding=named, landmarks={"count": 20}).selected == ran.selected
 
+    def test_auto_offers_the_named_pooling_alone(self, job: Job) -> None:
+        ran = job(gradient=WHOLE, embedding={"kind": "auto", "pooling": "last"}, refine=0)
+        assert {candidate["pooling"] for candidate in ran.prepared["candidates"]} == {"last"}
+
+    def test_candidates_are_compared_on_the_first_landmarks_alone(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        auto = {"gradient": WHOLE, "embedding": {"kind": "auto"}, "refine": 0}
+        few = job(**auto, landmarks={"count": 10})
+        monkeypatch.setattr("worker.stages.prepare._MOST_COMPARED", 10)
+        ran = job(**auto, landmarks={"count": 14})
+        assert ran.keys(Stage.CANDIDATES) == few.keys(Stage.CANDIDATES)
+        found, expected = ([e["mean_r2"] for e in r.summary["embedding"]["candidates"]] for r in (ran, few))
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert ran.summary["landmark_count"] == 14
+
 
 class TestWeighted:
     def test_first_order_is_the_closed_form(self, job: Job, truth: Truth) -> None:
@@ -257,6 +286,8 @@ class TestWeighted:
         assert solution["kkt_residual"] < 1e-8
         assert 0 <= solution["duality_gap"] < 1e-8
         assert solution["support"] == BUDGET == len(ran.selected)
+        if method == "influence_distillation":
+            assert len(ran.summary["fidelity"]["spearman"]) == TARGET, "of the targets, not of the curvature's columns"
         if kind == "hessian":  # all its directions may bend downwards, and are clipped
             assert 0 <= solution["clipped_eigenvalues"] <= 4
             return
@@ -273,6 +304,32 @@ class TestWeighted:
         )
         P = (truth.G_S @ truth.G_T.T).numpy()
         is_optimum(ran, P.mean(axis=1), P @ P.T / (POOL * TARGET), rate)
+
+    def test_the_held_out_choice_is_that_of_the_other_targets(self, job: Job, truth: Truth) -> None:
+        sgd = {"type": "sgd", "learning_rate": 0.5, "weight_decay": 1.0}
+        fisher = {"selection": "weighted", "curvature": {"type": "fisher"}, "optimizer": sgd}
+        arrays = job(method="exact_influence", gradient=PLAIN, **fisher).arrays
+        half = np.setdiff1d(np.arange(TARGET), arrays["held_out_targets"])
+        weights = torch.cat([w.detach().flatten() for w in down_projections(truth.model).values()]).double()
+        P, slopes = truth.G_S @ truth.G_T[half].T, truth.G_T[half] @ weights
+        expected = weighted_selection(
+            (P.mean(dim=1) - 0.5 * P @ slopes / len(half)).numpy(),
+            budget=BUDGET,
+            factors=(P.numpy(), np.eye(len(half)) / (POOL * len(half))),
+            learning_rate=0.5,
+        ).weights
+        assert sorted(arrays["held_out_selected"]) == np.flatnonzero(expected).tolist()
+        found = arrays["held_out_weight"] * POOL / BUDGET
+        assert found == pytest.approx(expected[arrays["held_out_selected"]], rel=1e-2, abs=1e-2)
+        assert (np.diff(found) <= 0).all(), "the best comes first"
+
+    def test_directions_are_of_the_landmarks_of_highest_influence(self, job: Job, truth: Truth) -> None:
+        ggn = {"selection": "weighted", "curvature": {"type": "ggn", "rank": 1}, "optimizer": SGD}
+        ran = job(method="exact_influence", gradient=PLAIN, **ggn)
+        best = (truth.G_S @ truth.G_T.T).mean(dim=1).argsort(descending=True)[:8]
+        expected = torch.linalg.svd(truth.G_S[best], full_matrices=False).Vh[0]
+        found = load_file(ran.path(Stage.CURVATURE))["directions"][0]
+        assert abs(float(expected @ torch.from_numpy(found).double())) > 0.999
 
     @pytest.mark.parametrize("decay", [0.0, 0.3])
     def test_hessian_is_the_optimum_with_second_derivatives(
@@ -325,6 +382,11 @@ class TestValidation:
             losses = [float(loss_of(truth.model, truth.target, j)) for j in range(TARGET)]
         assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
         assert found["selection"]["measured"] < found["random"]["measured"]
+        half, chosen = ran.arrays["held_out_targets"], ran.arrays["held_out_selected"]
+        expected = -5e-3 * float(truth.G_T[half].mean(dim=0) @ truth.G_S[chosen].mean(dim=0))
+        assert found["held_out"]["selection"]["predicted"] == pytest.approx(expected, rel=1e-3)
+        assert found["held_out"]["loss"] == pytest.approx(np.mean(np.array(losses)[half]), rel=1e-5)
+        assert found["held_out"]["random"]["measured"] != found["random"]["measured"]
         assert f"{found['selection']['measured']:+.2e}" in found["sentence"]
 
     def test_the_held_out_half_had_no_part_in_its_selection(self, job: Job, truth: Truth) -> None:
@@ -335,9 +397,24 @@ class TestValidation:
         assert arrays["held_out_selected"].tolist() == in_turns(P, BUDGET, seed=0)
 
     def test_few_targets_are_not_halved(self, tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
-        few = write_jsonl(tmp_path / "few.jsonl", target_rows(15, "python_function"))
-        ran = run(tiny_llama, files[0], few, tmp_path / "store", refine=0)
-        assert ran.summary["validation"]["held_out"] is None
+        for count, held_out in ((15, None), (16, 8)):
+            few = write_jsonl(tmp_path / "few.jsonl", target_rows(count, "python_function"))
+            found = run(tiny_llama, files[0], few, tmp_path / "store", refine=0).summary["validation"]["held_out"]
+            assert (found and found["targets"]) == held_out
+
+    def test_it_is_measured_in_float32_on_a_batch_of_a_large_selection(self, job: Job, truth: Truth) -> None:
+        found = job(method="random", dtype="bfloat16", budget=36, validate=True).summary["validation"]
+        with torch.no_grad():
+            losses = [float(loss_of(truth.model, truth.target, j)) for j in range(TARGET)]
+        assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert found["samples"] == VALIDATION_SAMPLES < 36
+
+    def test_each_sample_steps_with_its_own_weight(self, job: Job, truth: Truth) -> None:
+        how = {"gradient": PLAIN, "selection": "weighted", "optimizer": {"type": "sgd", "learning_rate": 5e-3}}
+        ran = job(method="exact_influence", validate=True, **how)
+        weights = torch.from_numpy(ran.arrays["weight"]).double()
+        expected = -5e-3 * float(truth.G_T.mean(dim=0) @ (weights @ truth.G_S) / weights.sum())
+        assert ran.summary["validation"]["selection"]["predicted"] == pytest.approx(expected, rel=1e-3)
 
     def test_every_method_is_validated(self, job: Job) -> None:
         for method in ("influence_distillation", "rds_plus", "random"):

@@ -19,10 +19,11 @@ from tiny import pool_rows, read_jsonl, save_model, target_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from service.jobs.state import Stage
-from worker import adapters
+from worker import adapters, data
 from worker.errors import DataError, ParameterError
 from worker.influence import save_state, state_of
 from worker.stages import keys
+from worker.stages.influence import Measure, check_nonfinite, exact_rows
 
 POOL, TARGET = 40, 5
 PLAIN = {"projection_dim": None, "normalize": False}
@@ -260,7 +261,7 @@ class TestNotFinite:
             {"method": "rds_plus"},
             {"landmarks": {"count": 12}, "refine": 0.2},
             {"landmarks": {"count": 12}, "embedding": {"kind": "jvp"}, "refine": 0},
-            {"landmarks": {"count": 110}, "selection": "weighted", "embedding": {"kind": "auto"}},
+            {"landmarks": {"count": 119}, "selection": "weighted", "embedding": {"kind": "auto"}},
         ],
     )
     def test_one_in_a_hundred_is_left_out_and_reported(
@@ -276,6 +277,21 @@ class TestNotFinite:
         assert all(np.isfinite(array).all() for array in ran.arrays.values())
         assert ran.arrays["influence"][7] == 0
         assert math.isfinite(ran.summary["validation"]["random"]["measured"])
+        if changes.get("landmarks", {}).get("count") == 119:  # 7 is one of them: it is none whose influence is known
+            (round_,) = ran.done[Stage.SELECT][0].spec["landmarks"]
+            with ran.compute.store.local(round_["gradients"][0]) as path:
+                G_mk = load_file(path)["gradients"]
+            assert G_mk.isfinite().all()
+            measure = Measure(G_T=G_mk[:1], normalize=False, V_rk=None, Hb_k=None)
+            assert 7 in data.read_indices(ran.compute.store, round_["tokens"])
+            assert 7 not in exact_rows(ran.compute.store, measure, [round_])[0]
+
+    def test_a_budget_of_all_samples_cannot_be_met_without_one(
+        self, broken: Path, files: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        pool = self.pool(tmp_path / "pool.jsonl", 7)
+        with pytest.raises(DataError, match="budget is 120, but only 119 samples have a finite exact influence"):
+            run(broken, pool, files[1], tmp_path / "store", seed=3, budget=120)
 
     def test_more_are_an_error_that_names_them(self, broken: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
         marked = range(3, 36, 3)
@@ -284,6 +300,50 @@ class TestNotFinite:
         for changes in ({"method": "exact_influence"}, {"method": "rds_plus"}):
             with pytest.raises(DataError, match=rf"^11 of 120 samples have .*not finite \({named}, \.\.\.\)"):
                 run(broken, pool, files[1], tmp_path / "store", **changes)
+
+    def test_units_that_each_have_few_are_counted_together(
+        self, broken: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("_EMBED_SHARD_TOKENS", "_GRADIENT_SHARD_TOKENS"):
+            monkeypatch.setattr(keys, name, 2000)
+        pool = self.pool(tmp_path / "pool.jsonl", 5, 110)
+        for changes in ({"method": "exact_influence"}, {"method": "rds_plus"}, {"landmarks": {"count": 2}}):
+            with pytest.raises(DataError, match=r"^2 of 120 .*\(row-5, row-110\)"):
+                run(broken, pool, files[1], tmp_path / "store", **changes)
+
+    def test_those_of_the_shortlist_are_counted_together_too(
+        self, broken: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(keys, "_GRADIENT_SHARD_TOKENS", 2000)
+        pool = self.pool(tmp_path / "pool.jsonl")
+        ran = run(broken, pool, files[1], tmp_path / "store", refine=1.0, validate=False)
+        store, shortlist = ran.compute.store, ran.done[Stage.REFINE]
+        assert len(shortlist) > 1
+        for unit_ in (shortlist[0], shortlist[-1]):  # as if one of each had overflowed
+            row = int(data.read_indices(store, unit_.spec["tokens"])[unit_.spec["start"]])
+            store.write_json(keys.result_key(unit_.artifact_key), {**unit_.result, "nonfinite": [row]})
+        ran.path(Stage.SELECT).with_name(ran.path(Stage.SELECT).name + ".json").unlink()
+        with pytest.raises(DataError, match=r"^2 of 108 shortlisted samples"):
+            run(broken, pool, files[1], tmp_path / "store", refine=1.0, validate=False)
+
+    def test_one_in_a_hundred_is_the_most(self) -> None:
+        check_nonfinite(None, "", [7], 100, "samples")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("method", ["exact_influence", "rds_plus"])
+    def test_a_broken_target_takes_no_part(self, broken: Path, tmp_path: Path, method: str) -> None:
+        targets = read_jsonl(self.pool(tmp_path / "marked.jsonl", 5))
+        pool = write_jsonl(tmp_path / "pool.jsonl", read_jsonl(self.pool(tmp_path / "plain.jsonl"))[:10])
+        broken_one, without = (
+            run(
+                broken, pool, write_jsonl(tmp_path / f"{len(rows)}.jsonl", rows), tmp_path / "store", method=method,
+                selection="top_k", validate=False,
+            )
+            for rows in (targets, targets[:5] + targets[6:])
+        )  # fmt: skip
+        assert broken_one.done[Stage.SELECT][0].result["nonfinite_targets"] == [5]
+        assert broken_one.arrays["influence"] == pytest.approx(without.arrays["influence"], rel=1e-4)
+        assert broken_one.selected == without.selected
+        assert 5 not in broken_one.arrays["held_out_targets"]
 
     def test_a_target_without_a_finite_gradient_is_an_error_too(self, broken: Path, tmp_path: Path) -> None:
         pool = self.pool(tmp_path / "pool.jsonl")

@@ -21,16 +21,19 @@ _GRADIENT_SHARD_TOKENS = 8_192
 _MOST_SHARDS = 256
 
 _WORKER = Path(__file__).parent.parent
+_LOADED = ("influence", "adapters.py", "models.py", "placement.py")  # what a loaded model computes
+_EXACT = ("influence", "stages/influence.py")
+# What reads tokens is in their names already, by PREPARE.
 _SOURCES: dict[Stage, tuple[str, ...]] = {
     Stage.PREPARE: ("chat.py", "data.py", "influence/landmarks.py", "stages/prepare.py"),
-    Stage.WARMUP: ("influence", "adapters.py", "warmup.py", "stages/warmup.py"),
-    Stage.LANDMARK_GRADIENTS: ("influence", "stages/gradients.py", "stages/optimizer.py"),
-    Stage.CHOOSE_EMBEDDING: ("influence", "stages/influence.py", "stages/choose.py"),
-    Stage.CURVATURE: ("influence", "stages/influence.py", "stages/optimizer.py", "stages/curvature.py"),
-    Stage.EMBED: ("influence", "stages/embed.py"),
-    Stage.PROPAGATE: ("influence", "stages/influence.py", "stages/propagate.py"),
-    Stage.SELECT: ("influence", "stages/influence.py", "stages/select.py"),
-    Stage.VALIDATE: ("influence", "stages/optimizer.py", "stages/validate.py"),
+    Stage.WARMUP: (*_LOADED, "warmup.py", "stages/optimizer.py", "stages/warmup.py"),
+    Stage.LANDMARK_GRADIENTS: (*_LOADED, "stages/influence.py", "stages/optimizer.py", "stages/gradients.py"),
+    Stage.CHOOSE_EMBEDDING: (*_EXACT, "stages/propagate.py", "stages/choose.py"),
+    Stage.CURVATURE: (*_LOADED, "stages/influence.py", "stages/optimizer.py", "stages/curvature.py"),
+    Stage.EMBED: (*_LOADED, "stages/influence.py", "stages/embed.py"),
+    Stage.PROPAGATE: (*_EXACT, "stages/propagate.py"),
+    Stage.SELECT: (*_EXACT, "stages/propagate.py", "stages/select.py"),
+    Stage.VALIDATE: (*_LOADED, "stages/optimizer.py", "stages/validate.py"),
 }
 _SAME_CODE = {
     Stage.TARGET_GRADIENTS: Stage.LANDMARK_GRADIENTS,

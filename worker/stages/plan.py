@@ -325,6 +325,7 @@ class _Planner:
             **spec,
             **self._model_dependence(),
             **{name: self._parameters[name] for name in ("optimizer", "curvature")},
+            "samples": VALIDATION_SAMPLES,
             "pool": self._prepared["pool_tokens"],
             "targets": self._prepared["target_tokens"],
         }

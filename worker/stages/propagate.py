@@ -38,12 +38,12 @@ Blocks = Iterator[tuple[int, npt.NDArray[np.float32]]]
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Writes [P | curvature columns], float32 (n, c), as .npy; see `Measure.rows` for the columns."""
+    _check_all(context, spec)
     if context.job.parameters["method"] == "rds_plus":
         targets = torch.cat(list(_embedding_shards(context.store, spec["target_embeddings"]))).float()
         _write(context, artifact_key, len(targets), _cosines(context.store, spec["embeddings"], targets))
         return {"shortlist": None, "fidelity": None, "notes": []}
     measure = Measure.load(context, spec)
-    _check_all(context, spec)
     if not spec["embeddings"] or _count(spec, context) == context.prepared["usable"]:
         _write(context, artifact_key, measure.columns, _exact_blocks(context.store, measure, spec["landmarks"]))
         return {"shortlist": None, "fidelity": None, "notes": _notes_of_growth(context, spec, None)}
@@ -73,7 +73,7 @@ def _count(spec: dict[str, Any], context: StageContext) -> int:
 def _check_all(context: StageContext, spec: dict[str, Any]) -> None:
     """Each unit has checked its own share of the samples that are not finite; this checks them all together."""
     store, prepared = context.store, context.prepared
-    of_targets = nonfinite(store, spec["target_gradients"])
+    of_targets = nonfinite(store, [*spec["target_gradients"], *spec["target_embeddings"]])
     check_nonfinite(context, context.job.target, of_targets, prepared["t"], "target samples")
     of_landmarks = nonfinite(store, gradient_keys(spec["landmarks"]))
     check_nonfinite(context, context.job.pool, of_landmarks, _count(spec, context), "landmarks")
