@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from worker.errors import DataError, ParameterError
 from worker.influence import save_state, state_of
 from worker.stages import keys
 from worker.stages.influence import Measure, check_nonfinite, exact_rows
+from worker.stages.warmup import _drawn
 
 POOL, TARGET = 40, 5
 PLAIN = {"projection_dim": None, "normalize": False}
@@ -52,7 +54,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return pool, write_jsonl(folder / "target.jsonl", target_rows(TARGET, "python_function"))
 
 
-def adam(state: Path, names: list[str], weights: list[torch.Tensor], decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+def adam(
+    state: Path,
+    names: list[str],
+    weights: list[torch.Tensor],
+    decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """a and b of METHOD 1 over all weights, float64 (d,), from the file of a state."""
     with safe_open(state, framework="pt") as file:
         step = int(file.metadata()["step"]) + 1
@@ -60,9 +69,12 @@ def adam(state: Path, names: list[str], weights: list[torch.Tensor], decay: floa
             torch.cat([file.get_tensor(f"{kind}.{name}").flatten() for name in names]).double()
             for kind in ("first", "second")
         )
-    root = (v / (1 - 0.999**step)).sqrt() + 1e-8
-    a = (1 - 0.9) / (1 - 0.9**step) / root
-    b = 0.9 * m / (1 - 0.9**step) / root + decay * torch.cat([w.detach().flatten() for w in weights]).double()
+    root = (v / (1 - betas[1] ** step)).sqrt() + eps
+    a = (1 - betas[0]) / (1 - betas[0] ** step) / root
+    b = (
+        betas[0] * m / (1 - betas[0] ** step) / root
+        + decay * torch.cat([w.detach().flatten() for w in weights]).double()
+    )
     return a, b
 
 
@@ -89,6 +101,15 @@ class TestWarmup:
         found = warm.summary["warmup"]
         assert (found["samples"], found["steps"]) == (24, 3)
         assert warm.done[Stage.WARMUP][0].result["loss_last"] < warm.done[Stage.WARMUP][0].result["loss_first"]
+
+    def test_its_samples_are_drawn_by_the_seed(self, warm: Ran) -> None:
+        context: Any = SimpleNamespace(store=warm.compute.store)
+        one, again, other = (
+            _drawn(context, warm.prepared["pool_tokens"], 24, seed).input_ids.tolist() for seed in (0, 0, 1)
+        )
+        first = data.read_tokens(warm.compute.store, warm.prepared["pool_tokens"], 0, 24).input_ids.tolist()
+        assert one == again
+        assert one not in (other, first)
 
     def test_influence_is_scaled_by_its_state_at_its_checkpoint(self, warm: Ran, trained: Any) -> None:
         weights = down_projections(trained)
@@ -195,12 +216,13 @@ def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestRegisteredState:
     def test_it_scales_the_gradients(self, model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
-        ran = run(model, *files, tmp_path, optimizer={"type": "adam"}, gradient=WHOLE, **EXACT)
+        named: dict[str, Any] = {"betas": (0.8, 0.99), "eps": 1e-3}
+        ran = run(model, *files, tmp_path, optimizer={"type": "adam", **named}, gradient=PLAIN, **EXACT)
         plain = load(model)
         weights = down_projections(plain)
         G_S, G_T = (gradients(plain, ran.tokens(name), list(weights.values())) for name in ("pool", "target"))
-        a, _ = adam(model / "optimizer.safetensors", list(weights), list(weights.values()), decay=0.0)
-        expected = (unit(G_S * a) @ unit(G_T).T).mean(dim=1)
+        a, _ = adam(model / "optimizer.safetensors", list(weights), list(weights.values()), decay=0.0, **named)
+        expected = (G_S * a @ G_T.T).mean(dim=1)
         assert np.abs(ran.arrays["influence"] - expected.numpy()).max() < 1e-3 * float(expected.abs().max())
 
     def test_the_momentum_of_sgd_drifts(self, model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
