@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from service import demo as demonstration
 from service import show
@@ -192,7 +192,8 @@ def jobs(
     if as_json:
         _print_json(found)
         return
-    table = Table("id", "status", "phase", "budget", "created")
+    # In a narrow terminal the others give way, never the id: that is what one copies.
+    table = Table(Column("id", no_wrap=True, min_width=36), "status", "phase", "budget", "created")
     for job in found:
         table.add_row(job["id"], job["status"], job["phase"] or "", str(job["budget"]), job["created_at"][:19])
     out.print(table)
@@ -215,6 +216,27 @@ def status(
         )
     if job["error"]:
         out.print(f"  {job['error']['code']}: {job['error']['detail']}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def events(
+    job_id: str, home: Home = DEFAULT_HOME, url: Url = None, api_key: Key = None, as_json: AsJson = False
+) -> None:
+    """List what happened to a job: its plan, its units, the loss of its warm-up."""
+    with _client(home, url, api_key) as client:
+        found = list(client.events(job_id))
+    if as_json:
+        _print_json(found)
+        return
+    for event in found:
+        out.print(
+            f"{event['created_at'][:19]}  {event['type']:<20} {_in_short(event['data'])}", soft_wrap=True, markup=False
+        )
+
+
+def _in_short(data: dict[str, Any]) -> str:
+    """Figures and names; lists and objects (those of a plan) are for --json."""
+    return " ".join(f"{name}={value}" for name, value in data.items() if not isinstance(value, dict | list))
 
 
 @app.command()

@@ -144,6 +144,10 @@ class Winnow:
     def delete_dataset(self, dataset_id: str) -> None:
         self._call("DELETE", f"/datasets/{dataset_id}")
 
+    def models(self) -> list[Json]:
+        """The registered models; a job may name those of the hub beside them."""
+        return cast(list[Json], self._json("GET", "/models")["data"])
+
     def create_job(self, **request: Any) -> Json:
         """Posts a selection job: model, pool, target, budget, and what else the API knows."""
         return self._json("POST", "/selection-jobs", json=request)

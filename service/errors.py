@@ -113,6 +113,13 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(parts[1:] if parts and parts[0] in ("body", "query", "path", "header") else parts) or "body"
 
 
+def field_error(error: Mapping[str, Any]) -> dict[str, str]:
+    """One of pydantic's errors under the client's name of the field, without words that speak of pydantic."""
+    unknown = error["type"] == "extra_forbidden"
+    message = "there is no such field" if unknown else str(error["msg"]).removeprefix("Value error, ")
+    return {"param": _path(error["loc"]), "message": message}
+
+
 def install(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -120,7 +127,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [{"param": _path(e["loc"]), "message": e["msg"]} for e in error.errors()]
+        errors = [field_error(e) for e in error.errors()]
         first = errors[0]
         return problem_response(
             request, Unprocessable(f"{first['param']}: {first['message']}", param=first["param"], errors=errors)

@@ -27,7 +27,7 @@ from service.assignments import budget as read_budget
 from service.datasets import storage
 from service.datasets.convert import convert
 from service.datasets.formats import Form
-from service.errors import ApiError
+from service.errors import ApiError, field_error
 from service.jobs.ledger import UnitSpec
 from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
@@ -164,8 +164,8 @@ def _parameters(settings: list[str]) -> Parameters:
     try:
         return Parameters(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ParameterError(f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        refused = [field_error(e) for e in error.errors()]
+        raise ParameterError("\n  ".join(f"--set {each['param']}: {each['message']}" for each in refused)) from error
 
 
 def _budget(text: str, rows: int) -> int:
@@ -219,7 +219,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         with store.local(done[Stage.SELECT][0].artifact_key) as path:
             arrays = load_file(path)
         _write(arguments.out, store, pool.fingerprint, arrays, arguments.selected_only)
-    found = summary.of_method({stage: [unit.result for unit in units] for stage, units in done.items()})
+        computed = {stage: [unit.result for unit in units] for stage, units in done.items()}
+        nonfinite = summary.nonfinite(store, pool.fingerprint, target.fingerprint, computed)
+    found = {**summary.of_method(computed), "nonfinite": nonfinite}
     if arguments.json:
         print(json.dumps({**found, "prepared": done[Stage.PREPARE][0].result, "budget": job.budget}))
         return
@@ -227,6 +229,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"Selected {count} of {pool.row_count} samples; wrote {arguments.out}.", soft_wrap=True)
     for sentence in found["sentences"]:
         console.print(sentence, soft_wrap=True)
+    for name, left_out in nonfinite.items():
+        for sample in left_out["samples"]:
+            console.print(f"Not finite, of the {name}: {sample['id']}", soft_wrap=True, markup=False)
 
 
 def main() -> None:

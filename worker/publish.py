@@ -13,16 +13,14 @@ from safetensors.numpy import load_file
 from sqlalchemy.orm import Session
 
 from service.artifacts import ArtifactStore
-from service.datasets.storage import iter_ids, read_samples
+from service.datasets.storage import iter_ids
 from service.datasets.tables import Dataset
 from service.jobs import ledger
 from service.jobs.state import Stage
 from service.jobs.tables import JobUnit, SelectionJob
 from service.results import service as results
+from worker import summary
 from worker.stages import keys
-from worker.summary import of_method
-
-_MOST_NAMED = 100
 
 
 def publish(session: Session, store: ArtifactStore, job: SelectionJob) -> None:
@@ -78,18 +76,16 @@ def _summary(
     target: Dataset,
     sources: Sequence[str | None],
 ) -> dict[str, Any]:
-    prepared, chosen = _result(units, Stage.PREPARE), _result(units, Stage.SELECT)
+    prepared = _result(units, Stage.PREPARE)
     selected = arrays["selected"]
     selected_by_source = Counter(source or "(none)" for source in sources)
     weight_by_source: Counter[str] = Counter()
     for source, weight in zip(sources, arrays["weight"][selected].tolist(), strict=True):
         weight_by_source[source or "(none)"] += weight
+    computed = {stage: [unit.result for unit in stage_units] for stage, stage_units in units.items()}
     return {
-        **of_method({stage: [unit.result for unit in stage_units] for stage, stage_units in units.items()}),
-        "nonfinite": {
-            "pool": _named(store, pool, chosen["nonfinite"]),
-            "target": _named(store, target, chosen["nonfinite_targets"]),
-        },
+        **summary.of_method(computed),
+        "nonfinite": summary.nonfinite(store, pool.fingerprint, target.fingerprint, computed),
         "influence": results.distribution(arrays["influence"]),
         "weight": results.distribution(arrays["weight"][selected]),
         "sources": {
@@ -106,12 +102,6 @@ def _summary(
         "device": prepared["device"],
         "stages": [_stage_summary(stage, units[stage]) for stage in keys.COMPUTED if units[stage]],
     }
-
-
-def _named(store: ArtifactStore, dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
-    """How many samples have no finite loss, gradient or embedding, and the first hundred of them by id."""
-    samples = read_samples(store, dataset.fingerprint, rows[:_MOST_NAMED])
-    return {"count": len(rows), "samples": [{"index": sample.index, "id": sample.id} for sample in samples]}
 
 
 def _stage_summary(stage: Stage, units: Sequence[JobUnit]) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from service.artifacts import ArtifactStore
+from service.datasets.storage import read_samples
 from service.jobs.state import Stage
 
+_MOST_NAMED = 100
 _KKT_RESIDUAL = 1e-8  # what the weights promise
 
 Results = Mapping[Stage, Sequence[Mapping[str, Any] | None]]
@@ -28,9 +31,28 @@ def of_method(results: Results) -> dict[str, Any]:
         else None,
         "solution": selected.get("solution"),
         "validation": _last(results, Stage.VALIDATE).get("validation"),
-        "notes": [*prepared.get("notes", ()), *propagated.get("notes", ()), *_of_solver(selected.get("solution"))],
+        "notes": [
+            *prepared.get("notes", ()),
+            *propagated.get("notes", ()),
+            *_of_solver(selected.get("solution")),
+            *_of_nonfinite(selected),
+        ],
     }
     return {**found, "sentences": _sentences(found)}
+
+
+def nonfinite(store: ArtifactStore, pool: str, target: str, results: Results) -> dict[str, Any]:
+    """How many samples of `pool` and `target`, by fingerprint, have no finite loss, gradient or embedding; the first hundred
+    of each by id."""
+    selected = _last(results, Stage.SELECT)
+    found = {"pool": (pool, selected["nonfinite"]), "target": (target, selected["nonfinite_targets"])}
+    return {
+        name: {"count": len(rows), "samples": _named(store, dataset, rows)} for name, (dataset, rows) in found.items()
+    }
+
+
+def _named(store: ArtifactStore, dataset: str, rows: Sequence[int]) -> list[dict[str, Any]]:
+    return [{"index": sample.index, "id": sample.id} for sample in read_samples(store, dataset, rows[:_MOST_NAMED])]
 
 
 def _all(results: Results, stage: Stage) -> list[Mapping[str, Any]]:
@@ -61,6 +83,15 @@ def _of_solver(solution: Mapping[str, Any] | None) -> list[str]:
     return notes
 
 
+def _of_nonfinite(selected: Mapping[str, Any]) -> list[str]:
+    counts = {"pool": len(selected.get("nonfinite", ())), "target": len(selected.get("nonfinite_targets", ()))}
+    return [
+        f"Left out, since the loss, gradient or embedding is not finite: {count} of the {name} (named in nonfinite)."
+        for name, count in counts.items()
+        if count
+    ]
+
+
 def _sentences(found: Mapping[str, Any]) -> list[str]:
     """What a reader should know first."""
     sentences = [_of_fidelity(found["fidelity"], found["landmark_count"]), *found["notes"]]
@@ -69,6 +100,13 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"Embedding {chosen['kind']} was chosen of {len(found['embedding']['candidates'])} candidates."
         )
+    if found["warmup"]:
+        warmup = found["warmup"]
+        sentences.append(
+            f"The warm-up took the loss from {warmup['loss_first']:.4f} to {warmup['loss_last']:.4f} in {warmup['steps']} steps."
+        )
+    if found["scaling_error"] is not None:
+        sentences.append(f"The optimiser's scaling is factored, with a relative error of {found['scaling_error']:.2f}.")
     if found["refined_count"]:
         sentences.append(f"Exact gradients were computed for a shortlist of {found['refined_count']} more samples.")
     if found["validation"]:

@@ -80,7 +80,9 @@ def plan(
     `operations`, `artifact_bytes` and `memory_bytes` (of the compute process, device and host together) are of the whole
     stage; `seconds` is what one worker still needs for it, null where no rate is known.
     """
-    warnings = [] if rates.device else ["No worker was seen yet, so there is no rate to tell seconds from."]
+    warnings = (
+        [] if rates.device else ["No worker has computed anything yet, so there is no rate to tell seconds from."]
+    )
     stages: dict[Stage, StageCost | None]
     exact: float | None = None
     dtype = _dtype(parameters, counts, rates)

@@ -105,7 +105,7 @@ class Optimizer(_Strict):
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled for `adamw`; not of `none`")
     scaling: Literal["exact", "factored"] = Field(
         default="exact",
-        description="How `adam` and `adamw` scale gradients: by every entry of the state, or by its best rank-one factors",
+        description="How `adam` and `adamw` scale gradients: by every entry of the state, or by its rank-one factors",
     )
 
     @model_validator(mode="after")

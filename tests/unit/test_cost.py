@@ -275,7 +275,7 @@ def test_seconds_come_from_the_stage_then_from_the_machine_then_from_nowhere() -
     assert measured["landmark_gradients"]["seconds"] is None
     unseen = planned(rates=Rates(), **given)
     assert unseen["totals"]["seconds"] is None
-    assert "No worker was seen" in unseen["warnings"][0]
+    assert "No worker has computed anything" in unseen["warnings"][0]
 
 
 def test_what_is_there_already_takes_no_time() -> None:

@@ -266,7 +266,7 @@ class TestCommand:
             ({"pool": "/nowhere.jsonl"}, [], "No such file"),
             ({}, ["--set", "landmarks.count=1"], "--set landmarks.count: Input should be greater than or equal to 2"),
             ({}, ["--set", "landmarks"], "write NAME=VALUE"),
-            ({}, ["--set", "unknown=1"], "--set unknown: Extra inputs are not permitted"),
+            ({}, ["--set", "unknown=1"], "--set unknown: there is no such field"),
             ({}, ["--set", "seed=1", "--set", "seed.more=2"], "seed is set to a value already"),
         ],
     )

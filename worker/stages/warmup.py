@@ -76,15 +76,19 @@ def _drawn(context: StageContext, tokens: str, count: int, seed: int) -> Samples
 
 
 class _Events:
-    """Tells of a step every few seconds, and of the last one."""
+    """Tells of a step every few seconds, and of the last one; `losses` are those of all steps since the event before."""
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
         self._last = -_EVENT_SECONDS
+        self._losses: list[float] = []
 
     def __call__(self, step: int, steps: int, loss: float, rate: float) -> None:
         now = time.monotonic()
+        self._losses.append(loss)
         if step < steps and now - self._last < _EVENT_SECONDS:
             return
         self._last = now
-        self._context.event("warmup.step", {"step": step, "steps": steps, "loss": loss, "learning_rate": rate})
+        told = {"step": step, "steps": steps, "loss": loss, "losses": self._losses, "learning_rate": rate}
+        self._context.event("warmup.step", told)
+        self._losses = []
