@@ -236,7 +236,8 @@ def check_optimizer_state(folder: ModelFolder, modules: str, optimizer: Mapping[
     `modules` is `gradient.modules`, of which an adapter's are independent; `optimizer` the job's.
 
     Raises:
-        ParameterError: there is no state, or it lacks a parameter or has it in another shape; names it.
+        ParameterError: there is no state, it is of another optimizer, or it lacks a parameter or has it in another shape;
+            names it.
         ValueError: `modules` matches no layer.
     """
     path = folder.path / OPTIMIZER_STATE
@@ -249,6 +250,12 @@ def check_optimizer_state(folder: ModelFolder, modules: str, optimizer: Mapping[
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ParameterError(f"The model's {OPTIMIZER_STATE} is no safetensors file: {error}") from error
+    if optimizer["type"] == "sgd" and (adam := next((name for name in shapes if name.startswith("second.")), None)):
+        # Its first moment is a mean, the momentum of SGD a sum: ten times as large, at the usual decay.
+        raise ParameterError(
+            f"The model's {OPTIMIZER_STATE} is that of Adam (it has {adam}), not of sgd with momentum: use optimizer.type adam"
+            " or adamw, or leave optimizer.momentum out."
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(folder))
         if folder.is_adapter:

@@ -293,6 +293,11 @@ class TestOptimizerState:
         with pytest.raises(ParameterError, match=r"second\.model"):
             models.check_optimizer_state(find(folder), "down_proj", ADAMW)
 
+    def test_the_state_of_adam_is_none_for_sgd(self, folder: Path) -> None:
+        write_state(folder, DOWN)
+        with pytest.raises(ParameterError, match=r"is that of Adam \(it has second\.model"):
+            models.check_optimizer_state(find(folder), "down_proj", {"type": "sgd"})
+
     def test_of_an_adapter_it_is_that_of_the_adapters(self, adapter: Path) -> None:
         write_state(adapter, DOWN)
         with pytest.raises(ParameterError, match=r"lora_A\.default\.weight"):
