@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.jobs import cost
 from service.jobs.ledger import UnitSpec
 from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
@@ -295,6 +297,26 @@ class TestKeys:
         self, job_of: dict[str, Any], change: dict[str, Any], stage: Stage
     ) -> None:
         assert stage in changed(job(**job_of), job(**{**job_of, **change}))
+
+    @pytest.mark.parametrize("job_of", [NAMED, WARM, {**CURVED, "embedding": {"kind": "hidden"}}])
+    def test_a_plan_takes_no_other_work_for_that_of_a_job(self, job_of: dict[str, Any]) -> None:
+        kind = job_of.get("optimizer", {"type": "adamw"})
+        for change in (
+            *({"seed": 1}, {"quantization": "int8"}, {"refine": 0.3}, {"min_fidelity": 0.5}, {"kernel": {"ridge": 1}}),
+            *({"gradient": {"projection_dim": 1024}}, {"selection": "weighted"}, {"embedding": {"kind": "rds"}}),
+            *(
+                {"optimizer": {**kind, **one}}
+                for one in ({}, {"eps": 1e-6}, {"betas": (0.8, 0.9)}, {"scaling": "factored"})
+            ),
+        ):
+            jobs = (job(**{**job_of, "optimizer": kind}), job(**{**job_of, "optimizer": kind, **change}))
+            found = [artifacts(one) for one in jobs]
+            told = [
+                partial(cost.stage_inputs, pool="p", target="t", budget=10, parameters=one.parameters) for one in jobs
+            ]
+            for stage in found[0].keys() & found[1].keys():
+                if found[0][stage] != found[1][stage]:
+                    assert told[0](stage) != told[1](stage), f"{stage}, {change}"
 
     def test_a_warm_up_depends_on_what_it_trains(self) -> None:
         for prepared in ({"dtype": "bfloat16"}, {"model_fingerprint": "other"}, {"pool_tokens": "tokens/other"}):
