@@ -289,9 +289,25 @@ def test_what_is_there_already_takes_no_time() -> None:
 def test_the_exact_method_is_named_where_it_would_cost_less_than_twice() -> None:
     note = planned(landmarks={"count": 1500})["note"]
     assert note.startswith("method exact_influence would cost 0.8 times the operations of this job")
+    dearer = planned(landmarks={"count": 700}, embedding={"kind": "hidden"})
+    assert 1.2 < dearer["exact_operations"] / dearer["totals"]["operations"] < 2
+    assert dearer["note"] is not None
     assert planned(landmarks={"count": 64}, validate=False, embedding={"kind": "hidden"}, refine=0)["note"] is None
     assert planned(method="exact_influence")["note"] is None
     assert planned(method="rds_plus")["note"] is None
+
+
+def test_a_shortlist_holds_no_landmarks() -> None:
+    found = stages(planned(landmarks={"count": 2900}, refine=1.0))
+    assert found["refine"]["operations"] == pytest.approx(found["landmark_gradients"]["operations"] / 29)
+
+
+def test_a_validation_holds_the_weights_in_float32_unless_they_are_quantised() -> None:
+    memory = [
+        stages(planned(dtype="bfloat16", quantization=quantization))["validate"]["memory_bytes"]
+        for quantization in ("none", "int8")
+    ]
+    assert memory[0] - memory[1] == pytest.approx(3 * SHAPE.weights)  # 4 bytes each, not 1
 
 
 def test_landmarks_above_the_pool_are_said_to_be_lowered() -> None:
