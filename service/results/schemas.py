@@ -13,7 +13,25 @@ class _Strict(BaseModel):
 
 
 class SelectionResult(BaseModel):
-    """The summary. Beside the fields named here it has those that the job's method computed."""
+    """The summary. Beside the fields named here it has those that the job's method computed, null where it did not:
+
+    * `sentences`: what to know first, in words; `notes`: of these, what was lowered, left out or not reached
+    * `influence`, `weight`: histogram (64 bins), quantiles, mean and std, of all samples and of the selected
+    * `sources`: of each source, samples in the pool, selected, and the sum of their weights
+    * `landmark_count`, `refined_count`: samples whose gradients were computed, as landmarks and as the shortlist
+    * `fidelity`: leave-one-out `mean_r2` and `mean_spearman`, and `r2` and `spearman` of each target
+    * `embedding`: what `auto` has `chosen`, and the `candidates` with their cost and fidelity
+    * `kernel`: `sigma` (width) and `delta` (ridge) that were used
+    * `scaling_error`: relative error of the factored scaling of Adam
+    * `warmup`: samples, steps, loss of the first and the last step, and `losses` (200 means at most)
+    * `solution`: certificate of the weights: `support`, `ridge`, `threshold`, `objective`, `kkt_residual`, `duality_gap`,
+      `iterations`, `clipped_eigenvalues`, `clipped_mass`, `restricted`
+    * `validation`: measured and predicted change of the mean target loss by one step on the selection, on random samples, and
+      on the targets held out, and its `sentence`
+    * `nonfinite`: of pool and target, how many have no finite loss, gradient or embedding, and the first hundred by id
+    * `pool`, `target`: samples, tokens, how many were truncated or have no response
+    * `dtype`, `device`, `stages`: where and how long it was computed
+    """
 
     # The one open model: the method decides what there is to say, and publish refuses names that are taken.
     model_config = ConfigDict(extra="allow")

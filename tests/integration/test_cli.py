@@ -41,9 +41,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(pool), str(write_jsonl(folder / "target.jsonl", target_rows(4, "python_function")))
 
 
-def winnow(*words: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+def winnow(*words: str, home: Path | None = None, columns: int = 200) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
-    environment |= {"COLUMNS": "200"} | ({} if home is None else {"WINNOW_HOME": str(home)})
+    environment |= {"COLUMNS": str(columns)} | ({} if home is None else {"WINNOW_HOME": str(home)})
     return subprocess.run([WINNOW, *words], capture_output=True, text=True, env=environment, timeout=200, check=False)
 
 
@@ -69,6 +69,14 @@ def test_status_and_results_for_people(home: Path, job: str) -> None:
     shown = winnow("results", job, home=home).stdout
     assert "The first 6 selected" in shown
     assert "row-" in shown
+
+
+def test_events_and_jobs_for_people(home: Path, job: str) -> None:
+    events = [line.split()[1] for line in winnow("events", job, home=home).stdout.splitlines()]
+    assert events[:2] == ["job.queued", "job.planned"]
+    assert events[-1] == "job.succeeded"
+    assert json.loads(winnow("events", job, "--json", home=home).stdout)[1]["data"]["stages"]
+    assert job in winnow("jobs", home=home, columns=80).stdout  # whole, to be copied
 
 
 def test_export_writes_what_the_name_says(home: Path, job: str, tmp_path: Path) -> None:

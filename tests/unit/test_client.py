@@ -94,6 +94,13 @@ def test_a_plan_is_a_job_that_is_not_made() -> None:
     assert json.loads(sent.content) == {"model": "m", "budget": 3, "dry_run": True}
 
 
+def test_the_registered_models() -> None:
+    server = Server(httpx.Response(200, json={"object": "list", "data": [{"name": "tiny"}]}))
+    with server.client() as winnow:
+        assert winnow.models() == [{"name": "tiny"}]
+    assert server.requests[0].url.path == "/v1/models"
+
+
 def test_content_needs_a_name() -> None:
     server = Server(httpx.Response(201, json={}))
     with server.client() as winnow:

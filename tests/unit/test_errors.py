@@ -106,6 +106,11 @@ def test_a_field_at_fault_is_named_as_the_client_knows_it(client: TestClient, bo
     assert problem["detail"].startswith(problem["param"])
 
 
+def test_an_unknown_field_is_told_in_plain_words(client: TestClient) -> None:
+    problem = client.post("/body", json={"embedding": {"blocks": 1, "color": 2}}).json()
+    assert problem["detail"] == "embedding.color: there is no such field"
+
+
 def test_a_query_parameter_at_fault_is_named(client: TestClient) -> None:
     problem = client.post("/body", params={"limit": 0}, json={"embedding": {"blocks": 1}}).json()
     assert (problem["status"], problem["param"]) == (422, "limit")

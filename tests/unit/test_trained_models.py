@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from tiny import pool_rows, read_jsonl, save_model, target_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from service.jobs.state import Stage
-from worker import adapters, data
+from worker import adapters, data, inprocess
 from worker.errors import DataError, ParameterError
 from worker.influence import save_state, state_of
 from worker.stages import keys
@@ -296,6 +297,7 @@ class TestNotFinite:
         )
         result = ran.done[Stage.SELECT][0].result
         assert result["nonfinite"] == [7]
+        assert any("not finite: 1 of the pool" in sentence for sentence in ran.summary["sentences"])
         assert 7 not in ran.selected
         assert not ran.arrays["exact"][7]
         assert all(np.isfinite(array).all() for array in ran.arrays.values())
@@ -309,6 +311,34 @@ class TestNotFinite:
             measure = Measure(G_T=G_mk[:1], normalize=False, V_rk=None, Hb_k=None)
             assert 7 in data.read_indices(ran.compute.store, round_["tokens"])
             assert 7 not in exact_rows(ran.compute.store, measure, [round_])[0]
+
+    def test_winnow_select_names_it(
+        self,
+        broken: Path,
+        files: tuple[Path, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        pool, out = self.pool(tmp_path / "pool.jsonl", 7), tmp_path / "out.jsonl"
+        words = [
+            "--model",
+            broken,
+            "--pool",
+            pool,
+            "--target",
+            files[1],
+            "--budget",
+            "6",
+            "--out",
+            out,
+            "--device",
+            "cpu",
+        ]
+        words += ["--set", "method=exact_influence", "--set", "validate=false"]
+        monkeypatch.setattr(sys, "argv", ["winnow select", *map(str, words)])
+        inprocess.main()
+        assert "Not finite, of the pool: row-7\n" in capsys.readouterr().out
 
     def test_a_budget_of_all_samples_cannot_be_met_without_one(
         self, broken: Path, files: tuple[Path, Path], tmp_path: Path
