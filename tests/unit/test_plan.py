@@ -180,6 +180,8 @@ class TestWaves:
     @pytest.mark.parametrize(("kind", "optimizer", "expected"), [
         ("fisher", {"type": "sgd"}, False),  # it is in the gradients already
         ("fisher", {"type": "sgd", "weight_decay": 0.1}, True),
+        ("fisher", {"type": "sgd", "momentum": 0.9}, True),
+        ("fisher", {"type": "adam"}, True),
         ("ggn", {"type": "sgd"}, True),
         ("hessian", {"type": "sgd"}, True),
     ])  # fmt: skip
@@ -202,6 +204,8 @@ class TestWaves:
 
     def test_every_shard_is_a_unit(self) -> None:
         found = waves(job(embedding={"kind": "hidden"}))
+        units = [unit for wave in found for unit in wave]
+        assert len({unit.artifact_key for unit in units}) == len(units)
         first = {(unit.stage, unit.shard): (unit.spec["start"], unit.spec["stop"]) for unit in found[0]}
         assert first[Stage.EMBED, 1] == (60, 100)
         assert first[Stage.LANDMARK_GRADIENTS, 1] == (12, 20)

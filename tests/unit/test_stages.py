@@ -17,6 +17,7 @@ from tiny import pool_rows, target_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from service.jobs.state import Stage
+from worker import data
 from worker.influence import Samples, weighted_selection
 from worker.stages.plan import VALIDATION_SAMPLES
 
@@ -168,6 +169,17 @@ class TestRefine:
         assert refined["selected"].tolist() == exact["selected"].tolist()
         assert refined["weight"] == pytest.approx(exact["weight"], rel=1e-4)
         assert refined["influence"] == pytest.approx(exact["influence"], rel=1e-4, abs=1e-7)
+
+    def test_half_of_the_shortlist_is_chosen_by_turns_and_half_by_the_mean(self, job: Job) -> None:
+        ran = job(gradient=WHOLE, refine=0.3)
+        P = np.load(ran.path(Stage.PROPAGATE))
+        (round_,) = ran.done[Stage.PROPAGATE][0].spec["landmarks"]
+        P[data.read_indices(ran.compute.store, round_["tokens"])] = -np.inf
+        by_turns = in_turns(P, 6, seed=0)
+        P[by_turns] = -np.inf
+        by_mean = np.argsort(-P.mean(axis=1), kind="stable")[:6].tolist()
+        shortlist = ran.done[Stage.REFINE][0].spec["tokens"]
+        assert data.read_indices(ran.compute.store, shortlist).tolist() == sorted(by_turns + by_mean)
 
     def test_without_it_landmarks_alone_are_exact(self, job: Job) -> None:
         ran = job(gradient=WHOLE, refine=0)

@@ -204,6 +204,12 @@ class TestRefused:
         with pytest.raises(ParameterError, match=r"not finite at step \d+.*lower warmup\.learning_rate"):
             trained(model_of(tiny_llama), samples, learning_rate=1e30)
 
+    def test_a_gradient_that_explodes_though_the_loss_does_not(self, tiny_llama: Path, samples: Samples) -> None:
+        model = model_of(tiny_llama)
+        model.model.layers[0].mlp.down_proj.weight.register_hook(lambda gradient: gradient * torch.inf)
+        with pytest.raises(ParameterError, match=r"not finite at step 1 .*warmup\.learning_rate"):
+            trained(model, samples)
+
     def test_a_sample_without_a_response(self, tiny_llama: Path, store: ArtifactStore) -> None:
         with pytest.raises(ValueError, match="at least one predicted response token"):
             trained(model_of(tiny_llama), data.read_all(store, "tokens"))
@@ -299,6 +305,16 @@ def test_lora_trains_the_adapters_alone(
     assert type(measured).__name__ == type(context.model()).__name__
     assert torch.equal(logits(context.model(key)), logits(model))
     assert measured.dtype == getattr(torch, dtype)
+
+
+def test_adapters_begin_by_the_seed_of_the_job(tiny_llama: Path, store: ArtifactStore, catch: dict[str, Any]) -> None:
+    begun = []
+    for seed in (0, 0, 1):
+        context, _ = context_of(store, tiny_llama, seed=seed, warmup={"lora": {"rank": 4}, "learning_rate": 1e-9})
+        warmup.run(context, f"checkpoints/seed-{seed}.safetensors", {"tokens": "tokens"})
+        begun.append(torch.cat([p.detach().flatten() for p in adapters.trainable(catch["model"]).values()]))
+    assert torch.equal(begun[0], begun[1])
+    assert (begun[0] - begun[2]).abs().max() > 1e-2
 
 
 @pytest.mark.filterwarnings("default")
