@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from service.artifacts import ArtifactStore
 from service.jobs import cost, operations, planning, stage_cost
 from service.jobs.cost import Rates
+from service.jobs.ledger import UnitSpec
 from service.jobs.operations import Shape, TokenCounts
 from service.jobs.parameters import Parameters
 from service.jobs.stage_cost import JobCounts, StageCosts, stages_of
 from service.jobs.state import Stage
 from service.settings import ModelSettings
+from worker import units
 from worker.influence import EmbeddingOptions, FactoredProjection, Samples, candidates, embedding_flops, gradient_flops
 from worker.influence.second_order import second_order_terms
+from worker.stages.keys import result_key
 from worker.stages.plan import VALIDATION_SAMPLES
 
 PLAIN = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -411,6 +416,25 @@ def test_stages_of_needs_no_shape() -> None:
         Stage.SELECT,
         Stage.PUBLISH,
     ]
+
+
+def test_the_plan_after_the_count_tells_what_is_there_of_the_first_wave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, job = ArtifactStore(str(tmp_path)), SimpleNamespace(id="j", budget=5, model={})
+    job.parameters = parameters(method="rds_plus")
+    counted = {"samples": 30, "tokens": 900, "response_tokens": 300}
+    prepared = {"pool_counts": counted, "target_counts": counted, "dtype": "float32"}
+    monkeypatch.setattr(units, "prepared_result", lambda *_: prepared)
+    monkeypatch.setattr(planning, "measured_rates", lambda _: MEASURED)
+    monkeypatch.setattr(planning, "shape_of", lambda *_: SHAPE)
+    first = [UnitSpec(stage=stage, shard=i, artifact_key=f"{stage}-{i}", spec={}, total=1)
+             for stage in (Stage.EMBED, Stage.EMBED_TARGET) for i in range(20)]  # fmt: skip
+    for unit in first[:20]:
+        store.write_json(result_key(unit.artifact_key), {})
+    unknown: Any = None
+    found = stages(units.exact_plan(unknown, store, unknown, job, first))  # type: ignore[arg-type]
+    assert (found["embed"]["already_there"], found["embed_target"]["already_there"]) == (1.0, 0.0)
 
 
 # The shape of a job's model
