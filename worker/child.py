@@ -118,7 +118,10 @@ def _environment() -> dict[str, str]:
 
 def _cause(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "The compute process was killed (signal 9): out of memory, most likely. The next attempt halves its batches."
+        return (
+            "The compute process was killed (signal 9): out of memory, most likely. Each further attempt halves its batches; where"
+            " that does not help, lower max_length, landmarks.count or gradient.projection_dim, or use quantization."
+        )
     if code < 0:
         return f"The compute process died of signal {-code} ({signal.Signals(-code).name})."
     return f"The compute process ended by itself with status {code}; its log says why."
