@@ -119,8 +119,8 @@ def _environment() -> dict[str, str]:
 def _cause(code: int) -> str:
     if code == -signal.SIGKILL:
         return (
-            "The compute process was killed (signal 9): out of memory, most likely. Each further attempt halves its batches; where"
-            " that does not help, lower max_length, landmarks.count or gradient.projection_dim, or use quantization."
+            "The compute process was killed (signal 9): out of memory, most likely. Each further attempt halves its batches;"
+            " where that does not help, lower max_length, landmarks.count or gradient.projection_dim, or use quantization."
         )
     if code < 0:
         return f"The compute process died of signal {-code} ({signal.Signals(-code).name})."
