@@ -31,7 +31,7 @@ up: $(INSTALLED)  ## start the embedded stack and keep it running until Ctrl-C
 
 # Two files of tests at a time, and one thread for each process of theirs: on two cores more threads only wait for each other.
 test: $(INSTALLED)  ## all tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED)  ## style and types
 	@$(BIN)/ruff check .

@@ -33,6 +33,7 @@ def of_method(results: Results) -> dict[str, Any]:
         "validation": _last(results, Stage.VALIDATE).get("validation"),
         "notes": [
             *prepared.get("notes", ()),
+            *_of_growth(results),
             *propagated.get("notes", ()),
             *_of_solver(selected.get("solution")),
             *_of_nonfinite(selected),
@@ -71,6 +72,16 @@ def _landmark_count(results: Results) -> int:
     return sum(result["rows"] for result in _all(results, Stage.LANDMARK_GRADIENTS))
 
 
+def _of_growth(results: Results) -> list[str]:
+    """How good the earlier rounds of landmarks were, each of which was not enough."""
+    return [
+        f"Before landmarks grew to {result['grow']['count']}, their leave-one-out Spearman was"
+        f" {result['fidelity']['mean_spearman']:.3f}."
+        for result in _all(results, Stage.PROPAGATE)
+        if "grow" in result
+    ]
+
+
 def _of_solver(solution: Mapping[str, Any] | None) -> list[str]:
     """What the certificate of the weights does not promise."""
     if solution is None:
@@ -95,7 +106,7 @@ def _of_nonfinite(selected: Mapping[str, Any]) -> list[str]:
 def _sentences(found: Mapping[str, Any]) -> list[str]:
     """What a reader should know first."""
     sentences = [_of_fidelity(found["fidelity"], found["landmark_count"]), *found["notes"]]
-    if found["embedding"]["candidates"]:
+    if found["embedding"]["candidates"] and found["fidelity"]:
         chosen = found["embedding"]["chosen"]
         sentences.append(
             f"Embedding {chosen['kind']} was chosen of {len(found['embedding']['candidates'])} candidates."

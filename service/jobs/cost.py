@@ -109,7 +109,7 @@ def plan(
         "stages": entries,
         "totals": totals,
         "exact_operations": exact,
-        "note": _note(parameters, totals["operations"], exact),
+        "note": None if _caps(parameters, counts) else _note(parameters, totals["operations"], exact),
         "warnings": [*warnings, *_caps(parameters, counts)],
         "tokens": {"pool": round(counts.pool.tokens), "target": round(counts.target.tokens)},
         "estimated": counts.estimated,

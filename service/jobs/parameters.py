@@ -27,7 +27,7 @@ class Landmarks(_Strict):
 
     count: int = Field(default=4096, ge=2, le=16_384, description="Lowered to the number of usable samples of the pool")
     choice: Literal["uniform", "stratified"] = Field(
-        default="stratified", description="`stratified`: each source in proportion to its size; `uniform`: by the seed"
+        default="uniform", description="`uniform`: by the seed; `stratified`: each source in proportion to its size"
     )
 
 

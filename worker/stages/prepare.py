@@ -94,7 +94,7 @@ def _landmarks(
         with context.store.writing(order_key) as path, path.open("wb") as file:
             np.save(file, order)
     rows, compared = np.sort(order[:wanted]), np.sort(order[: min(wanted, _MOST_COMPARED)])
-    if wanted > len(usable) and "landmarks" in parameters:
+    if wanted > len(usable):
         notes.append(f"landmarks.count is {wanted}: lowered to the {len(usable)} usable samples of the pool.")
     if len(rows) == len(usable):
         notes.append("Every usable sample is a landmark, so every influence is exact and nothing was propagated.")

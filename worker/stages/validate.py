@@ -58,7 +58,9 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
             "selection": _change(measured["held_out_selection"][0]),
             "random": _change(measured["random"][1]),
         }
-    return {"validation": {**found, "sentence": _sentence(found)}}
+    return {
+        "validation": {**found, "sentence": _sentence(found, is_adam=optimizer.options(context.job.parameters).is_adam)}
+    }
 
 
 def _speaking(context: StageContext, tokens: str, nonfinite: Sequence[int]) -> Rows:
@@ -122,13 +124,14 @@ def _change(measure: StepMeasure) -> dict[str, float | None]:
     }
 
 
-def _sentence(found: dict[str, Any]) -> str:
+def _sentence(found: dict[str, Any], *, is_adam: bool) -> str:
     selection, random = found["selection"], found["random"]
     predicted = selection["predicted_second_order"]
     predicted = selection["predicted"] if predicted is None else predicted
+    held = " with Adam's second moment held as it is" if is_adam else ""
     text = (
         f"One step on the selection changed the mean target loss of {found['loss']:.4f} by {selection['measured']:+.2e}"
-        f" (predicted {predicted:+.2e}), one on as many random samples by {random['measured']:+.2e}"
+        f" (predicted {predicted:+.2e}{held}), one on as many random samples by {random['measured']:+.2e}"
     )
     if found["held_out"]:
         held_out = found["held_out"]
