@@ -24,7 +24,7 @@ _MOST_COMPARED = 1024  # landmarks that candidate embeddings are compared on
 _LANDMARKS_A_DIRECTION = 8
 _RIDGES = 5  # of which one is chosen where none is given
 _HELD_OUT_FROM = 16  # targets
-VALIDATION_SAMPLES = 32
+VALIDATION_SAMPLES = 16
 """Of a step of the validation at most."""
 
 

@@ -399,7 +399,7 @@ def test_a_validation_takes_as_many_samples_as_the_worker() -> None:
     assert stage_cost.VALIDATION_SAMPLES == VALIDATION_SAMPLES
     few, many, more = (
         stages(planned(JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=budget, estimated=False)))
-        for budget in (16, 32, 2000)
+        for budget in (8, 16, 2000)
     )
     assert few["validate"]["operations"] < many["validate"]["operations"] == more["validate"]["operations"]
 

@@ -15,7 +15,7 @@ from service.jobs.ledger import UnitSpec
 from service.jobs.state import Stage
 from worker.stages.keys import artifact_key
 
-VALIDATION_SAMPLES = 32
+VALIDATION_SAMPLES = 16
 """Samples of a validation step at most; of a larger selection as many are drawn: the proof costs little beside the job."""
 
 
