@@ -41,7 +41,9 @@ from worker.units import unit_message
 # Of the jobs that are interrupted, in the one stage that is waited for.
 QUICK: Json = {"embedding": {"kind": "hidden", "blocks": 2}, "refine": 0, "validate": False}
 LONG = {"samples": SMALL, "epochs": 20, "batch_size": 2, "learning_rate": 1e-4}
-SLOW = {"token_budget": "64"}  # a few samples a batch: the stages last seconds
+# A few samples a batch, and a dear embedding: a stage lasts long enough to be met in its midst.
+SLOW = {"token_budget": "64"}
+LASTING: Json = {**QUICK, "embedding": {"kind": "jvp", "blocks": 2}}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -162,7 +164,7 @@ class TestInterruptions:
     def test_a_killed_child_is_an_attempt_that_failed(
         self, world: World, worker: Worker, pool: str, target: str
     ) -> None:
-        job_id = post(world, pool, target, seed=2, **{**QUICK, "embedding": {"kind": "jvp", "blocks": 2}})
+        job_id = post(world, pool, target, seed=2, **LASTING)
 
         def child_at_work() -> int | None:
             job = world.get(job_id)
@@ -178,7 +180,7 @@ class TestInterruptions:
     ) -> None:
         shared.stop()
         with world.worker("killed", **SLOW) as killed:
-            job_id = post(world, pool, target, seed=3, **QUICK)
+            job_id = post(world, pool, target, seed=3, **LASTING)
             world.computing(job_id)
             orphan = killed.child()
             assert orphan is not None
@@ -197,7 +199,7 @@ class TestInterruptions:
     ) -> None:
         shared.stop()
         with world.worker("ending", **SLOW) as ending:
-            job_id = post(world, pool, target, seed=4, **QUICK)
+            job_id = post(world, pool, target, seed=4, **LASTING)
             world.computing(job_id)
             child = ending.child()
             assert child is not None
