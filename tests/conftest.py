@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from tiny import save_model
 
@@ -11,6 +12,12 @@ from tiny import save_model
 def _quiet_transformers() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """As `make test` has it for every process: sums over threads would differ in their last bits from those of a worker."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
@@ -30,6 +31,11 @@ _UNUSED = {
     "rds_plus": ("landmarks", "embedding", "gradient"),
     "random": ("landmarks", "embedding", "gradient"),
 }
+
+
+def load(folder: Path) -> Any:
+    """The model of a folder, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 from sqlalchemy import select
 from tiny import pool_rows, target_rows
 from worker_world import (
@@ -44,14 +43,6 @@ LONG = {"samples": SMALL, "epochs": 20, "batch_size": 2, "learning_rate": 1e-4}
 # A few samples a batch, and a dear embedding: a stage lasts long enough to be met in its midst.
 SLOW = {"token_budget": "64"}
 LASTING: Json = {**QUICK, "embedding": {"kind": "jvp", "blocks": 2}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -37,14 +37,6 @@ from worker.influence import FactoredProjection, Samples, cosine_influence, per_
 from worker.models import find, load_model, load_tokenizer
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def world(
     tmp_path_factory: pytest.TempPathFactory, postgres_url: str, broker_url: str, tiny_llama: Path

@@ -21,8 +21,17 @@ from service.jobs.stage_cost import JobCounts, StageCosts, stages_of
 from service.jobs.state import Stage
 from service.settings import ModelSettings
 from worker import units
-from worker.influence import EmbeddingOptions, FactoredProjection, Samples, candidates, embedding_flops, gradient_flops
+from worker.influence import (
+    EmbeddingOptions,
+    FactoredProjection,
+    Samples,
+    candidates,
+    embedding_flops,
+    gradient_flops,
+    propagation,
+)
 from worker.influence.second_order import second_order_terms
+from worker.stages import curvature, prepare
 from worker.stages.keys import result_key
 from worker.stages.plan import VALIDATION_SAMPLES
 
@@ -393,6 +402,12 @@ def test_what_depends_on_a_warm_up_depends_on_its_pool_and_optimizer() -> None:
     assert inputs(Stage.TARGET_GRADIENTS, **warm) != inputs(Stage.TARGET_GRADIENTS, pool="q", **warm)
     adam = {"optimizer": {"type": "adamw", "weight_decay": 0.1}}
     assert inputs(Stage.TARGET_GRADIENTS, **warm) != inputs(Stage.TARGET_GRADIENTS, **warm, **adam)
+
+
+def test_the_plan_counts_with_the_workers_own_numbers() -> None:
+    assert stage_cost._MOST_COMPARED == prepare._MOST_COMPARED
+    assert stage_cost._LANDMARKS_A_DIRECTION == curvature._LANDMARKS_A_DIRECTION
+    assert len(propagation.RIDGES) == stage_cost._RIDGES
 
 
 def test_a_validation_takes_as_many_samples_as_the_worker() -> None:

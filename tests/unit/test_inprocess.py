@@ -3,14 +3,13 @@
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from local_job import Ran, run
 from tiny import FAMILIES, pool_rows, save_model, target_rows, write_jsonl
 
@@ -20,15 +19,6 @@ from worker.errors import DataError, ModelError, ParameterError
 
 POOL, TARGET, BUDGET = 40, 4, 6
 UNREFINED: dict[str, Any] = {"refine": 0, "validate": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Several threads cost tiny models more than they bring, much more on a machine that is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_job import Ran, down_projections, gradients, in_turns, is_optimum, loss_of, run, unit
+from local_job import Ran, down_projections, gradients, in_turns, is_optimum, load, loss_of, run, unit
 from safetensors.numpy import load_file
 from tiny import pool_rows, target_rows, write_jsonl
-from transformers import AutoModelForCausalLM
 
 from service.jobs.state import Stage
 from worker import data
@@ -27,18 +26,6 @@ PLAIN = {"projection_dim": None, "normalize": False}
 SGD = {"type": "sgd", "learning_rate": 1e-3}
 
 Job = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_job import Ran, down_projections, gradients, is_optimum, loss_of, run, unit
+from local_job import Ran, down_projections, gradients, is_optimum, load, loss_of, run, unit
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import pool_rows, read_jsonl, save_model, target_rows, write_jsonl
-from transformers import AutoModelForCausalLM
 
 from service.jobs.state import Stage
 from worker import adapters, data, inprocess
@@ -34,18 +32,6 @@ WHOLE = {"projection_dim": None}
 ADAMW = {"type": "adamw", "learning_rate": 0.02, "weight_decay": 0.1}
 WARMUP = {"samples": 24, "batch_size": 8, "learning_rate": 1e-3}
 EXACT = {"method": "exact_influence", "validate": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
