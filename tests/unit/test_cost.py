@@ -307,6 +307,7 @@ def test_the_exact_method_is_named_where_it_would_cost_less_than_twice() -> None
     assert 1.2 < dearer["exact_operations"] / dearer["totals"]["operations"] < 2
     assert dearer["note"] is not None
     assert planned(landmarks={"count": 64}, validate=False, embedding={"kind": "hidden"}, refine=0)["note"] is None
+    assert planned(landmarks={"count": 4096})["note"] is None, "every sample is a landmark already"
     assert planned(method="exact_influence")["note"] is None
     assert planned(method="rds_plus")["note"] is None
 

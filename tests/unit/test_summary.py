@@ -1,4 +1,4 @@
-"""What the summary says of the weights' certificate."""
+"""What the summary says in words."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 
 from service.jobs.state import Stage
 from worker import summary
+from worker.stages import validate
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,27 @@ def test_what_the_certificate_does_not_promise_is_said(solution: dict[str, Any] 
 def test_of_landmarks_that_grew_the_notes_of_the_last_round_are_told() -> None:
     results = {Stage.PREPARE: [{"notes": ["first"]}], Stage.PROPAGATE: [{"notes": ["grown"]}, {"notes": ["second"]}]}
     assert summary.of_method(results)["notes"] == ["first", "second"]
+
+
+def test_rounds_of_landmarks_that_were_not_enough_tell_their_fidelity() -> None:
+    grown = {"grow": {"count": 64}, "fidelity": {"mean_spearman": 0.25}, "notes": []}
+    chosen = {"chosen": {"kind": "hidden"}, "candidates": [{}, {}]}
+    exact = {"fidelity": None, "notes": ["exact"]}
+    results = {
+        Stage.PREPARE: [{"notes": []}],
+        Stage.CHOOSE_EMBEDDING: [chosen],
+        Stage.PROPAGATE: [grown, exact],
+    }
+    found = summary.of_method(results)
+    assert found["notes"] == ["Before landmarks grew to 64, their leave-one-out Spearman was 0.250.", "exact"]
+    # The embedding that was chosen was not used in the end.
+    assert not any("Embedding" in sentence for sentence in found["sentences"])
+
+
+@pytest.mark.parametrize("is_adam", [False, True])
+def test_where_adam_steps_it_is_said_that_its_second_moment_was_held(is_adam: bool) -> None:
+    change = {"measured": -2e-3, "predicted": -3e-3, "predicted_second_order": None}
+    found = {"loss": 1.5, "selection": change, "random": change, "held_out": None}
+    assert (
+        "(predicted -3.00e-03 with Adam's second moment held" in validate._sentence(found, is_adam=is_adam)
+    ) == is_adam
