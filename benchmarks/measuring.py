@@ -1,13 +1,17 @@
 """What the benchmarks share: the memory of a running stack, the machine and the commit that a figure belongs to."""
 
+import argparse
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from service.local import Stack
 
@@ -43,7 +47,14 @@ class MemoryWatch:
 
 
 def machine() -> dict[str, Any]:
-    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform(terse=True)}
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+        "torch": torch.__version__,
+    }
 
 
 def _processor() -> str:
@@ -57,3 +68,17 @@ def commit() -> str:
     """The short name of the commit that is checked out, with a mark where files differ from it."""
     told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return told.stdout.strip()
+
+
+def heading(options: argparse.Namespace) -> dict[str, Any]:
+    """What a result says of itself; folders are named by their option, not by their path."""
+    hidden = {str(value): name.upper() for name, value in vars(options).items() if isinstance(value, Path)}
+    words = [hidden.get(word, word) for word in sys.argv[1:]]
+    kept = [word for word, before in zip(words, ["", *words], strict=False) if "--beside" not in (word, before)]
+    return {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept]),
+        "commit": commit(),
+        "machine": machine(),
+        "beside": options.beside,
+        "seed": options.seed,
+    }

@@ -1,0 +1,41 @@
+"""How the benchmarks write down what they found: JSON with everything, a Markdown table, an SVG plot."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+matplotlib.use("svg")
+plt.rcParams.update(
+    {
+        "svg.hashsalt": "winnow",  # the same figures give the same file
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """The whole file, or none of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.rename(path)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    plt.close(figure)
