@@ -25,7 +25,7 @@ from .projection import FactoredProjection
 from .propagation import Fidelity, KernelRidge, fidelity
 from .samples import Samples, token_batches
 from .second_order import SecondOrder, low_rank, offset_influence, quadratic_factors, second_order_terms
-from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, top_k
+from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, shortlist, top_k
 from .solver import WeightedSolution, weighted_selection
 from .step import StepMeasure, measure_step, optimizer_step, predicted_change
 
@@ -72,6 +72,7 @@ __all__ = [
     "sample_losses",
     "save_state",
     "second_order_terms",
+    "shortlist",
     "state_of",
     "step_offset",
     "stepped",

@@ -74,6 +74,27 @@ def round_robin(P: Tensor | FloatArray, budget: int, *, seed: int, eligible: npt
     return chosen
 
 
+def shortlist(
+    P: Tensor | FloatArray,
+    mean: Tensor | FloatArray,
+    size: int,
+    *,
+    by_turns: bool,
+    seed: int,
+    eligible: npt.ArrayLike | None = None,
+) -> IntArray:
+    """Rising indices (size,) of the samples whose exact influence is worth computing, by propagated P (n, t) (METHOD 5, Refine).
+
+    Those of the highest `mean` (n,) over targets; with `by_turns`, for a choice by round robin, half of them by turns: the mean
+    is predicted better than a single target's influence (docs/decisions/0007-landmarks-and-embeddings.md).
+    `eligible` and errors are as in `top_k`; landmarks are exact already and should not be eligible.
+    """
+    mask = np.ones(len(mean), dtype=bool) if eligible is None else np.array(eligible)
+    turns = round_robin(P, size // 2, seed=seed, eligible=mask) if by_turns else np.empty(0, dtype=np.int64)
+    mask[turns] = False
+    return np.sort(np.concatenate([turns, top_k(mean, size - turns.size, eligible=mask)]))
+
+
 def _next_free(ranked: IntArray, start: int, taken: BoolArray) -> int:
     """Where in the list, from `start` on, the first one not taken stands; its size where all are."""
     for near in range(start, ranked.size, 256):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from service.artifacts import ArtifactStore
 from worker import data
-from worker.influence import Fidelity, KernelRidge, cosine_influence, fidelity, round_robin, top_k
+from worker.influence import Fidelity, KernelRidge, cosine_influence, fidelity, shortlist
 from worker.stages import keys
 from worker.stages.context import StageContext
 from worker.stages.influence import (
@@ -202,9 +202,7 @@ def _shortlist(
 ) -> dict[str, Any] | None:
     """The best by propagated influence: their tokens as an artifact, cut into shards.
 
-    Landmarks are left out: exact influence spreads wider than the propagated one, so they would fill the list. For round robin
-    half of it is chosen by turns and half by the mean, which is predicted better than a single target's influence
-    (docs/decisions/0007-landmarks-and-embeddings.md).
+    Landmarks are left out: exact influence spreads wider than the propagated one, so they would fill the list.
     """
     parameters = context.job.parameters
     if parameters["refine"] == 0:
@@ -215,14 +213,16 @@ def _shortlist(
     size = min(wanted, int(eligible.sum()))
     if not size:
         return None
-    by_turns = np.empty(0, np.int64)
     with context.store.local(artifact_key) as path:
         P_nc = np.load(path, mmap_mode="r")
-        if parameters["selection"] == "round_robin":
-            by_turns = round_robin(columns(P_nc, speaking), size // 2, seed=parameters["seed"], eligible=eligible)
-            eligible[by_turns] = False
-        by_mean = top_k(mean_influence(P_nc, speaking), size - len(by_turns), eligible=eligible)
-    rows = np.sort(np.concatenate([by_turns, by_mean]))
+        rows = shortlist(
+            columns(P_nc, speaking),
+            mean_influence(P_nc, speaking),
+            size,
+            by_turns=parameters["selection"] == "round_robin",
+            seed=parameters["seed"],
+            eligible=eligible,
+        )
     tokens = data.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
     lengths = data.read_counts(context.store, tokens).length
     return {"tokens": tokens, "count": len(rows), "shards": keys.gradient_shards(lengths)}

@@ -1,0 +1,206 @@
+"""What the fidelity benchmark compares, measured by the product's own functions and kept in the cache: exact gradients of the
+pool and of the targets, every embedding, and what each costs.
+
+Shape suffixes: n samples of the pool, t targets, k values of a gradient, e embedding size.
+"""
+
+import argparse
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from corpus import Corpus, cached, load_model, load_tokenizer, model_folder, samples_of
+from rich.console import Console
+from torch import Tensor
+
+from worker.influence import (
+    EmbeddingOptions,
+    FactoredProjection,
+    Samples,
+    cosine_influence,
+    embed,
+    embedding_flops,
+    gradient_flops,
+    per_sample_gradients,
+)
+from worker.influence.models import block_list, layer_size, linear_layers
+from worker.influence.samples import IntArray
+
+PIECE = 100
+"""Rows of the pool that are measured at a time."""
+
+console = Console(stderr=True)
+
+
+def embeddings(blocks: int) -> dict[str, EmbeddingOptions]:
+    """The embeddings that are compared, of a model of that many blocks."""
+    depths = sorted({min(4, blocks), max(1, blocks // 2)})
+    offered = {
+        f"{kind} {depth} {pooling}": EmbeddingOptions(kind=kind, pooling=pooling, blocks=depth, tangents=2)
+        for kind, depth in [*(("hidden", depth) for depth in depths), ("jvp", depths[0])]
+        for pooling in ("last", "response")
+    }
+    return {**offered, "rds": EmbeddingOptions(kind="rds")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Operations (n,) by row of the pool, and the processor seconds that all rows took."""
+
+    operations_n: np.ndarray[Any, np.dtype[np.float64]]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Exact influence (n, t) by target: `influence` under the projection that the exact method uses, `other` under another of the
+    same size, `finer` under one of four times the size. Embeddings (n, e) by name; `cost` by embedding and of `gradients`,
+    `target_cost` (operations, seconds) of each target's gradients. `usable`: the rows that have a gradient."""
+
+    ids: list[str]
+    sources: list[str]
+    tokens: IntArray
+    influence: dict[str, Tensor]
+    other: dict[str, Tensor]
+    finer: dict[str, Tensor]
+    embeddings: dict[str, Tensor]
+    cost: dict[str, Cost]
+    target_cost: dict[str, tuple[float, float]]
+    usable: IntArray
+
+
+def measure(options: argparse.Namespace) -> Pool:
+    """Fills the cache with what it lacks, `--processes` pieces at a time, and reads all of it."""
+    corpus, folder = Corpus(options.corpus), model_folder(options)
+    rows, tokenizer = corpus.pool(options.rows, options.seed), load_tokenizer(folder)
+    samples = samples_of(rows, tokenizer, options.max_length)
+    targets = {name: corpus.target(name, "dev")[: options.target_rows] for name in options.targets}
+    target_samples = {name: samples_of(found, tokenizer, options.max_length) for name, found in targets.items()}
+    model = load_model(folder, getattr(torch, options.dtype), "cpu")
+    kinds = embeddings(len(block_list(model.base_model)[1]))
+    pieces = [(start, min(start + PIECE, len(samples))) for start in range(0, len(samples), PIECE)]
+    names = _names(options, folder)
+    tasks = [
+        *((names(f"{name}.gradients"), part, "gradients") for name, part in target_samples.items()),
+        *(
+            (names(f"pool{a:05d}.{kind}"), samples.slice(a, b), kind)
+            for a, b in pieces
+            for kind in ("gradients", *kinds)
+        ),
+    ]
+    _fill([task for task in tasks if not task[0].exists()], options, folder, kinds)
+    read = {task[0]: cached(task[0], _absent) for task in tasks}
+
+    def pool_of(kind: str) -> tuple[Tensor, float]:
+        found = [read[names(f"pool{a:05d}.{kind}")] for a, _ in pieces]
+        return torch.cat([tensors["values"].float() for tensors, _ in found]), sum(seconds for _, seconds in found)
+
+    G_nk, gradient_seconds = pool_of("gradients")
+    G_tk = {name: read[names(f"{name}.gradients")][0]["values"] for name in target_samples}
+    first, second = _independent_columns(model, options.projection_dim)
+
+    def influence(columns: slice | Tensor) -> dict[str, Tensor]:
+        return {name: cosine_influence(G_nk[:, columns], G[:, columns]).double() for name, G in G_tk.items()}
+
+    gradient_operations = partial(_gradient_operations, model, options.projection_dim)
+    return Pool(
+        ids=[row["id"] for row in rows],
+        sources=[row["source"] for row in rows],
+        tokens=samples.lengths,
+        influence=influence(first),
+        other=influence(second),
+        finer=influence(slice(None)),
+        embeddings={kind: pool_of(kind)[0] for kind in kinds},
+        cost={
+            "gradients": Cost(operations_n=_by_row(samples, gradient_operations), seconds=gradient_seconds),
+            **{
+                kind: Cost(
+                    operations_n=_by_row(samples, lambda part, o=each: embedding_flops(model, part, options=o).total),
+                    seconds=pool_of(kind)[1],
+                )
+                for kind, each in kinds.items()
+            },
+        },
+        target_cost={
+            name: (gradient_operations(part), read[names(f"{name}.gradients")][1])
+            for name, part in target_samples.items()
+        },
+        usable=np.flatnonzero(G_nk.norm(dim=1).numpy() > 0),
+    )
+
+
+def _finer(dim: int) -> FactoredProjection:
+    return FactoredProjection(4 * dim)
+
+
+def _independent_columns(model: Any, dim: int) -> tuple[Tensor, Tensor]:
+    """Columns of the finer projected gradients that are two projections of the exact method's size, independent of each other.
+
+    Of a layer's (p, q) values those of the first half of the directions on both sides, and those of the second half.
+    """
+    layers = linear_layers(model, "down_proj")
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    start = 0
+    for module in layers.values():
+        p, q = _finer(dim).size(len(layers), *layer_size(module))
+        columns_pq = torch.arange(start, start + p * q).reshape(p, q)
+        parts[0].append(columns_pq[: p // 2, : q // 2].flatten())
+        parts[1].append(columns_pq[p // 2 :, q // 2 :][: p // 2, : q // 2].flatten())
+        start += p * q
+    return torch.cat(parts[0]), torch.cat(parts[1])
+
+
+def _names(options: argparse.Namespace, folder: Path) -> Callable[[str], Path]:
+    """A file's name holds all that its content depends on, but for the code."""
+    told = f"{folder.name}-{options.dtype}-{options.max_length}-{options.projection_dim}-{options.seed}"
+    return lambda name: Path(options.cache / "fidelity" / told / f"{name.replace(' ', '_')}.safetensors")
+
+
+def _absent() -> dict[str, Tensor]:
+    raise RuntimeError("a measured piece has disappeared from the cache")
+
+
+def _gradient_operations(model: Any, dim: int, part: Samples) -> float:
+    return gradient_flops(model, part, projection=FactoredProjection(dim)).total
+
+
+def _by_row(samples: Samples, operations: Callable[[Samples], float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([operations(samples.slice(i, i + 1)) for i in range(len(samples))])
+
+
+def _fill(
+    tasks: list[tuple[Path, Samples, str]],
+    options: argparse.Namespace,
+    folder: Path,
+    kinds: Mapping[str, EmbeddingOptions],
+) -> None:
+    if not tasks:
+        return
+    start = partial(_start, folder, options, dict(kinds))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn, initializer=start) as executor:
+        for number, (name, seconds) in enumerate(executor.map(_measure, *zip(*tasks, strict=True)), 1):
+            console.print(f"{number}/{len(tasks)} {name}: {seconds:.1f} s", highlight=False)
+
+
+def _start(folder: Path, options: argparse.Namespace, kinds: dict[str, EmbeddingOptions]) -> None:
+    """In each process, once: one thread, so that processor seconds are those of the work."""
+    global _model, _kinds, _projection
+    torch.set_num_threads(1)
+    _model, _kinds = load_model(folder, getattr(torch, options.dtype), options.device), kinds
+    _projection = _finer(options.projection_dim)
+
+
+def _measure(path: Path, samples: Samples, kind: str) -> tuple[str, float]:
+    def make() -> dict[str, Tensor]:
+        if kind == "gradients":
+            return {"values": per_sample_gradients(_model, samples, projection=_projection).values}
+        return {"values": embed(_model, samples, options=_kinds[kind])}
+
+    return path.stem, cached(path, make)[1]
