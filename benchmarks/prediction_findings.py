@@ -1,0 +1,219 @@
+"""What benchmarks/prediction.py finds in its measurements: how well each expansion predicts, as tables and a plot.
+
+Shape suffixes: n rows of the pool, t targets, m weightings, r learning rates, d draws.
+"""
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from reporting import table
+
+Array = npt.NDArray[np.float64]
+Lines = dict[str, list[dict[str, Any]]]
+"""By optimiser, `findings` of its measurements."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What predicts a step on weights w (n,): to first order, and what each curvature adds to it; all float64.
+
+    P_nt: scaled inner products with every target. drift: mean slope of the target losses along the offset b.
+    factors: B and M of each curvature's form Q = B M BT. offset: G D_a H b (n,) and bT H b of each.
+    """
+
+    P_nt: Array
+    drift: float
+    factors: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    offset: dict[str, tuple[Array, float]] = field(default_factory=dict)
+
+    def first(self, W_mn: Array, rate: float) -> Array:
+        return -rate * (W_mn @ self.P_nt.mean(axis=1) / W_mn.shape[1] + self.drift)
+
+    def second(self, kind: str, W_mn: Array, rate: float) -> Array:
+        """What the curvature adds: rate^2 / 2 of the form along the step's direction."""
+        (B_nr, M_rr), (offset_n, bend) = self.factors[kind], self.offset[kind]
+        Y_mr, n = W_mn @ B_nr, W_mn.shape[1]
+        form_m = np.einsum("mr,rs,ms->m", Y_mr, M_rr, Y_mr)
+        return rate**2 * (form_m / (2 * n) + W_mn @ offset_n / n + bend / 2)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An optimiser's weightings and what steps on them did; the first weightings at all rates, the others at some.
+
+    W_mn: weights. selected: bool (m,). changes: (m, r) of each kind of step, NaN where it was not taken.
+    """
+
+    terms: Expansion
+    rates: list[float]
+    W_mn: Array
+    selected: npt.NDArray[np.bool_]
+    changes: dict[str, Array]
+
+
+def noise_of(measured: Measured) -> float:
+    """Spread of the measured change about the prediction at the smallest rate, where the expansion's error is far below it."""
+    rate, changes_m = measured.rates[0], measured.changes["held" if "held" in measured.changes else "true"][:, 0]
+    taken_m = np.isfinite(changes_m)
+    W_mn = measured.W_mn[taken_m]
+    expected_m = measured.terms.first(W_mn, rate) + measured.terms.second("hessian", W_mn, rate)
+    return float(np.std(changes_m[taken_m] - expected_m))
+
+
+def findings(measured: Measured, noise: float, seed: int) -> list[dict[str, Any]]:
+    """For each kind of step and rate: how first order predicts, and what each curvature explains of what it leaves.
+
+    Nothing is said of a change, or of what first order leaves of it, whose spread is below three times the noise.
+    """
+    found = []
+    for (step, changes_mr), (j, rate) in product(measured.changes.items(), enumerate(measured.rates)):
+        taken_m = np.isfinite(changes_mr[:, j])
+        W_mn, y_m = measured.W_mn[taken_m], changes_mr[taken_m, j]
+        first_m = measured.terms.first(W_mn, rate)
+        left_m = y_m - first_m
+        line = {
+            "step": step,
+            "learning_rate": rate,
+            "n": len(y_m),
+            "mean": float(y_m.mean()),
+            "spread": float(y_m.std()),
+        }
+        line |= {"spread_left": float(left_m.std()), "second_to_first": {}, "predictions": {}, "left": {}}
+        if y_m.std() > 3 * noise:
+            line["predictions"]["none"] = agreement(first_m, y_m, seed)
+        for kind in measured.terms.factors:
+            added_m = measured.terms.second(kind, W_mn, rate)
+            line["second_to_first"][kind] = float(added_m.std() / first_m.std())
+            if y_m.std() > 3 * noise:
+                line["predictions"][kind] = agreement(first_m + added_m, y_m, seed)
+            if left_m.std() > 3 * noise:
+                line["left"][kind] = agreement(added_m, left_m, seed)
+        found.append(line)
+    return found
+
+
+def agreement(predicted_m: Array, measured_m: Array, seed: int) -> dict[str, float | list[float]]:
+    """Of measured on predicted: correlation, slope with an intercept and through the origin, and the share of the variance that
+    the prediction explains as it is, 1 - var(measured - predicted) / var(measured); of the first and the last the range that
+    holds 95 % of 500 draws of the weightings with replacement."""
+    draws_dm = np.random.default_rng([seed, 0xB007]).integers(len(measured_m), size=(500, len(measured_m)))
+    correlation, explained = correlation_and_share(predicted_m, measured_m)
+    ranges = correlation_and_share(predicted_m[draws_dm], measured_m[draws_dm])
+    correlations, shares = (np.nanquantile(values_d, (0.025, 0.975)).tolist() for values_d in ranges)
+    return {
+        "correlation": float(correlation),
+        "correlation_range": correlations,
+        "slope": float(correlation * measured_m.std() / predicted_m.std()),
+        "slope_origin": float(predicted_m @ measured_m / (predicted_m @ predicted_m)),
+        "explained": float(explained),
+        "explained_range": shares,
+    }
+
+
+def correlation_and_share(predicted: Array, measured: Array) -> tuple[Array, Array]:
+    """Correlation and explained share of the variance, over the last axis."""
+    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (predicted, measured))
+    correlation = (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+    return correlation, 1 - ((y - x) ** 2).sum(axis=-1) / (y * y).sum(axis=-1)
+
+
+def tables(lines: Lines, noise: dict[str, float], default_rates: dict[str, float]) -> str:
+    """How each expansion predicts the change, then what each curvature explains of what first order leaves."""
+    whole, left = [], []
+    for name, line in ((name, line) for name, found in lines.items() for line in found):
+        mark = " (default)" if line["learning_rate"] == default_rates[name] else ""
+        start = [titled(name, line["step"]), f"{line['learning_rate']:g}{mark}", line["n"]]
+        for kind, found in line["predictions"].items():
+            slopes = f"{found['slope']:.3f}", f"{found['slope_origin']:.3f}"
+            whole.append([*start, kind, ranged(found, "correlation"), *slopes, ranged(found, "explained")])
+        spreads = [f"{line['spread']:.1e}", f"{line['spread_left'] / noise[name]:.1f}"]
+        ratio = f"{line['second_to_first']['hessian']:.3f}"
+        if not line["left"]:
+            left.append([*start, *spreads, ratio, "all", "below the noise", "", ""])
+        for kind, found in line["left"].items():
+            shown = ranged(found, "correlation"), f"{found['slope']:.3f}", ranged(found, "explained")
+            left.append([*start, *spreads, ratio, kind, *shown])
+    columns = ("step", "learning rate", "weightings")
+    agreeing = ("correlation", "slope", "slope through 0", "share explained")
+    of_left = ("spread of the change", "left by first order, in noises", "second to first order", "curvature")
+    noises = [[name, f"{value:.1e}"] for name, value in noise.items()]
+    return "\n".join(
+        (
+            table(("optimiser", "noise of a measured change"), noises),
+            table((*columns, "curvature", *agreeing), whole),
+            table((*columns, *of_left, "correlation", "slope", "share explained"), left),
+        )
+    )
+
+
+def titled(name: str, step: str) -> str:
+    return f"{name}, second moment held" if step == "held" else name
+
+
+def ranged(found: dict[str, Any], what: str) -> str:
+    low, high = found[f"{what}_range"]
+    return f"{found[what]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def figure(found: dict[str, Measured], lines: Lines, default_rates: dict[str, float]) -> Figure:
+    """A row an optimiser: measured against predicted at two rates, and what curvatures explain of what first order leaves."""
+    drawn, axes = plt.subplots(len(found), 3, figsize=(12, 3.8 * len(found)), squeeze=False)
+    for row, (name, measured) in zip(axes, found.items(), strict=True):
+        counts = np.isfinite(measured.changes["true"]).sum(axis=0)
+        wide = [j for j in range(len(counts)) if counts[j] == counts.max()]
+        for ax, j in zip(row, (wide[0], wide[-1]), strict=False):
+            scatter(ax, measured, j)
+            default = ", the default" if measured.rates[j] == default_rates[name] else ""
+            ax.set_title(f"{name}, learning rate {measured.rates[j]:g}{default}")
+        explained(row[2], lines[name])
+        row[2].axvline(default_rates[name], color="black", linewidth=0.8, linestyle=":")
+        row[2].set_title(f"{name}: what curvature explains of first order's error")
+    return drawn
+
+
+def scatter(ax: Axes, measured: Measured, j: int) -> None:
+    changes_m = measured.changes["true"][:, j]
+    taken_m = np.isfinite(changes_m)
+    W_mn, y_m, rate = measured.W_mn[taken_m], changes_m[taken_m], measured.rates[j]
+    first_m = measured.terms.first(W_mn, rate)
+    second_m = first_m + measured.terms.second("hessian", W_mn, rate)
+    for x_m, label, colour in ((first_m, "first order", "tab:orange"), (second_m, "hessian", "tab:blue")):
+        for chosen_m, marker, kind in ((~measured.selected, "o", "random"), (measured.selected, "x", "selected")):
+            some = chosen_m[taken_m]
+            ax.scatter(
+                x_m[some],
+                y_m[some],
+                s=12,
+                marker=marker,
+                color=colour,
+                alpha=0.6,
+                linewidths=0.8,
+                label=f"{label}, {kind}",
+            )
+    ends = [min(y_m.min(), second_m.min()), max(y_m.max(), second_m.max())]
+    ax.plot(ends, ends, color="black", linewidth=0.8)
+    ax.set_xlabel("predicted change of the target loss")
+    ax.set_ylabel("measured")
+    ax.legend(fontsize=7)
+
+
+def explained(ax: Axes, found: list[dict[str, Any]]) -> None:
+    colours = {kind: f"C{i}" for i, kind in enumerate(found[0]["second_to_first"])}
+    for step, kind in product(dict.fromkeys(line["step"] for line in found), colours):
+        points = [line for line in found if line["step"] == step and kind in line["left"]]
+        rates = [line["learning_rate"] for line in points]
+        shares = [line["left"][kind]["explained"] for line in points]
+        label = kind if step == "true" else f"{kind}, second moment held"
+        style = "-" if step == "true" else "--"
+        ax.plot(rates, shares, style, marker=".", color=colours[kind], label=label)
+    ax.set_xscale("log")
+    ax.set_ylim(-0.5, 1.05)
+    ax.set_xlabel("learning rate (dotted: default)")
+    ax.set_ylabel("share of the variance explained")
+    ax.legend(fontsize=7)
