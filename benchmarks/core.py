@@ -1,270 +1,279 @@
-"""Speed of the gradient and embedding stages beside the machine's matrix-product rate and a one-sample-at-a-time baseline.
+"""Speed of the numerical stages beside the machine's rate of matrix products, the authors' code, and whole selections.
 
-    python benchmarks/core.py --model DIR [--json]
+    python benchmarks/core.py --model DIR --corpus DIR --authors DIR --out DIR
+    python benchmarks/core.py --shapes 135m 1b 7b --device cuda --dtypes bfloat16 --samples 128 --longest 1024 --out DIR
 
-Every figure is the best of `--rounds`, the rounds of all stages and the rate measurements taken in turn, so that what else the
-machine does disturbs neither side of a ratio alone. A call's setup (drawing directions, checking the model) is the same for ten
-samples and ten million, so it is timed by itself, on no samples, and left out of the shares. Operation counts are those of
-`worker.influence.flops`: what the method needs, without padding and elementwise work. Without `--model` the model is random,
-of the shape of a 135M Llama.
+Every figure is the best of `--rounds`, the rounds of all stages and the measurements of the rate taken in turn, so that what else
+the machine does disturbs neither side of a ratio alone. A call's setup (drawing directions, checking the model) is the same for
+ten samples and ten million, so it is timed by itself, on no samples, and left out of the shares. Operations are what the method
+needs, without padding and elementwise work. Seconds are the process's own where one thread computes on a processor, else those
+of the clock. `--shapes` are Llamas of random weights. What lacks its option is left out, and the result says so.
 """
 
-from __future__ import annotations
-
 import argparse
+import gc
+import hashlib
 import json
+import statistics
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import authors
+import core_report
+import pipeline
 import torch
-from torch.func import functional_call, jvp
-from torch.profiler import ProfilerActivity, profile
+from core_stages import LLAMA, Stage, data_stages, model_stages, random_samples
+from measuring import commit, heading
+from reporting import write_json
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from worker.influence import (
-    EmbeddingOptions,
-    FactoredProjection,
-    Samples,
-    embed,
-    embedding_flops,
-    gradient_flops,
-    measured_matmul_rate,
-    per_sample_gradients,
-)
-from worker.influence.dual import random_tangents
-from worker.influence.models import first_blocks, linear_layers
+from worker.influence import Samples
 
-PROJECTION = FactoredProjection()
-GROUPS = {
-    "head and loss": ("log_softmax", "nll_loss"),
-    "attention": ("scaled_dot_product", "bmm", "_softmax", "masked_fill"),
-    "matmul": ("aten::mm", "addmm", "mkldnn_linear"),
-    "copies and fills": ("copy_", "fill_", "cat", "index"),
-    "norm and elementwise": (
-        "aten::mul",
-        "add",
-        "silu",
-        "pow",
-        "mean",
-        "rsqrt",
-        "neg",
-        "sum",
-        "div",
-        "sub",
-        "var",
-        "gelu",
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One stage on one model: how to run it, and what it costs by the books."""
-
-    name: str
-    dtype: str
-    run: Callable[[Samples], Any]
-    baseline: Callable[[Samples], None]
-    operations: float
+STAGES = [
+    *("gradients", "gradients, Adam exact", "gradients, Adam factored", "losses", "weighted gradients"),
+    *("jvp", "hidden", "rds", "curvature, ggn", "curvature, hessian"),
+    *("influence of landmarks", "kernel ridge fit", "propagation", "round robin", "weighted, second order"),
+]
+PROFILED = ("gradients", "jvp")
 
 
 def main() -> None:
     options = arguments()
-    samples = random_samples(options.samples, options.shortest, options.longest)
-    stages = [
-        stage
+    measured = [
+        piece(options, f"stages-{name}-{dtype}", lambda name=name, dtype=dtype: stage_reports(name, dtype, options))
+        for name in (["model"] if options.model else []) + options.shapes
         for dtype in options.dtypes
-        for stage in stages_of(load(options.model, getattr(torch, dtype)), dtype, samples, options)
     ]
-    rates = dict.fromkeys(options.dtypes, 0.0)
-    seconds = dict.fromkeys(range(len(stages)), float("inf"))
-    setup = dict(seconds)
-    for _ in range(options.rounds):
-        for index, stage in enumerate(stages):
-            seconds[index] = min(seconds[index], timed(stage.run, samples))
-            setup[index] = min(setup[index], timed(stage.run, samples.slice(0, 0)))
-            rate = measured_matmul_rate(getattr(torch, stage.dtype), options.device, seconds=0.3)
-            rates[stage.dtype] = max(rates[stage.dtype], rate)
-    reports = [
-        report(stage, samples, seconds[index] - setup[index], rates[stage.dtype], options)
-        | {"setup_seconds": setup[index]}
-        for index, stage in enumerate(stages)
-    ]
-    if options.json:
-        print(json.dumps({"options": vars(options), "tokens": int(samples.lengths.sum()), "stages": reports}, indent=2))
-    else:
-        show(samples, rates, reports)
+    result = {
+        **heading(options),
+        "stages": measured,
+        "authors": authors_report(options),
+        "pipeline": pipeline_report(options),
+    }
+    tables = core_report.tables(result)
+    print(tables)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(options.out / "core.json", result)
+        (options.out / "core.md").write_text(tables)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="directory of a model; a random one of the shape of a 135M Llama when absent")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--model", type=Path, help="a model's folder")
+    parser.add_argument("--shapes", nargs="+", choices=list(LLAMA), help="135m where there is no --model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="the authors' code runs in the first"
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--samples", type=int, default=6, help="of random tokens")
     parser.add_argument("--shortest", type=int, default=60, help="tokens of the shortest sample")
     parser.add_argument("--longest", type=int, default=300, help="tokens of the longest sample")
-    parser.add_argument("--token-budget", type=int, default=None, help="the package's default when absent")
-    parser.add_argument("--stages", nargs="+", default=["gradients", "jvp", "hidden"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--token-budget", type=int, help="the package's default when absent")
+    parser.add_argument("--plain-samples", type=int, default=2, help="of the runs one sample at a time")
+    parser.add_argument("--kernel-landmarks", type=int, default=1024)
+    parser.add_argument("--pool-rows", type=int, default=20_000, help="of the selection's stages")
+    parser.add_argument("--matmul-size", type=int, help="rows of the square product; 2048, on an accelerator 8192")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--baseline-samples", type=int, default=3, help="samples that the slow baseline is timed on")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
-
-
-def load(directory: str | None, dtype: torch.dtype) -> Any:
-    if directory:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True).eval()
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
+    parser.add_argument("--authors", type=Path, help="a checkout of their repository, to run beside ours")
+    parser.add_argument(
+        "--corpus", type=Path, help="a folder with a pool and targets, for whole selections (needs --model)"
     )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    parser.add_argument("--target", default="target")
+    parser.add_argument("--rows", type=int, default=120, help="of the pool, drawn by --seed")
+    parser.add_argument("--target-rows", type=int, default=12)
+    parser.add_argument("--landmarks", type=int, default=20)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--pipeline-rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, help="each measured piece is kept here, so that a run can go on")
+    parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the result")
+    parser.add_argument("--out", type=Path, help="folder of the results; nothing is written when absent")
+    options = parser.parse_args()
+    options.shapes = options.shapes or ([] if options.model else ["135m"])
+    return options
 
 
-def random_samples(count: int, shortest: int, longest: int) -> Samples:
-    """Random tokens; the second half of each sample is the response."""
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(shortest, longest + 1, count)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    return Samples(
-        input_ids=generator.integers(0, 49152, offsets[-1]).astype(np.int32),
-        response=place >= np.repeat(lengths // 2, lengths),
-        offsets=offsets,
-    )
+def piece(options: argparse.Namespace, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` measures; read from the cache where the same code measured it with the same options."""
+    if options.cache is None:
+        return make()
+    unrelated = {"cache", "out", "beside"}
+    known = {key: str(value) for key, value in sorted(vars(options).items()) if key not in unrelated}
+    key = hashlib.sha256(json.dumps([known, commit()]).encode()).hexdigest()[:16]
+    path = options.cache / f"core-{name}-{key}.json"
+    if not path.exists():
+        options.cache.mkdir(parents=True, exist_ok=True)
+        write_json(path, make())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
-def stages_of(model: Any, dtype: str, samples: Samples, options: argparse.Namespace) -> list[Stage]:
-    model.to(options.device)
-    budget = options.token_budget
-    stages = []
-    if "gradients" in options.stages:
-        stages.append(
-            Stage(
-                name="gradients",
-                dtype=dtype,
-                run=lambda part: per_sample_gradients(model, part, projection=PROJECTION, token_budget=budget),
-                baseline=lambda part: gradients_one_by_one(model, part),
-                operations=gradient_flops(model, samples, projection=PROJECTION).total,
-            )
-        )
-    for kind in ("jvp", "hidden"):
-        if kind in options.stages:
-            embedding = EmbeddingOptions(kind=kind)
-            stages.append(
-                Stage(
-                    name=kind,
-                    dtype=dtype,
-                    run=lambda part, embedding=embedding: embed(model, part, options=embedding, token_budget=budget),
-                    baseline=lambda part, embedding=embedding: embed_one_by_one(model, part, embedding),
-                    operations=embedding_flops(model, samples, options=embedding).total,
-                )
-            )
-    return stages
+def authors_report(options: argparse.Namespace) -> dict[str, Any] | str:
+    if options.authors is None:
+        return "not run: no --authors"
+    if not (options.authors / "infdist").is_dir():
+        return "not run: --authors has no folder infdist"
+
+    def make() -> dict[str, Any]:
+        model = load(options.shapes[0] if options.model is None else "model", options.dtypes[0], options)
+        return authors.measure(model, samples_for(model, options), options, clock_of(options.device))
+
+    return piece(options, "authors", make)
 
 
-def timed(run: Callable[[Samples], Any], samples: Samples) -> float:
-    start = time.perf_counter()
-    run(samples)
-    return time.perf_counter() - start
+def pipeline_report(options: argparse.Namespace) -> dict[str, Any] | str:
+    if options.model is None or options.corpus is None:
+        return "not run: no --model and --corpus"
+    return piece(options, "pipeline", lambda: pipeline.measure(options, clock_of(options.device)))
 
 
-def ids_of(samples: Samples, i: int, model: Any) -> torch.Tensor:
-    ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1]].astype(np.int64)
-    return torch.from_numpy(ids)[None].to(model.device)
+def load(name: str, dtype: str, options: argparse.Namespace) -> Any:
+    """The model of `--model`, or a random one of a shape, made on the device."""
+    if name == "model":
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=getattr(torch, dtype), use_safetensors=True
+        ).to(options.device)
+    else:
+        torch.manual_seed(options.seed)
+        with torch.device(options.device):
+            config = LlamaConfig(**LLAMA[name], max_position_embeddings=8192)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return model.eval()
 
 
-def gradients_one_by_one(model: Any, samples: Samples) -> None:
-    """Plain autograd.grad, one sample at a time, projected afterwards."""
-    layers = linear_layers(model, "down_proj")
-    for p in model.parameters():
-        p.requires_grad_(False)
-    weights = [layer.weight.requires_grad_() for layer in layers.values()]
-    for i in range(len(samples)):
-        labels = ids_of(samples, i, model)
-        marked = torch.from_numpy(samples.response[samples.offsets[i] : samples.offsets[i + 1]].copy())
-        loss = model(labels, labels=labels.masked_fill(~marked.to(labels.device), -100)).loss
-        for (name, _), gradient in zip(layers.items(), torch.autograd.grad(loss, weights), strict=True):
-            size = (gradient.shape[0], gradient.shape[1])
-            PROJECTION.layer(name, len(layers), *size, dtype=gradient.dtype, device=model.device).apply(gradient)
-    for weight in weights:
-        weight.requires_grad_(False)
+def samples_for(model: Any, options: argparse.Namespace) -> Samples:
+    vocabulary = model.config.vocab_size
+    return random_samples(options.samples, options.shortest, options.longest, vocabulary, options.seed)
 
 
-@torch.no_grad()
-def embed_one_by_one(model: Any, samples: Samples, options: EmbeddingOptions) -> None:
-    """torch.func.jvp, one sample and one direction at a time; for `hidden` the plain forward."""
-    base = first_blocks(model.base_model, options.blocks)
-    own, base.config._attn_implementation = base.config._attn_implementation, "eager"
-    tangents = random_tangents(base, options.blocks, options.tangents, options.seed) if options.kind == "jvp" else {}
-    parameters = {name: p.detach() for name, p in base.named_parameters() if name in tangents}
-    for i in range(len(samples)):
-        ids = ids_of(samples, i, model)
+def clock_of(device: str) -> Callable[[], float]:
+    if torch.device(device).type == "cuda":
 
-        def state(values: dict[str, torch.Tensor], ids: torch.Tensor = ids) -> torch.Tensor:
-            return functional_call(base, values, (ids,), {"use_cache": False}).last_hidden_state
+        def clock() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
 
-        if options.kind == "hidden":
-            state({})
-        for j in range(options.tangents if options.kind == "jvp" else 0):
-            jvp(state, (parameters,), ({name: t[j] for name, t in tangents.items()},))
-    base.config._attn_implementation = own
+        return clock
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def report(stage: Stage, samples: Samples, seconds: float, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    few = samples.slice(0, min(options.baseline_samples, len(samples)))
-    setup = timed(stage.baseline, samples.slice(0, 0))
-    slow = min(timed(stage.baseline, few) - setup for _ in range(2)) * samples.lengths.sum() / few.lengths.sum()
+def stage_reports(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Of one model in one dtype, every stage."""
+    model = load(name, dtype, options)
+    samples, clock = samples_for(model, options), clock_of(options.device)
+    stages = [stage for stage in _all_stages(model, samples, options) if stage.name in options.stages]
+    seconds: list[list[float]] = [[] for _ in stages]
+    setup, rates = [float("inf")] * len(stages), dict.fromkeys([stage.dtype for stage in stages], 0.0)
+    peaks: list[int | None] = [None] * len(stages)
+    for _ in range(options.rounds):
+        for i, stage in enumerate(stages):
+            spent, peaks[i] = timed(stage.run, stage.samples or samples, clock, options.device)
+            seconds[i].append(spent)
+            setup[i] = timed(stage.run, samples.slice(0, 0), clock, options.device)[0] if stage.has_setup else 0.0
+            rates[stage.dtype] = max(rates[stage.dtype], matmul_rate(stage.dtype, options, clock, min(spent, 0.3)))
+    reports = [
+        report(stage, seconds[i], setup[i], rates[stage.dtype], samples, clock, options)
+        | {"peak_memory_bytes": peaks[i]}
+        for i, stage in enumerate(stages)
+    ]
+    weights = sum(p.numel() for p in model.parameters())
+    del model, stages
+    gc.collect()
     return {
-        "stage": stage.name,
-        "dtype": stage.dtype,
-        "seconds": seconds,
-        "samples_per_second": len(samples) / seconds,
-        "tokens_per_second": float(samples.lengths.sum() / seconds),
-        "operations": stage.operations,
-        "matmul_rate": rate,
-        "share_of_matmul_rate": stage.operations / seconds / rate,
-        "times_one_by_one": float(slow / seconds),
-        "time_by_group": breakdown(stage, samples),
+        "model": name,
+        "weights": weights,
+        "dtype": dtype,
+        "device": options.device,
+        "samples": len(samples),
+        "tokens": int(samples.lengths.sum()),
+        "stages": reports,
     }
 
 
-def breakdown(stage: Stage, samples: Samples) -> dict[str, float]:
-    """Share of the time by kind of operator, in a run under torch.profiler."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        stage.run(samples)
-    shares = dict.fromkeys([*GROUPS, "rest"], 0.0)
-    for event in profiler.key_averages():
-        found = (group for group, names in GROUPS.items() if any(name in event.key for name in names))
-        if event.key.startswith("aten::"):
-            shares[next(found, "rest")] += event.self_cpu_time_total
-        else:
-            shares["rest"] += event.self_cpu_time_total
-    whole = sum(shares.values())
-    return {group: time_spent / whole for group, time_spent in shares.items()}
+def _all_stages(model: Any, samples: Samples, options: argparse.Namespace) -> Iterator[Stage]:
+    yield from model_stages(model, samples, options)
+    yield from data_stages(model, options)
 
 
-def show(samples: Samples, rates: dict[str, float], reports: list[dict[str, Any]]) -> None:
-    print(f"{len(samples)} samples, {samples.lengths.sum()} tokens, {torch.get_num_threads()} threads")
-    for dtype, rate in rates.items():
-        print(f"matrix products, {dtype}: {rate / 1e9:.0f} GFLOP/s")
-    for r in reports:
-        print(
-            f"\n{r['stage']}, {r['dtype']}: {r['samples_per_second']:.2f} samples/s, {r['tokens_per_second']:.0f} tokens/s, "
-            f"{r['operations'] / 1e9:.0f} GFLOP, {r['share_of_matmul_rate']:.0%} of the matmul rate, "
-            f"{r['times_one_by_one']:.1f}x one by one, setup {r['setup_seconds']:.2f} s"
-        )
-        print("  " + ", ".join(f"{group} {share:.0%}" for group, share in r["time_by_group"].items()))
+def matmul_rate(dtype: torch.dtype, options: argparse.Namespace, clock: Callable[[], float], seconds: float) -> float:
+    """Operations a second of a square product by the clock that the stages are timed with; the best of three or more."""
+    size = options.matmul_size or (8192 if torch.device(options.device).type == "cuda" else 2048)
+    a = torch.randn(size, size, device=options.device).to(dtype)
+    out, taken = torch.empty_like(a), []
+    while len(taken) < 3 or sum(taken) < seconds:
+        start = clock()
+        torch.mm(a, a, out=out)
+        taken.append(clock() - start)
+    return 2.0 * size**3 / min(taken)
+
+
+def timed(
+    run: Callable[[Samples], Any], samples: Samples, clock: Callable[[], float], device: str
+) -> tuple[float, int | None]:
+    """Seconds, and on an accelerator the most of its memory that was in use."""
+    has_peak = torch.device(device).type == "cuda"
+    if has_peak:
+        torch.cuda.reset_peak_memory_stats(device)
+    start = clock()
+    run(samples)
+    spent = clock() - start
+    return spent, torch.cuda.max_memory_allocated(device) if has_peak else None
+
+
+def report(
+    stage: Stage,
+    seconds: list[float],
+    setup: float,
+    rate: float,
+    samples: Samples,
+    clock: Callable[[], float],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    own = [spent - setup for spent in seconds]
+    shares = [stage.operations / spent / rate for spent in own] if stage.operations else []
+    found: dict[str, Any] = {
+        "stage": stage.name,
+        "dtype": str(stage.dtype).removeprefix("torch."),
+        "rows": stage.rows,
+        "unit": "rows" if stage.samples is None else "tokens",
+        "seconds": min(own),
+        "rounds": own,
+        "setup_seconds": setup,
+        "rows_per_second": stage.rows / min(own),
+        "operations": stage.operations,
+        "matmul_rate": rate if stage.operations else None,
+        "share_of_matmul_rate": max(shares, default=None),
+        "share_mean": statistics.mean(shares) if shares else None,
+        "share_sd": statistics.stdev(shares) if len(shares) > 1 else None,
+    }
+    if stage.plain is not None:
+        found |= _beside_plain(stage, min(own) / stage.rows, samples, clock, options)
+    if stage.name in PROFILED:
+        found["time_by_group"] = core_report.breakdown(lambda: stage.run(samples.slice(0, options.plain_samples)))
+    return found
+
+
+def _beside_plain(
+    stage: Stage, seconds_a_token: float, samples: Samples, clock: Callable[[], float], options: argparse.Namespace
+) -> dict[str, Any]:
+    """How many times as long the plain form takes a token, and how far its result lies from ours."""
+    assert stage.plain is not None
+    few = samples.slice(0, min(options.plain_samples, len(samples)))
+    start = clock()
+    expected = stage.plain(few)
+    spent = clock() - start
+    spent -= timed(stage.plain, samples.slice(0, 0), clock, options.device)[0]
+    found = stage.run(few)
+    assert found is not None
+    return {
+        "times_one_by_one": spent / float(few.lengths.sum()) / seconds_a_token,
+        "difference": float((found.flatten() - expected.flatten()).norm() / expected.norm()),
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""What the stages compute, the plain way: one sample and one direction at a time, by torch's own derivatives.
+
+The stages are timed beside these, and compared with them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from worker.influence import EmbeddingOptions, FactoredProjection, Samples, Scaling
+from worker.influence.dual import attention_named, random_tangents
+from worker.influence.embeddings import pooled_tokens
+from worker.influence.models import first_blocks, frozen, layer_size, linear_layers
+
+
+def ids_of(samples: Samples, i: int, device: torch.device) -> Tensor:
+    """(1, T)"""
+    ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1]].astype(np.int64)
+    return torch.from_numpy(ids)[None].to(device)
+
+
+def marked(samples: Samples, i: int, tokens: np.ndarray, device: torch.device) -> Tensor:
+    """Bool (1, T) of one sample from bool (N,) of all."""
+    return torch.from_numpy(tokens[samples.offsets[i] : samples.offsets[i + 1]].copy())[None].to(device)
+
+
+def loss(model: Any, samples: Samples, i: int) -> Tensor:
+    ids = ids_of(samples, i, model.device)
+    labels = ids.masked_fill(~marked(samples, i, samples.response, model.device), -100)
+    value: Tensor = model(ids, labels=labels, use_cache=False).loss
+    return value
+
+
+@torch.no_grad()
+def losses(model: Any, samples: Samples) -> Tensor:
+    return torch.tensor([float(loss(model, samples, i)) for i in range(len(samples))])
+
+
+def gradients(
+    model: Any, samples: Samples, projection: FactoredProjection | None, scaling: Scaling | None = None
+) -> Tensor:
+    """(n, k): autograd.grad one sample at a time, scaled and projected afterwards."""
+    layers = linear_layers(model, "down_proj")
+    made = {
+        name: projection.layer(name, len(layers), *layer_size(layer), device=model.device)
+        for name, layer in layers.items()
+        if projection is not None
+    }
+    rows = [torch.zeros(0)] * len(samples)
+    with frozen(model):
+        weights = [layer.weight.requires_grad_() for layer in layers.values()]
+        for i in range(len(samples)):
+            parts = []
+            for name, found in zip(layers, torch.autograd.grad(loss(model, samples, i), weights), strict=True):
+                gradient = found.float() if scaling is None else scaling.times(name, found.float())
+                parts.append(made[name].apply(gradient).flatten() if projection else gradient.flatten())
+            rows[i] = torch.cat(parts).cpu()
+        for weight in weights:
+            weight.requires_grad_(False)
+    return torch.stack(rows) if rows else torch.zeros(0, 0)
+
+
+def weighted_gradient(model: Any, samples: Samples, weights_n1: Tensor) -> Tensor:
+    """(d,), layer after layer: one backward pass a sample, each gradient multiplied with its weight and added up."""
+    whole = gradients(model, samples, None)
+    return (weights_n1.float() * whole).sum(dim=0)
+
+
+@torch.no_grad()
+def embeddings(model: Any, samples: Samples, options: EmbeddingOptions) -> Tensor:
+    """(n, e): torch.func.jvp for `jvp`, else the plain forward pass; pooled and brought to unit length."""
+    total = len(model.base_model.layers)
+    base = first_blocks(model.base_model, total if options.kind == "rds" else options.blocks)
+    directions = random_tangents(base, options.blocks, options.tangents, options.seed) if options.kind == "jvp" else {}
+    parameters = {name: p.detach() for name, p in base.named_parameters() if name in directions}
+    pooled_N = pooled_tokens(samples, options)
+    rows = []
+    # Fused attention has no forward-mode derivative.
+    with attention_named(base.config, "eager" if directions else base.config._attn_implementation):
+        for i in range(len(samples)):
+            state = _state_of(base, ids_of(samples, i, model.device))
+            states = (
+                [
+                    jvp(state, (parameters,), ({n: t[j] for n, t in directions.items()},))[1]
+                    for j in range(options.tangents)
+                ]
+                if directions
+                else [state({})]
+            )
+            weights = marked(samples, i, pooled_N, model.device)[0].float()
+            if options.kind == "rds":
+                weights *= torch.arange(1, len(weights) + 1, device=weights.device)
+            means = [(weights / weights.sum()) @ one[0].float() for one in states]
+            rows.append(nn.functional.normalize(torch.cat(means), dim=0).cpu())
+    return torch.stack(rows) if rows else torch.zeros(0, 0)
+
+
+def _state_of(base: Any, ids: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    def state(values: dict[str, Tensor]) -> Tensor:
+        hidden: Tensor = functional_call(base, values, (ids,), {"use_cache": False}).last_hidden_state
+        return hidden
+
+    return state

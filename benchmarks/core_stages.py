@@ -1,0 +1,255 @@
+"""The numerical stages of a job on one model: how each is run on given samples, what it costs by the books, and its plain form.
+
+Symbols as in docs/method.md: n samples, t targets, l landmarks, e values an embedding, k values a gradient.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import core_plain as plain
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.jobs import operations
+from service.jobs.operations import Shape, TokenCounts
+from worker.influence import (
+    EmbeddingOptions,
+    FactoredProjection,
+    KernelRidge,
+    OptimizerOptions,
+    OptimizerState,
+    Samples,
+    cosine_influence,
+    curvature_products,
+    embed,
+    embedding_flops,
+    gradient_flops,
+    gradient_scaling,
+    per_sample_gradients,
+    round_robin,
+    sample_losses,
+    weighted_gradients,
+    weighted_selection,
+)
+from worker.influence.models import linear_layers
+from worker.influence.optimizers import layer_weights
+from worker.influence.propagation import RIDGES
+
+LLAMA = {
+    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False},
+}
+"""Shapes of Llamas, as their configurations name them."""
+
+MODULES = "down_proj"
+PROJECTION = FactoredProjection()
+DIRECTIONS = 2
+"""Of the curvature products."""
+TARGETS = 48
+"""Columns of influence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """`run` on samples, or on its own data where `samples` is None; `plain` computes the same.
+
+    dtype: of its products.  operations: None where the time does not go into products.  rows: what it goes through, tokens or
+    rows of the pool.
+    """
+
+    name: str
+    dtype: torch.dtype
+    operations: float | None
+    rows: int
+    run: Callable[[Samples], Tensor | None]
+    samples: Samples | None = None
+    plain: Callable[[Samples], Tensor] | None = None
+    has_setup: bool = False
+
+
+def random_samples(count: int, shortest: int, longest: int, vocabulary: int, seed: int) -> Samples:
+    """Random tokens; the second half of each sample is the response."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(shortest, longest + 1, count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    return Samples(
+        input_ids=generator.integers(0, vocabulary, offsets[-1]).astype(np.int32),
+        response=place >= np.repeat(lengths // 2, lengths),
+        offsets=offsets,
+    )
+
+
+def counts_of(samples: Samples) -> TokenCounts:
+    lengths = samples.lengths.astype(np.float64)
+    predicted = float(samples.predicted().sum())
+    return TokenCounts(len(samples), float(lengths.sum()), float(np.square(lengths).sum()), predicted)
+
+
+def model_stages(model: Any, samples: Samples, options: argparse.Namespace) -> Iterator[Stage]:
+    """The stages that run the model."""
+    shape, counts = Shape.of_config(model.config.to_dict()), counts_of(samples)
+    stage = partial(Stage, dtype=model.dtype, samples=samples, rows=int(samples.lengths.sum()), has_setup=True)
+    yield from _gradient_stages(model, samples, options, stage)
+    yield stage(
+        name="losses",
+        operations=operations.forward(shape, counts),
+        run=lambda part: sample_losses(model, part, token_budget=options.token_budget),
+        plain=lambda part: plain.losses(model, part),
+    )
+    weights_n1 = torch.rand(len(samples), 1, generator=torch.Generator().manual_seed(options.seed)) + 0.5
+    yield stage(
+        name="weighted gradients",
+        operations=operations.full_gradients(shape, counts, modules=MODULES),
+        run=lambda part: _weighted(model, part, weights_n1[: len(part)], options),
+        plain=lambda part: plain.weighted_gradient(model, part, weights_n1[: len(part)]),
+    )
+    for kind in ("jvp", "hidden", "rds"):
+        embedding = EmbeddingOptions(kind=kind, blocks=min(4, shape.blocks), seed=options.seed)
+        yield stage(
+            name=kind,
+            operations=embedding_flops(model, samples, options=embedding).total,
+            run=partial(_embed, model, embedding, options),
+            plain=lambda part, embedding=embedding: plain.embeddings(model, part, embedding),
+        )
+    yield from _curvature_stages(model, samples.slice(0, 1), options)
+
+
+def _gradient_stages(
+    model: Any, samples: Samples, options: argparse.Namespace, stage: Callable[..., Stage]
+) -> Iterator[Stage]:
+    """Without an optimiser (as of the targets), and scaled by a state of Adam, both ways."""
+    state = _random_state(model, options.seed)
+    for name, kind in (
+        ("gradients", None),
+        ("gradients, Adam exact", "exact"),
+        ("gradients, Adam factored", "factored"),
+    ):
+        if name not in options.stages:
+            continue
+        adam = OptimizerOptions(type="adam" if kind else "none")
+        scaling = gradient_scaling(model, MODULES, adam, state, kind or "exact")
+        counted = gradient_flops(model, samples, projection=PROJECTION, is_scaled_exactly=kind == "exact")
+        yield stage(
+            name=name,
+            operations=counted.total,
+            run=partial(_gradients, model, scaling, options),
+            plain=lambda part, scaling=scaling: plain.gradients(model, part, PROJECTION, scaling),
+        )
+
+
+def _random_state(model: Any, seed: int) -> OptimizerState:
+    """Second moments that spread over two decades."""
+    generator = torch.Generator().manual_seed(seed)
+    second = {
+        weight.name: (10 ** (2 * torch.rand(weight.module.weight.shape, generator=generator) - 8)).to(model.device)
+        for weight in layer_weights(model, MODULES).values()
+    }
+    return OptimizerState(step=10, first={}, second=second)
+
+
+def _gradients(model: Any, scaling: Any, options: argparse.Namespace, part: Samples) -> Tensor:
+    return per_sample_gradients(
+        model, part, modules=MODULES, projection=PROJECTION, scaling=scaling, token_budget=options.token_budget
+    ).values
+
+
+def _embed(model: Any, embedding: EmbeddingOptions, options: argparse.Namespace, part: Samples) -> Tensor:
+    return embed(model, part, options=embedding, token_budget=options.token_budget)
+
+
+def _weighted(model: Any, part: Samples, weights_n1: Tensor, options: argparse.Namespace) -> Tensor:
+    found = weighted_gradients(model, part, weights_n1, modules=MODULES, token_budget=options.token_budget)
+    return torch.cat([sum_1OI.flatten().cpu() for sum_1OI in found.values()])
+
+
+def _curvature_stages(model: Any, targets: Samples, options: argparse.Namespace) -> Iterator[Stage]:
+    """Passes as the plan counts them (service/jobs/stage_cost.py): shared ones, and those of each direction."""
+    shape, counts = Shape.of_config(model.config.to_dict()), counts_of(targets)
+    passes = operations.forward(shape, counts) + operations.backward(shape, counts)
+    outer = operations.full_gradients(shape, counts, modules=MODULES) - passes
+    each = {"ggn": 1.25 * passes + 2 * outer, "hessian": 2.1 * passes + 3 * outer}
+    each = {kind: one for kind, one in each.items() if f"curvature, {kind}" in options.stages}
+    directions = {
+        name: torch.randn(DIRECTIONS, *layer.weight.shape, device=model.device)
+        for name, layer in (linear_layers(model, MODULES) if each else {}).items()
+    }
+    for kind in each:
+
+        def run(part: Samples, kind: Any = kind) -> None:
+            curvature_products(model, part, directions, kind=kind, modules=MODULES, token_budget=options.token_budget)
+
+        yield Stage(
+            name=f"curvature, {kind}",
+            dtype=model.dtype,
+            operations=passes + outer + DIRECTIONS * each[kind],
+            rows=int(targets.lengths.sum()),
+            samples=targets,
+            run=run,
+        )
+
+
+def data_stages(model: Any, options: argparse.Namespace) -> Iterator[Stage]:
+    """The stages after the model's: on random embeddings, gradients and influence."""
+    generator = torch.Generator().manual_seed(options.seed)
+    landmarks, rows, e = options.kernel_landmarks, options.pool_rows, 2 * model.config.hidden_size
+    gradient = operations.gradient_size(Shape.of_config(model.config.to_dict()).measured(MODULES), PROJECTION.dim)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(options.device)
+
+    E_le, P_lt, E_me = normal(landmarks, e), normal(landmarks, TARGETS), normal(4 * landmarks, e)
+    G_lk, G_tk = normal(landmarks, gradient), normal(TARGETS, gradient)
+    P_nt = normal(rows, TARGETS).cpu().numpy()
+    # Of each ridge tried: the Cholesky factor l^3 / 3, two triangular solves 2 l^2 t, for leave-one-out the inverse 2 l^3 / 3.
+    fit = 2.0 * landmarks**2 * e + len(RIDGES) * (landmarks**3 + 2 * landmarks**2 * TARGETS)
+    fitted = KernelRidge.fit(E_le, P_lt, ridge=RIDGES[0])
+    yield Stage(
+        name="influence of landmarks",
+        dtype=torch.float64,
+        operations=2.0 * landmarks * TARGETS * gradient,
+        rows=landmarks,
+        run=lambda _: cosine_influence(G_lk, G_tk),
+    )
+    yield Stage(
+        name="kernel ridge fit",
+        dtype=torch.float64,
+        operations=fit,
+        rows=landmarks,
+        run=lambda _: KernelRidge.fit(E_le, P_lt, ridge=None).coefficients_lt,
+    )
+    yield Stage(
+        name="propagation",
+        dtype=torch.float64,
+        operations=2.0 * len(E_me) * landmarks * (e + TARGETS),
+        rows=len(E_me),
+        run=lambda _: fitted.predict(E_me),
+    )
+    budget = max(rows // 20, 1)
+    yield Stage(
+        name="round robin",
+        dtype=torch.float32,
+        operations=None,
+        rows=rows,
+        run=lambda _: torch.from_numpy(round_robin(P_nt, budget, seed=options.seed)),
+    )
+    form = P_nt, np.eye(TARGETS) / (rows * TARGETS)
+    yield Stage(
+        name="weighted, second order",
+        dtype=torch.float32,
+        operations=None,
+        rows=rows,
+        run=lambda _: torch.from_numpy(
+            weighted_selection(P_nt.mean(axis=1), budget=budget, factors=form, learning_rate=1e-3).weights
+        ),
+    )

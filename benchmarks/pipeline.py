@@ -1,0 +1,206 @@
+"""Whole selections by the product's own stages, and what each costs beside `rds_plus` and beside the exact method.
+
+Run in one process as `winnow select` runs them, each in an empty store, without the validation, which is no part of a selection
+and costs all methods the same. The ratios of a large job are told from operations alone.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from core_stages import LLAMA
+from corpus import Corpus
+from rich.console import Console
+from rich.progress import Progress
+
+from service.artifacts import ArtifactStore
+from service.datasets import storage
+from service.datasets.convert import convert
+from service.datasets.formats import Form
+from service.jobs import operations
+from service.jobs.operations import Shape, TokenCounts
+from service.jobs.parameters import Parameters
+from service.jobs.stage_cost import JobCounts, StageCosts
+from service.jobs.state import Stage
+from service.models import resolve
+from service.settings import ModelSettings, UploadSettings, WorkerSettings
+from worker.compute import Compute
+from worker.inprocess import LocalJob
+from worker.stages.plan import Done, JobInputs
+
+AUTHORS_EMBEDDING = {"kind": "jvp", "pooling": "last", "tangents": 2}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "exact_influence": {"method": "exact_influence"},
+    "rds_plus": {"method": "rds_plus"},
+    "default": {},
+    "default, refine 0": {"refine": 0.0},
+    "as the authors set it": {"embedding": AUTHORS_EMBEDDING, "refine": 0.0},
+}
+"""What is measured. `default` is embedding auto and refine 0.2; embeddings are of the first 4 blocks, as by default."""
+TOLD: Mapping[str, Mapping[str, Any]] = {
+    **SETTINGS,
+    "hidden, refine 0.2": {"embedding": {"kind": "hidden"}},
+    "hidden, refine 0.05": {"embedding": {"kind": "hidden"}, "refine": 0.05},
+    "hidden, refine 0": {"embedding": {"kind": "hidden"}, "refine": 0.0},
+}
+"""What is told from operations; `default` with the dearest embedding that auto may choose."""
+LARGE = {"rows": 200_000, "targets": 48, "landmarks": 4096, "budget": 10_000}
+
+
+class TimedCompute(Compute):
+    """Adds up the seconds of each stage."""
+
+    def __init__(self, clock: Callable[[], float], **given: Any) -> None:
+        super().__init__(**given)
+        self._clock = clock
+        self.seconds: dict[str, float] = {}
+
+    def run(self, unit: Mapping[str, Any], *told: Any) -> dict[str, Any]:
+        start = self._clock()
+        result = super().run(unit, *told)
+        self.seconds[unit["stage"]] = self.seconds.get(unit["stage"], 0.0) + self._clock() - start
+        return result
+
+
+def measure(options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+    folder = options.model.resolve()
+    settings = WorkerSettings(device=options.device)
+    corpus = Corpus(options.corpus)
+    target = corpus.target(options.target, "dev")[: options.target_rows]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
+    with tempfile.TemporaryDirectory(prefix="winnow-") as scratch:
+        compute = TimedCompute(clock, artifacts=scratch, models=folder.parent, settings=settings)
+        pool = corpus.pool(options.rows, options.seed)
+        # What a process does once, loading the model above all, is done before the first figure is taken.
+        _select(compute, folder, pool[: options.landmarks + 1], target[:2], SETTINGS["as the authors set it"], options)
+        for _ in range(options.pipeline_rounds):
+            for name, given in SETTINGS.items():
+                found[name].append(_select(compute, folder, pool, target, given, options))
+    counts = found["rds_plus"][0]["counts"]
+    return {
+        "rows": options.rows,
+        "targets": len(target),
+        "landmarks": options.landmarks,
+        "tokens": {name: round(counts[name].tokens) for name in ("pool", "target")},
+        "dtype": found["rds_plus"][0]["dtype"],
+        "settings": {name: _against(found, name) for name in SETTINGS},
+        "large": _large(folder, counts, options),
+    }
+
+
+def _parameters(given: Mapping[str, Any], landmarks: int, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    chosen = {"validate": False, "seed": options.seed, "max_length": options.max_length, **given}
+    if "method" not in given:
+        embedding = {"blocks": min(4, shape.blocks), **given.get("embedding", {})}
+        chosen |= {"landmarks": {"count": landmarks}, "embedding": embedding}
+    return Parameters(**chosen).model_dump(mode="json")
+
+
+def _select(
+    compute: TimedCompute,
+    folder: Path,
+    pool: list[dict[str, Any]],
+    target: list[dict[str, Any]],
+    given: Mapping[str, Any],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """One selection in an empty store: seconds and operations of each stage, and what was counted."""
+    parameters = _parameters(given, options.landmarks, _shape(folder), options)
+    with tempfile.TemporaryDirectory(prefix="winnow-") as store, Progress(console=Console(quiet=True)) as progress:
+        compute.store, compute.seconds = ArtifactStore(store), {}
+        contents = [_register(compute.store, rows) for rows in (pool, target)]
+        model = resolve(ModelSettings(folder=folder.parent), folder.name, Parameters(**parameters))
+        budget = max(1, len(pool) // 20)
+        job = JobInputs(
+            model=model,
+            pool=contents[0].fingerprint,
+            target=contents[1].fingerprint,
+            budget=budget,
+            parameters=parameters,
+        )
+        done = LocalJob(compute, job, progress).run(len(pool) + len(target))
+    prepared = done[Stage.PREPARE][0].result
+    counts = JobCounts.of_prepared(prepared, budget)
+    return {
+        "seconds": dict(compute.seconds),
+        "operations": _operations(folder, parameters, counts, done),
+        "counts": {"pool": counts.pool, "target": counts.target},
+        "dtype": prepared["dtype"],
+    }
+
+
+def _register(store: ArtifactStore, rows: list[dict[str, Any]]) -> storage.Content:
+    with tempfile.TemporaryDirectory(prefix="winnow-") as scratch:
+        file = Path(scratch) / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with file.open("rb") as source:
+            content = convert(source, Form.AUTO, UploadSettings(), Path(scratch))
+        storage.publish(store, content)
+        return content
+
+
+def _operations(
+    folder: Path, parameters: Mapping[str, Any], counts: JobCounts, done: Mapping[Stage, list[Done]]
+) -> dict[str, float]:
+    """As the plan counts them; of the embedding, that which was chosen."""
+    shape = _shape(folder)
+    costs = StageCosts(shape, parameters, counts, counts.dtype or "float32").all()
+    found = {stage.value: cost.operations for stage, cost in costs.items()}
+    if Stage.CHOOSE_EMBEDDING in done:
+        chosen = done[Stage.CHOOSE_EMBEDDING][0].result["chosen"]
+        found[Stage.EMBED] = operations.embedding(shape, counts.pool, {**parameters["embedding"], **chosen})
+    return found
+
+
+def _shape(folder: Path) -> Shape:
+    return Shape.of_config(json.loads((folder / "config.json").read_text()))
+
+
+def _against(found: Mapping[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
+    """A setting's seconds and operations, and how many times as much `rds_plus` and the exact method take."""
+    totals = {other: [sum(one["seconds"].values()) for one in rounds] for other, rounds in found.items()}
+    works = {other: sum(rounds[0]["operations"].values()) for other, rounds in found.items()}
+    told: dict[str, Any] = {
+        "seconds": totals[name],
+        "seconds_by_stage": [one["seconds"] for one in found[name]],
+        "operations": works[name],
+        "operations_by_stage": found[name][0]["operations"],
+    }
+    for other in ("rds_plus", "exact_influence"):
+        ratios = [theirs / ours for theirs, ours in zip(totals[other], totals[name], strict=True)]
+        told[f"{other}_over_this"] = {
+            "operations": works[other] / works[name],
+            "seconds": statistics.mean(ratios),
+            "seconds_sd": statistics.stdev(ratios) if len(ratios) > 1 else None,
+        }
+    return told
+
+
+def _large(folder: Path, counts: Mapping[str, TokenCounts], options: argparse.Namespace) -> dict[str, Any]:
+    """Operations alone: a pool of 200,000 such samples, for this model and for a Llama of 7B."""
+    job = JobCounts(
+        pool=counts["pool"].scaled(LARGE["rows"]),
+        target=counts["target"].scaled(LARGE["targets"]),
+        budget=LARGE["budget"],
+        estimated=True,
+    )
+    told: dict[str, Any] = {"counted": LARGE, "tokens_a_sample": job.pool.tokens / job.pool.samples}
+    for title, shape in (("this model", _shape(folder)), ("7b", Shape.of_config(LLAMA["7b"]))):
+        works = {}
+        for name, given in TOLD.items():
+            parameters = _parameters(given, LARGE["landmarks"], shape, options)
+            costs = StageCosts(shape, parameters, job, "bfloat16").all()
+            works[name] = sum(cost.operations for cost in costs.values())
+        told[title] = {
+            name: {
+                "operations": work,
+                "rds_plus_over_this": works["rds_plus"] / work,
+                "exact_influence_over_this": works["exact_influence"] / work,
+            }
+            for name, work in works.items()
+        }
+    return told

@@ -1,0 +1,69 @@
+"""The speed benchmark on tiny models: its ratios mean something only where both sides compute the same."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tiny import EXAMPLES
+
+SMALL = [
+    *("--shapes", "tiny", "--dtypes", "float32", "--samples", "4", "--longest", "120", "--matmul-size", "256"),
+    *("--kernel-landmarks", "48", "--pool-rows", "400", "--rounds", "2", "--corpus", str(EXAMPLES), "--rows", "40"),
+    *("--target-rows", "6", "--landmarks", "8", "--pipeline-rounds", "1"),
+]
+
+
+def run_core(model: Path, folder: Path) -> dict[str, Any]:
+    paths = ["--model", model, "--authors", folder / "absent", "--cache", folder / "cache", "--out", folder / "out"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/core.py", *SMALL, *map(str, paths)],
+        cwd=EXAMPLES.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads((folder / "out" / "core.json").read_text())
+    return found
+
+
+def test_small_form(tiny_llama: Path, tmp_path: Path) -> None:
+    found = run_core(tiny_llama, tmp_path)
+
+    assert [one["model"] for one in found["stages"]] == ["model", "tiny"]
+    for stages in (one["stages"] for one in found["stages"]):
+        counted = [stage for stage in stages if stage["operations"] is not None]
+        assert {stage["stage"] for stage in stages} - {stage["stage"] for stage in counted} == {
+            "round robin",
+            "weighted, second order",
+        }
+        for stage in counted:
+            assert stage["operations"] > 0
+            assert math.isfinite(stage["share_of_matmul_rate"])
+            assert 0 < stage["share_of_matmul_rate"] < 1.2, stage["stage"]
+        compared = {stage["stage"]: stage["difference"] for stage in stages if "difference" in stage}
+        assert {"gradients", "gradients, Adam exact", "losses", "weighted gradients", "jvp", "rds"} <= set(compared)
+        assert max(compared.values()) < 1e-5, compared
+
+    assert found["authors"] == "not run: --authors has no folder infdist"
+
+    settings = found["pipeline"]["settings"]
+    assert settings["rds_plus"]["rds_plus_over_this"]["operations"] == 1
+    work = {name: one["operations_by_stage"] for name, one in settings.items()}
+    assert all(set(one["seconds_by_stage"][0]) >= set(work[name]) - {"publish"} for name, one in settings.items())
+    # The landmarks' share of the exact method's gradients, all of which are of the pool's samples.
+    landmarks = work["default"]["landmark_gradients"] / work["exact_influence"]["landmark_gradients"]
+    assert math.isclose(landmarks, 8 / 40, rel_tol=1e-6)
+    large = found["pipeline"]["large"]["7b"]
+    assert (
+        large["hidden, refine 0"]["operations"]
+        < large["default, refine 0"]["operations"]
+        < large["default"]["operations"]
+    )
+
+    assert run_core(tiny_llama, tmp_path) == found, "the second run measures nothing again"
