@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -59,11 +60,13 @@ def train(
     *,
     report: Report,
     progress: Progress,
+    weights: npt.NDArray[np.float64] | None = None,
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     """Trains the named parameters in place; returns the optimiser with its state, and the loss of each step before it.
 
     The order of the samples comes from the seed; on one machine two runs end in the same bits. `progress` is called after each
-    pass with (samples done, samples in all); what it raises ends the training.
+    pass with (samples done, samples in all); what it raises ends the training. `weights` (n,), of mean 1, multiply the samples'
+    losses; None: all count the same.
 
     Raises:
         ValueError: a sample has no predicted token, or does not fit the model.
@@ -79,7 +82,7 @@ def train(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = _optimizer(list(parameters.values()), training)
-    run = _Run(model, samples, training.token_budget)
+    run = _Run(model, samples, training.token_budget, np.ones(len(samples)) if weights is None else weights)
     losses: list[float] = []
     steps = training.steps(len(samples))
     done, total = 0, training.epochs * len(samples)
@@ -137,6 +140,7 @@ class _Run:
     model: Any
     samples: Samples
     token_budget: int
+    weights: npt.NDArray[np.float64]
     counted: BoolArray = field(init=False)
     lengths: IntArray = field(init=False)
 
@@ -181,7 +185,8 @@ class _Run:
         rows, positions = marked_positions(self.counted, samples, indices)
         labels = samples.input_ids[samples.offsets[indices][rows] + positions].astype(np.int64)
         hidden_BTD = hidden_states(self.model, self.model.base_model, ids_BT)
-        weights_R = torch.from_numpy(1.0 / (size * np.bincount(rows)[rows])).to(hidden_BTD.device, torch.float32)
+        share_R = self.weights[indices][rows] / (size * np.bincount(rows)[rows])
+        weights_R = torch.from_numpy(share_R).to(hidden_BTD.device, torch.float32)
         labels_R = torch.from_numpy(labels).to(hidden_BTD.device)
         hidden_RD = hidden_BTD[torch.from_numpy(rows), torch.from_numpy(positions - 1)]
         step = max(LOGIT_BYTES // (self.model.get_output_embeddings().weight.shape[0] * 4), 1)

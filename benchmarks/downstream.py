@@ -1,0 +1,371 @@
+"""Does a model that is fine-tuned on a small selection do better on the target, and by which method of selection?
+
+    python benchmarks/downstream.py --corpus DIR --cache DIR [--model DIR] [--whole] [--processes 2] [--out DIR]
+
+For each target and method the product selects 5 % of the pool from the target's `dev` split, the model is fine-tuned on them once
+with each seed, and its loss is measured on the `test` split; beside it the model as it is, and one trained on all of the pool.
+Without --whole a small version that two cores do in less than an hour; there, all seeds of a method but `random` train on one
+selection, that of --seed. Each selection and each run is a file in the cache: a run that was stopped goes on where it was.
+"""
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from corpus import common_arguments, model_folder
+from downstream_tasks import ACCURACIES, FULL_POOL, JOBS, RANDOM, ZERO_SHOT, Run, Setup, bench
+from measuring import heading
+from reporting import plt, save_plot, table, write_json
+from rich.console import Console
+from scipy import stats
+
+EXACT = "exact_influence"
+CHAINS = ((EXACT,), ("rds_plus", "authors' setting", "default", "weighted"))
+"""Selections that one process makes in turn; two of them at once share no work of size."""
+REFERENCES = (RANDOM, "rds_plus")
+"""What the others are compared with, seed by seed and row by row."""
+CONFIDENCE = 0.95
+WHOLE = {
+    "rows": 24_287,
+    "targets": ["gsm8k", "squad", "xquad", "mmlu", "bbh", "codex"],
+    "landmarks": 4096,
+    "epochs": 3,
+    "full_epochs": 3,
+    "full_seeds": 3,
+    "learning_rate": 2e-5,
+    "batch_size": 16,
+    "test_rows": 500,
+    "dev_rows": 64,
+    "accuracy": ["gsm8k=500", "mmlu=446"],
+    "accuracy_of": "all",
+    "varied_selection": True,
+}
+
+console = Console(stderr=True)
+
+
+def main() -> None:
+    options = arguments()
+    runs = runs_of(options)
+    found = measured(setup_of(options), runs, options.processes)
+    result = {
+        **heading(options),
+        "setup": {name: value for name, value in asdict(setup_of(options)).items() if name not in FOLDERS},
+        "seeds": options.seeds,
+        "selections": selections_of(options, runs),
+        "losses": {target: losses_of(target, runs, found) for target in options.targets},
+        "accuracy": accuracy_of(runs, found),
+        "cpu_seconds": {
+            name: sum(each[f"{name}_cpu_seconds"] for each in found.values()) for name in ("training", "measuring")
+        },
+    }
+    tables = "\n".join(
+        [loss_table(result), *difference_tables(result), selection_table(result), accuracy_table(result)]
+    )
+    if options.out is None:
+        console.print(tables, markup=False)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "downstream.json", result)
+    (options.out / "downstream.md").write_text(tables)
+    plot(result, options)
+
+
+# What is asked for
+
+FOLDERS = ("corpus", "cache", "model")
+
+
+def arguments() -> argparse.Namespace:
+    parser = common_arguments(__doc__, rows=240, targets=["gsm8k", "squad"])
+    parser.add_argument("--whole", action="store_true", help="all of the pool and six targets: hours of a GPU")
+    parser.add_argument("--methods", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--processes", type=int, default=2, help="each with one thread")
+    parser.add_argument("--seeds", type=int, default=3, help="of each training, and of each random draw")
+    parser.add_argument("--varied-selection", action="store_true", help="every method selects anew for each seed")
+    parser.add_argument("--full-seeds", type=int, default=1, help="trainings on all of the pool")
+    parser.add_argument("--share", type=float, default=0.05, help="of the pool, that is selected")
+    parser.add_argument("--landmarks", type=int, default=36)
+    parser.add_argument("--blocks", type=int, default=4, help="of the embeddings")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--full-epochs", type=int, default=1, help="of a training on all of the pool")
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="chosen on dev splits")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument(
+        "--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of a training's products"
+    )
+    parser.add_argument("--test-rows", type=int, default=20, help="of each test split, at most; drawn by --seed")
+    parser.add_argument("--dev-rows", type=int, default=0, help="of each dev split, whose loss is told beside")
+    parser.add_argument(
+        "--accuracy",
+        nargs="*",
+        default=["gsm8k=40", "mmlu=100"],
+        metavar="TARGET=ROWS",
+        help=f"of {', '.join(ACCURACIES)}",
+    )
+    parser.add_argument("--accuracy-of", choices=[ZERO_SHOT, "all"], default=ZERO_SHOT)
+    if parser.parse_known_args()[0].whole:
+        parser.set_defaults(**WHOLE)
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    options.model = model_folder(options)
+    return options
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    given = {field.name: getattr(options, field.name) for field in fields(Setup)}
+    given["accuracy"] = [(name, int(rows)) for name, _, rows in (each.partition("=") for each in options.accuracy)]
+    return Setup(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """A model that no target decides is measured on all of them."""
+    seeds, targets = range(options.seed, options.seed + options.seeds), tuple(options.targets)
+    free = [Run(method=ZERO_SHOT, seed=options.seed, targets=targets)]
+    free += [Run(method=RANDOM, seed=seed, targets=targets) for seed in seeds if RANDOM in options.methods]
+    full = [Run(method=FULL_POOL, seed=seed, targets=targets) for seed in seeds[: options.full_seeds]]
+    chosen = [
+        Run(method=method, seed=seed, targets=(target,))
+        for target in targets
+        for method in options.methods
+        for seed in seeds
+        if method != RANDOM
+    ]
+    return [*free, *full, *chosen]
+
+
+# Measuring
+
+
+def measured(setup: Setup, runs: Sequence[Run], processes: int) -> dict[Run, dict[str, Any]]:
+    """What each run found. The first target is done before the second; a run starts when its selection is there."""
+    by_target = [
+        [run for run in runs if run.method in JOBS and run.method != RANDOM and run.targets == (target,)]
+        for target in setup.targets
+    ]
+    found: dict[Future[dict[str, Any]], Run] = {}
+    with executor(processes) as pool:
+        for run in runs:
+            if run.method in (ZERO_SHOT, RANDOM):
+                found[pool.submit(measure, setup, run)] = run
+        for own in by_target:
+            selecting = {
+                pool.submit(select, setup, [run for run in own if run.method in chain]): chain for chain in CHAINS
+            }
+            for ready in as_completed(selecting):
+                ready.result()
+                found |= {pool.submit(measure, setup, run): run for run in own if run.method in selecting[ready]}
+        found |= {pool.submit(measure, setup, run): run for run in runs if run.method == FULL_POOL}
+        for ready in as_completed(found):
+            run = found[ready]
+            ready.result()
+            console.print(f"{run.method}, seed {run.seed}, {' '.join(run.targets)}")
+    return {run: future.result() for future, run in found.items()}
+
+
+def executor(processes: int) -> Executor:
+    if processes == 1:
+        return ThreadPoolExecutor(1, initializer=one_thread)
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread)
+
+
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def select(setup: Setup, runs: Sequence[Run]) -> None:
+    for run in runs:
+        bench(setup).selection(run.method, run.targets[0], bench(setup).selection_seed(run))
+
+
+def measure(setup: Setup, run: Run) -> dict[str, Any]:
+    return bench(setup).measure(run)
+
+
+def selections_of(options: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
+    """Of each target and method, the selections of its seeds, without their ids; and what they share with the exact method's."""
+    place = bench(setup_of(options))
+    found: dict[str, Any] = {target: {} for target in options.targets}
+    for run in runs:
+        for target in run.targets if run.method in JOBS else ():
+            # Drawn at random, all targets have the same: the first one's.
+            named = run.targets[0]
+            seed = place.selection_seed(run)
+            exact_seed = place.selection_seed(replace(run, method=EXACT))
+            exact = place.selection(EXACT, target, exact_seed) if EXACT in options.methods else None
+            selection = place.selection(run.method, named, seed)
+            told = {name: value for name, value in selection.items() if name not in ("ids", "weights", "given")}
+            told["seed"] = seed
+            told["heaviest"] = max(selection["weights"])
+            told["of_exact"] = exact and len({*selection["ids"]} & {*exact["ids"]}) / len(exact["ids"])
+            found[target].setdefault(run.method, {})[seed] = told
+    return {target: {name: [*each.values()] for name, each in of.items()} for target, of in found.items()}
+
+
+# What was found
+
+
+def losses_of(target: str, runs: Sequence[Run], found: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
+    """Of each method, by seed: the mean loss of both splits; the change to zero-shot; the difference to the references."""
+    rows = {
+        method: {
+            run.seed: found[run]["losses"][target] for run in runs if run.method == method and target in run.targets
+        }
+        for method in dict.fromkeys(run.method for run in runs)
+    }
+    before = next(iter(rows[ZERO_SHOT].values()))
+    result = {}
+    for method, of_seeds in rows.items():
+        result[method] = {
+            "seeds": list(of_seeds),
+            "test": [float(np.mean(each["test"])) for each in of_seeds.values()],
+            "dev": [float(np.mean(each["dev"])) for each in of_seeds.values() if each["dev"]],
+            "change": [float(np.mean(each["test"]) - np.mean(before["test"])) for each in of_seeds.values()],
+            "against": {
+                name: difference(of_seeds, rows[name])
+                for name in REFERENCES
+                if name in rows and method in JOBS and method != name
+            },
+        }
+    return result
+
+
+def difference(
+    ours: Mapping[int, dict[str, list[float]]], theirs: Mapping[int, dict[str, list[float]]]
+) -> dict[str, Any]:
+    """The test loss minus the reference's, paired: over seeds, and over the test's rows (of the mean over seeds).
+
+    It is `carried` where both intervals leave out 0: neither another training nor another draw of the test would turn it round.
+    """
+    rows_sr = np.array([np.subtract(ours[seed]["test"], theirs[seed]["test"]) for seed in ours])
+    seeds, rows = rows_sr.mean(axis=1), rows_sr.mean(axis=0)
+    intervals = {"over_seeds": interval(seeds), "over_rows": interval(rows)}
+    signs = {sign for found in intervals.values() for sign in (np.sign(found) if found else (0.0,))}
+    return {
+        "mean": float(seeds.mean()),
+        "by_seed": seeds.tolist(),
+        **intervals,
+        "carried": len(signs) == 1 and 0.0 not in signs,
+    }
+
+
+def interval(values: np.ndarray[Any, Any]) -> list[float] | None:
+    """Of the mean, by Student's t; none of a single value."""
+    if len(values) < 2:
+        return None
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return [float(values.mean() - half), float(values.mean() + half)]
+
+
+def accuracy_of(runs: Sequence[Run], found: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
+    """By target and model; a model is above chance by a one-sided binomial test, corrected for the number of models."""
+    result: dict[str, Any] = {}
+    for run in runs:
+        for target, told in found[run]["accuracy"].items():
+            p = stats.binomtest(told["right"], told["rows"], told["chance"], alternative="greater").pvalue
+            result.setdefault(target, []).append({"method": run.method, "seed": run.seed, **told, "p": float(p)})
+    return {
+        target: {"above_chance": bool(min(each["p"] for each in of) * len(of) < 1 - CONFIDENCE), "models": of}
+        for target, of in result.items()
+    }
+
+
+# Writing it down
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def loss_table(result: Mapping[str, Any]) -> str:
+    header = ["method", "seeds"]
+    for target in result["losses"]:
+        header += [f"{target} test", "change", "dev"]
+    rows = []
+    for method, first in next(iter(result["losses"].values())).items():
+        row = [method, len(first["seeds"])]
+        for of in result["losses"].values():
+            row += [spread(of[method]["test"]), spread(of[method]["change"]), spread(of[method]["dev"])]
+        rows.append(row)
+    return table(header, rows)
+
+
+def difference_tables(result: Mapping[str, Any]) -> Iterator[str]:
+    """A row for each target and method: the difference to the reference, with both intervals."""
+    for reference in REFERENCES:
+        rows = []
+        for target, of in result["losses"].items():
+            for method, each in of.items():
+                if found := each["against"].get(reference):
+                    told = [shown(found["over_seeds"]), shown(found["over_rows"]), "yes" if found["carried"] else "no"]
+                    rows.append([target, method, f"{found['mean']:+.3f}", *told])
+        if rows:
+            yield table(["target", f"minus {reference}", "mean", "over seeds", "over test rows", "carried"], rows)
+
+
+def shown(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
+
+
+def selection_table(result: Mapping[str, Any]) -> str:
+    header = ["target", "selection", "seconds", "operations", "of the exact choice", "most frequent sources"]
+    rows = []
+    for target, of in result["selections"].items():
+        for method, each in of.items():
+            shared = [one["of_exact"] for one in each if one["of_exact"] is not None]
+            sources = ", ".join(f"{name} {count}" for name, count in list(each[0]["sources"].items())[:3])
+            seconds, operations = (np.mean([one[name] for one in each]) for name in ("seconds", "operations"))
+            rows.append([target, method, f"{seconds:.0f}", f"{operations:.2e}", spread(shared, 2), sources])
+    return table(header, rows)
+
+
+def accuracy_table(result: Mapping[str, Any]) -> str:
+    rows = []
+    for target, found in result["accuracy"].items():
+        verdict = "above chance" if found["above_chance"] else "at chance"
+        for method in dict.fromkeys(model["method"] for model in found["models"]):
+            models = [model for model in found["models"] if model["method"] == method]
+            right = spread([model["right"] / model["rows"] for model in models])
+            of = f"{models[0]['rows']}, {models[0]['in_form']} in form"
+            rows.append([target, method, right, of, f"{models[0]['chance']:.3f}", f"{models[0]['p']:.2f}", verdict])
+    return table(["target", "model", "right", "rows", "chance", "p", "verdict"], rows) if rows else ""
+
+
+def plot(result: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """For each target and method, the change of the test loss to zero-shot: a dot for each seed, a bar for their mean."""
+    columns = min(3, len(result["losses"]))
+    lines = -(-len(result["losses"]) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.4 * columns + 1.2, 2.6 * lines + 0.4), squeeze=False, sharey=True
+    )
+    for axis, (target, of) in zip(axes.flat, result["losses"].items(), strict=False):
+        methods = [method for method in of if method != ZERO_SHOT]
+        for place, method in enumerate(reversed(methods)):
+            change = of[method]["change"]
+            color = "tab:red" if method == RANDOM else "tab:gray" if method == FULL_POOL else "tab:blue"
+            axis.plot(change, [place] * len(change), "o", color=color, alpha=0.6, markersize=5, clip_on=False)
+            axis.plot([np.mean(change)] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2)
+            if method == RANDOM:
+                axis.axvline(float(np.mean(change)), color=color, linewidth=0.8, linestyle=":")
+        axis.set_yticks(range(len(methods)), list(reversed(methods)))
+        axis.set_title(target)
+        axis.set_xlabel("change of the test loss to zero-shot, nats")
+    for axis in axes.flat[len(result["losses"]) :]:
+        axis.set_visible(False)
+    save_plot(figure, options.out / "downstream.svg")
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    torch.set_num_threads(1)
+    main()
