@@ -32,7 +32,7 @@ from torch import Tensor
 
 from worker.adapters import trainable
 from worker.influence import (
-    FactoredProjection,
+    GradientProjection,
     OptimizerOptions,
     OptimizerState,
     curvature_products,
@@ -86,18 +86,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup-batch", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8, help="of the quadratic form as a job has it")
     parser.add_argument("--weightings", type=int, default=200, help="half random, half selected")
-    parser.add_argument("--few", type=int, default=16, help="of the weightings, measured at every rate")
-    parser.add_argument("--held", type=int, default=96, help="of the weightings, with the second moment held as well")
-    parser.add_argument(
-        "--sgd-rates",
-        type=float,
-        nargs="+",
-        default=[1e-5, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1],
-        help="the first is for noise",
-    )
-    parser.add_argument("--sgd-wide", type=float, nargs="+", default=[1e-3, 1e-1], help="rates of all weightings")
-    parser.add_argument("--adamw-rates", type=float, nargs="+", default=[2e-7, 2e-6, 2e-5, 6e-5, 2e-4, 6e-4])
-    parser.add_argument("--adamw-wide", type=float, nargs="+", default=[2e-5, 2e-4])
+    parser.add_argument("--few", type=int, default=12, help="of the weightings, measured at every rate")
+    parser.add_argument("--held", type=int, default=64, help="of the weightings, with the second moment held as well")
+    sgd, adamw = [1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [2e-6, 2e-5, 2e-4, 6e-4, 2e-3, 6e-3]
+    parser.add_argument("--sgd-rates", type=float, nargs="+", default=sgd, help="the first is for the noise")
+    parser.add_argument("--sgd-wide", type=float, nargs="+", default=[1e-3, 1e-2], help="rates of all weightings")
+    parser.add_argument("--adamw-rates", type=float, nargs="+", default=adamw)
+    parser.add_argument("--adamw-wide", type=float, nargs="+", default=[2e-5, 2e-3])
     return parser.parse_args()
 
 
@@ -224,7 +219,7 @@ def first_terms(setup: Setup, name: str) -> dict[str, Tensor]:
     if offset is not None:
         along = {layer: b_OI[None] for layer, b_OI in offset.items()}
         slopes_t = directional_derivatives(model, setup.targets, along)[:, 0].double()
-    projection = FactoredProjection(dim=PROJECTION_DIM, seed=setup.options.seed)
+    projection = GradientProjection(dim=PROJECTION_DIM, seed=setup.options.seed)
     G_nk = per_sample_gradients(model, setup.pool, projection=projection, scaling=scaling).values
     return {"P_nt": P_nt, "slopes_t": slopes_t, "G_nk": G_nk}
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from reporting import table
 
 Array = npt.NDArray[np.float64]
@@ -124,30 +125,33 @@ def correlation_and_share(predicted: Array, measured: Array) -> tuple[Array, Arr
 
 
 def tables(lines: Lines, noise: dict[str, float], default_rates: dict[str, float]) -> str:
-    """How each expansion predicts the change, then what each curvature explains of what first order leaves."""
-    whole, left = [], []
+    """How each expansion predicts the change, at the rates of most weightings; then what is left by first order at all rates: its
+    size, the share of its variance that each curvature explains, and correlation and slope with what each curvature adds."""
+    whole, sizes, shares, fits = [], [], [], []
     for name, line in ((name, line) for name, found in lines.items() for line in found):
         mark = " (default)" if line["learning_rate"] == default_rates[name] else ""
         start = [titled(name, line["step"]), f"{line['learning_rate']:g}{mark}", line["n"]]
-        for kind, found in line["predictions"].items():
+        most = max(other["n"] for other in lines[name] if other["step"] == line["step"])
+        for kind, found in line["predictions"].items() if line["n"] == most else ():
             slopes = f"{found['slope']:.3f}", f"{found['slope_origin']:.3f}"
             whole.append([*start, kind, ranged(found, "correlation"), *slopes, ranged(found, "explained")])
-        spreads = [f"{line['spread']:.1e}", f"{line['spread_left'] / noise[name]:.1f}"]
-        ratio = f"{line['second_to_first']['hessian']:.3f}"
-        if not line["left"]:
-            left.append([*start, *spreads, ratio, "all", "below the noise", "", ""])
-        for kind, found in line["left"].items():
-            shown = ranged(found, "correlation"), f"{found['slope']:.3f}", ranged(found, "explained")
-            left.append([*start, *spreads, ratio, kind, *shown])
-    columns = ("step", "learning rate", "weightings")
-    agreeing = ("correlation", "slope", "slope through 0", "share explained")
-    of_left = ("spread of the change", "left by first order, in noises", "second to first order", "curvature")
+        left = line["left"]
+        spreads = f"{line['spread']:.1e}", f"{line['spread_left']:.1e}", f"{line['spread_left'] / noise[name]:.1f}"
+        sizes.append([*start, *spreads, *(f"{ratio:.3f}" for ratio in line["second_to_first"].values())])
+        if left:
+            shares.append([*start, *(ranged(found, "explained") for found in left.values())])
+            fits.append([*start, *(f"{found['correlation']:.3f}, {found['slope']:.2f}" for found in left.values())])
+    columns, kinds = ("step", "learning rate", "weightings"), [*next(iter(lines.values()))[0]["second_to_first"]]
+    agreeing = ("curvature", "correlation", "slope", "slope through 0", "share explained")
+    spread = ("spread of the change", "left by first order", "the same in noises")
     noises = [[name, f"{value:.1e}"] for name, value in noise.items()]
     return "\n".join(
         (
-            table(("optimiser", "noise of a measured change"), noises),
-            table((*columns, "curvature", *agreeing), whole),
-            table((*columns, *of_left, "correlation", "slope", "share explained"), left),
+            table(("optimiser", "noise of a measured change, nats"), noises),
+            table((*columns, *agreeing), whole),
+            table((*columns, *spread, *(f"{kind}: second to first order" for kind in kinds)), sizes),
+            table((*columns, *(f"{kind}: share explained" for kind in kinds)), shares),
+            table((*columns, *(f"{kind}: correlation, slope" for kind in kinds)), fits),
         )
     )
 
@@ -169,51 +173,49 @@ def figure(found: dict[str, Measured], lines: Lines, default_rates: dict[str, fl
         wide = [j for j in range(len(counts)) if counts[j] == counts.max()]
         for ax, j in zip(row, (wide[0], wide[-1]), strict=False):
             scatter(ax, measured, j)
-            default = ", the default" if measured.rates[j] == default_rates[name] else ""
+            default = " (default)" if measured.rates[j] == default_rates[name] else ""
             ax.set_title(f"{name}, learning rate {measured.rates[j]:g}{default}")
         explained(row[2], lines[name])
         row[2].axvline(default_rates[name], color="black", linewidth=0.8, linestyle=":")
-        row[2].set_title(f"{name}: what curvature explains of first order's error")
+        row[2].set_title(f"{name}: explained of first order's error")
     return drawn
 
 
 def scatter(ax: Axes, measured: Measured, j: int) -> None:
     changes_m = measured.changes["true"][:, j]
     taken_m = np.isfinite(changes_m)
-    W_mn, y_m, rate = measured.W_mn[taken_m], changes_m[taken_m], measured.rates[j]
+    W_mn, y_m, selected_m, rate = (
+        measured.W_mn[taken_m],
+        changes_m[taken_m],
+        measured.selected[taken_m],
+        measured.rates[j],
+    )
     first_m = measured.terms.first(W_mn, rate)
     second_m = first_m + measured.terms.second("hessian", W_mn, rate)
     for x_m, label, colour in ((first_m, "first order", "tab:orange"), (second_m, "hessian", "tab:blue")):
-        for chosen_m, marker, kind in ((~measured.selected, "o", "random"), (measured.selected, "x", "selected")):
-            some = chosen_m[taken_m]
-            ax.scatter(
-                x_m[some],
-                y_m[some],
-                s=12,
-                marker=marker,
-                color=colour,
-                alpha=0.6,
-                linewidths=0.8,
-                label=f"{label}, {kind}",
-            )
+        for some_m, marker, kind in ((~selected_m, "o", "random"), (selected_m, "x", "selected")):
+            shown = f"{label}, {kind}"
+            ax.scatter(x_m[some_m], y_m[some_m], s=12, marker=marker, color=colour, alpha=0.6, lw=0.8, label=shown)
     ends = [min(y_m.min(), second_m.min()), max(y_m.max(), second_m.max())]
     ax.plot(ends, ends, color="black", linewidth=0.8)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel("predicted change of the target loss")
     ax.set_ylabel("measured")
     ax.legend(fontsize=7)
 
 
 def explained(ax: Axes, found: list[dict[str, Any]]) -> None:
-    colours = {kind: f"C{i}" for i, kind in enumerate(found[0]["second_to_first"])}
-    for step, kind in product(dict.fromkeys(line["step"] for line in found), colours):
+    kinds = {kind: f"C{i}" for i, kind in enumerate(found[0]["second_to_first"])}
+    held = any(line["step"] == "held" for line in found)
+    for step, kind in product(dict.fromkeys(line["step"] for line in found), kinds):
         points = [line for line in found if line["step"] == step and kind in line["left"]]
         rates = [line["learning_rate"] for line in points]
         shares = [line["left"][kind]["explained"] for line in points]
-        label = kind if step == "true" else f"{kind}, second moment held"
-        style = "-" if step == "true" else "--"
-        ax.plot(rates, shares, style, marker=".", color=colours[kind], label=label)
+        label = kind if step == "true" else None
+        style = "o-" if step == "true" else "^--"
+        ax.plot(rates, shares, style, markersize=3 if "rank" in kind else 5, color=kinds[kind], label=label)
     ax.set_xscale("log")
     ax.set_ylim(-0.5, 1.05)
-    ax.set_xlabel("learning rate (dotted: default)")
-    ax.set_ylabel("share of the variance explained")
-    ax.legend(fontsize=7)
+    ax.set_xlabel("learning rate (dotted: the default)")
+    ax.set_ylabel("share of the variance")
+    ax.legend(fontsize=7, title="dashed: second moment held" if held else None, title_fontsize=7)
