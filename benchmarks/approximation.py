@@ -29,7 +29,7 @@ from service.datasets.storage import Sample
 from worker.data import tokenise
 from worker.influence import (
     EmbeddingOptions,
-    FactoredProjection,
+    GradientProjection,
     KernelRidge,
     Samples,
     cosine_influence,
@@ -171,7 +171,7 @@ def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> None:
 
 
 def gradients(model: Any, samples: Samples) -> Tensor:
-    return per_sample_gradients(model, samples, projection=FactoredProjection()).values
+    return per_sample_gradients(model, samples, projection=GradientProjection()).values
 
 
 @torch.no_grad()

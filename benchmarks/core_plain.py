@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from worker.influence import EmbeddingOptions, FactoredProjection, Samples, Scaling
+from worker.influence import EmbeddingOptions, GradientProjection, Samples, Scaling
 from worker.influence.dual import attention_named, random_tangents
 from worker.influence.embeddings import pooled_tokens
 from worker.influence.models import first_blocks, frozen, layer_size, linear_layers
@@ -41,12 +41,12 @@ def losses(model: Any, samples: Samples) -> Tensor:
 
 
 def gradients(
-    model: Any, samples: Samples, projection: FactoredProjection | None, scaling: Scaling | None = None
+    model: Any, samples: Samples, projection: GradientProjection | None, scaling: Scaling | None = None
 ) -> Tensor:
     """(n, k): autograd.grad one sample at a time, scaled and projected afterwards."""
     layers = linear_layers(model, "down_proj")
     made = {
-        name: projection.layer(name, len(layers), *layer_size(layer), device=model.device)
+        name: projection.layer(name, *layer_size(layer), device=model.device)
         for name, layer in layers.items()
         if projection is not None
     }
@@ -57,8 +57,8 @@ def gradients(
             parts = []
             for name, found in zip(layers, torch.autograd.grad(loss(model, samples, i), weights), strict=True):
                 gradient = found.float() if scaling is None else scaling.times(name, found.float())
-                parts.append(made[name].apply(gradient).flatten() if projection else gradient.flatten())
-            rows[i] = torch.cat(parts).cpu()
+                parts.append(made[name].apply(gradient) if projection else gradient.flatten())
+            rows[i] = (torch.stack(parts).sum(dim=0) if projection else torch.cat(parts)).cpu()
         for weight in weights:
             weight.requires_grad_(False)
     return torch.stack(rows) if rows else torch.zeros(0, 0)

@@ -18,7 +18,7 @@ from service.jobs import operations
 from service.jobs.operations import Shape, TokenCounts
 from worker.influence import (
     EmbeddingOptions,
-    FactoredProjection,
+    GradientProjection,
     KernelRidge,
     OptimizerOptions,
     OptimizerState,
@@ -52,7 +52,7 @@ LLAMA = {
 """Shapes of Llamas, as their configurations name them."""
 
 MODULES = "down_proj"
-PROJECTION = FactoredProjection()
+PROJECTION = GradientProjection()
 DIRECTIONS = 2
 """Of the curvature products."""
 TARGETS = 48

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from worker.influence import (
     EmbeddingOptions,
-    FactoredProjection,
+    GradientProjection,
     Samples,
     cosine_influence,
     embed,
@@ -29,7 +29,7 @@ from worker.influence import (
     gradient_flops,
     per_sample_gradients,
 )
-from worker.influence.models import block_list, layer_size, linear_layers
+from worker.influence.models import block_list
 from worker.influence.samples import IntArray
 
 PIECE = 100
@@ -103,19 +103,21 @@ def measure(options: argparse.Namespace) -> Pool:
 
     G_nk, gradient_seconds = pool_of("gradients")
     G_tk = {name: read[names(f"{name}.gradients")][0]["values"] for name in target_samples}
-    first, second = _independent_columns(model, options.projection_dim)
 
-    def influence(columns: slice | Tensor) -> dict[str, Tensor]:
-        return {name: cosine_influence(G_nk[:, columns], G[:, columns]).double() for name, G in G_tk.items()}
+    def influence(seed: int | None) -> dict[str, Tensor]:
+        def projected(G: Tensor) -> Tensor:
+            return G if seed is None else _coarser(G, options.projection_dim, seed)
+
+        return {name: cosine_influence(projected(G_nk), projected(G)).double() for name, G in G_tk.items()}
 
     gradient_operations = partial(_gradient_operations, model, options.projection_dim)
     return Pool(
         ids=[row["id"] for row in rows],
         sources=[row["source"] for row in rows],
         tokens=samples.lengths,
-        influence=influence(first),
-        other=influence(second),
-        finer=influence(slice(None)),
+        influence=influence(0),
+        other=influence(1),
+        finer=influence(None),
         embeddings={kind: pool_of(kind)[0] for kind in kinds},
         cost={
             "gradients": Cost(operations_n=_by_row(samples, gradient_operations), seconds=gradient_seconds),
@@ -135,25 +137,15 @@ def measure(options: argparse.Namespace) -> Pool:
     )
 
 
-def _finer(dim: int) -> FactoredProjection:
-    return FactoredProjection(4 * dim)
+def _finer(dim: int) -> GradientProjection:
+    return GradientProjection(4 * dim)
 
 
-def _independent_columns(model: Any, dim: int) -> tuple[Tensor, Tensor]:
-    """Columns of the finer projected gradients that are two projections of the exact method's size, independent of each other.
-
-    Of a layer's (p, q) values those of the first half of the directions on both sides, and those of the second half.
-    """
-    layers = linear_layers(model, "down_proj")
-    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    start = 0
-    for module in layers.values():
-        p, q = _finer(dim).size(len(layers), *layer_size(module))
-        columns_pq = torch.arange(start, start + p * q).reshape(p, q)
-        parts[0].append(columns_pq[: p // 2, : q // 2].flatten())
-        parts[1].append(columns_pq[p // 2 :, q // 2 :][: p // 2, : q // 2].flatten())
-        start += p * q
-    return torch.cat(parts[0]), torch.cat(parts[1])
+def _coarser(G_nk: Tensor, dim: int, seed: int) -> Tensor:
+    """Gradients (n, 4 dim) of the finer projection to (n, dim): sums of entries with random signs once more, what a projection to
+    `dim` values does in one go."""
+    signs_k = torch.from_numpy(np.random.default_rng(seed).choice(np.float32([-1, 1]), G_nk.shape[1]))
+    return (G_nk * signs_k).unflatten(1, (-1, dim)).sum(dim=1)
 
 
 def _names(options: argparse.Namespace, folder: Path) -> Callable[[str], Path]:
@@ -167,7 +159,7 @@ def _absent() -> dict[str, Tensor]:
 
 
 def _gradient_operations(model: Any, dim: int, part: Samples) -> float:
-    return gradient_flops(model, part, projection=FactoredProjection(dim)).total
+    return gradient_flops(model, part, projection=GradientProjection(dim)).total
 
 
 def _by_row(samples: Samples, operations: Callable[[Samples], float]) -> np.ndarray[Any, np.dtype[np.float64]]:

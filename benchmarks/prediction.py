@@ -32,7 +32,7 @@ from torch import Tensor
 
 from worker.adapters import trainable
 from worker.influence import (
-    FactoredProjection,
+    GradientProjection,
     OptimizerOptions,
     OptimizerState,
     curvature_products,
@@ -219,7 +219,7 @@ def first_terms(setup: Setup, name: str) -> dict[str, Tensor]:
     if offset is not None:
         along = {layer: b_OI[None] for layer, b_OI in offset.items()}
         slopes_t = directional_derivatives(model, setup.targets, along)[:, 0].double()
-    projection = FactoredProjection(dim=PROJECTION_DIM, seed=setup.options.seed)
+    projection = GradientProjection(dim=PROJECTION_DIM, seed=setup.options.seed)
     G_nk = per_sample_gradients(model, setup.pool, projection=projection, scaling=scaling).values
     return {"P_nt": P_nt, "slopes_t": slopes_t, "G_nk": G_nk}
 

@@ -4,7 +4,6 @@ A multiply-add is two operations. Only what the method needs is counted: matrix 
 square, the output head on predicted positions. `worker.influence.flops` counts the same on a loaded model; a test compares them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -20,6 +19,7 @@ _FUSED = {
 _MLP_OUTPUTS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")
 _POSITIONWISE = ("mlp.", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj", "attention.dense")
 _LONGEST_EMBEDDING = 4096  # values; what is longer is projected
+_INPUT_DIRECTIONS = 128  # of a gradient's projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +167,8 @@ def backward(shape: Shape, counts: TokenCounts, first_block: int = 0) -> float:
 
 def gradient_size(layers: Sequence[tuple[int, Size]], projection_dim: int | None) -> int:
     """Values of a sample's gradient."""
-    return sum(p * q for p, q in (_projected(len(layers), size, projection_dim) for _, size in layers))
-
-
-def _projected(layers: int, size: Size, projection_dim: int | None) -> Size:
-    if projection_dim is None:
-        return size
-    side = max(1, math.isqrt(projection_dim // layers))
-    return min(side, size[0]), min(side, size[1])
+    weights = sum(out * into for _, (out, into) in layers)
+    return weights if projection_dim is None else min(weights, projection_dim)
 
 
 def gradients(
@@ -183,13 +177,12 @@ def gradients(
     """Of per-sample gradients: 4 N T, and their projection; scaled entry by entry, each is first formed in full."""
     layers = shape.measured(modules)
     tokens, total = counts.seen.tokens, forward(shape, counts) + backward(shape, counts, layers[0][0])
+    is_reduced = projection_dim is not None and gradient_size(layers, None) > projection_dim
     for _, (out, into) in layers:
-        p, q = _projected(len(layers), (out, into), projection_dim)
-        if is_scaled_exactly or projection_dim is None:
-            total += 2 * tokens * out * into
-            total += counts.samples * 2 * (out * into * q + out * p * q) if projection_dim is not None else 0.0
-        else:
-            total += 2 * tokens * (out * p + into * q + p * q)
+        q = min(into, _INPUT_DIRECTIONS) if is_reduced else into
+        total += 2 * tokens * out * (into if is_scaled_exactly else q)
+        if q < into:
+            total += 2 * into * q * (counts.samples * out if is_scaled_exactly else tokens)
     return total
 
 

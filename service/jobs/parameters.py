@@ -63,7 +63,7 @@ class Gradient(_Strict):
         " anything else the end of a layer's name. A LoRA model is measured on its adapters, whatever this says.",
     )
     projection_dim: int | None = Field(
-        default=8192, ge=64, le=1_048_576, description="Of all layers together; null: not projected, for small models"
+        default=16_384, ge=64, le=1_048_576, description="Of all layers together; null: not projected, for small models"
     )
     normalize: bool | None = Field(
         default=None,

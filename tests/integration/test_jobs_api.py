@@ -337,7 +337,7 @@ def test_a_job_of_an_older_version_can_still_be_looked_at(api: Api, body: dict[s
         "selection": "top_k",
         "seed": 0,
         "embedding": {"kind": "hidden", "pooling": "response", "blocks": 4, "tangents": 5},
-        "gradient": {"projection_dim": 8192, "normalize": True},
+        "gradient": {"projection_dim": 16384, "normalize": True},
         "dtype": "auto",
         "max_length": 2048,
         "kernel": {"kind": "linear", "ridge": 0.01, "bandwidth": 3.0},

@@ -33,7 +33,7 @@ from worker_world import (
 from service.datasets.storage import Sample
 from service.jobs.tables import Worker as WorkerRow
 from worker.data import tokenise
-from worker.influence import FactoredProjection, Samples, cosine_influence, per_sample_gradients
+from worker.influence import GradientProjection, Samples, cosine_influence, per_sample_gradients
 from worker.models import find, load_model, load_tokenizer
 
 
@@ -150,7 +150,7 @@ class TestJob:
         """Computed here from the uploaded rows, by way of neither artifacts nor shards."""
         folder = find({"kind": "registered", "name": MODEL}, world.folder / "models")
         model = load_model(folder, torch.float32, torch.device("cpu"))
-        projection = FactoredProjection(dim=1024, seed=0)
+        projection = GradientProjection(dim=1024, seed=0)
 
         def gradients(rows: list[Json]) -> torch.Tensor:
             samples = [Sample(i, row["id"], None, row["messages"], None) for i, row in enumerate(rows)]

@@ -184,14 +184,23 @@ def one_by_one_gradients(model, samples, projection=None, layers=None, scale=Non
             G = gradient.T if transposed else gradient
             if scale is not None:
                 G = G * scale[name]
-            if projection is not None:
-                factors = projection.layer(name, len(layers), *G.shape, dtype=G.dtype)
-                left = torch.eye(len(G), dtype=G.dtype) if factors.P_Op is None else factors.P_Op
-                right = torch.eye(G.shape[1], dtype=G.dtype) if factors.P_Iq is None else factors.P_Iq
-                G = left.T @ G @ right * factors.scale
-            row.append(G.flatten())
-        rows.append(torch.cat(row))
+            row.append((name, G))
+        rows.append(flattened(row, projection))
     return torch.stack(rows), torch.tensor(losses, dtype=rows[0].dtype)
+
+
+def flattened(row, projection):
+    """Gradients (name, (O, I)) of one sample as one vector; projected by adding up entry by entry."""
+    if projection is None or sum(G.numel() for _, G in row) <= projection.dim:
+        return torch.cat([G.flatten() for _, G in row])
+    values = torch.zeros(projection.dim, dtype=row[0][1].dtype)
+    for name, G in row:
+        found = projection.layer(name, *G.shape, dtype=G.dtype)
+        if found.P_Iq is not None:
+            G = G @ found.P_Iq / found.P_Iq.shape[1] ** 0.5
+        place = (found.first + torch.arange(G.numel())) % projection.dim
+        values.index_add_(0, place, (G * found.S_Oq).flatten())
+    return values
 
 
 def state_function(model, samples, i, blocks, pooling):

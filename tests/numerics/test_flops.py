@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from worker.influence import (
     EmbeddingOptions,
-    FactoredProjection,
+    GradientProjection,
     embed,
     embedding_flops,
     gradient_flops,
@@ -46,7 +46,7 @@ def counted(run, *, without):
 
 
 def test_gradient_count():
-    model, projection = build("llama", torch.float32), FactoredProjection(dim=48)
+    model, projection = build("llama", torch.float32), GradientProjection(dim=48, directions=20)
     actual = counted(
         lambda: per_sample_gradients(model, EQUAL, projection=projection, token_budget=1000),
         without=lambda: per_sample_gradients(model, EQUAL.slice(0, 0), projection=projection, token_budget=1000),

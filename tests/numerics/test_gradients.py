@@ -19,11 +19,11 @@ from numerics_reference import (
     with_adapters,
 )
 
-from worker.influence import FactoredProjection, OptimizerOptions, Samples, gradient_scaling, per_sample_gradients
+from worker.influence import GradientProjection, OptimizerOptions, Samples, gradient_scaling, per_sample_gradients
 from worker.influence import gradients as gradients_module
 
 PROJECTIONS = pytest.mark.parametrize(
-    "projection", [None, FactoredProjection(dim=192, seed=3)], ids=["full", "projected"]
+    "projection", [None, GradientProjection(dim=192, seed=3, directions=40)], ids=["full", "projected"]
 )
 ADAM = OptimizerOptions(type="adam")
 
@@ -71,7 +71,7 @@ def test_scaled_gradients(family, kind, projection, monkeypatch):
 @pytest.mark.parametrize("kind", ["exact", "factored"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma", "gpt_neox"])
 def test_scaled_gradients_of_other_families(family, kind):
-    model, samples, projection = build(family), ragged(*MIXED), FactoredProjection(dim=192)
+    model, samples, projection = build(family), ragged(*MIXED), GradientProjection(dim=192)
     scaling = gradient_scaling(model, "down_proj", ADAM, random_state(model), kind)
     expected, _ = one_by_one_gradients(model, samples, projection, scale=dense(scaling, role_layers(model)))
     result = per_sample_gradients(model, samples, projection=projection, scaling=scaling, token_budget=40)
@@ -80,7 +80,7 @@ def test_scaled_gradients_of_other_families(family, kind):
 
 @pytest.mark.parametrize("kind", ["exact", "factored"])
 def test_scaling_in_bfloat16_is_close(kind):
-    samples, projection, model = ragged(*MIXED), FactoredProjection(dim=192), build("llama")
+    samples, projection, model = ragged(*MIXED), GradientProjection(dim=192), build("llama")
     state = random_state(model)
     results = []
     for each in (model, build("llama", torch.bfloat16)):
@@ -115,7 +115,7 @@ def test_adapters(family, projection):
 @pytest.mark.parametrize("family", EXACT)
 def test_a_wrapped_layer_keeps_its_name_and_projection(family):
     """The role is the base layer inside of the wrapper; adapters that add nothing change nothing."""
-    plain, samples, projection = build(family), ragged(*MIXED), FactoredProjection(dim=192)
+    plain, samples, projection = build(family), ragged(*MIXED), GradientProjection(dim=192)
     expected = per_sample_gradients(plain, samples, projection=projection, token_budget=30).values
     wrapped = with_adapters(build(family))
     for name, parameter in wrapped.named_parameters():
@@ -126,7 +126,7 @@ def test_a_wrapped_layer_keeps_its_name_and_projection(family):
 
 
 def test_float32_adapters_on_a_bfloat16_model():
-    samples, projection = ragged(*MIXED), FactoredProjection(dim=192)
+    samples, projection = ragged(*MIXED), GradientProjection(dim=192)
     exact, mixed = with_adapters(build("llama")), with_adapters(build("llama", torch.bfloat16))
     for name, parameter in mixed.named_parameters():
         if "lora_" in name:
@@ -138,7 +138,7 @@ def test_float32_adapters_on_a_bfloat16_model():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
     model, samples = build(family), ragged(*MIXED)
-    projection = FactoredProjection(dim=192, seed=1)
+    projection = GradientProjection(dim=192, seed=1)
     expected, loss = one_by_one_gradients(model, samples, projection)
     result = per_sample_gradients(model, samples, projection=projection, token_budget=30)
     assert relative_error(result.values, expected) < FLOAT32_INTERNALS
@@ -148,7 +148,7 @@ def test_every_family(family):
 @pytest.mark.parametrize("family", EXACT)
 def test_does_not_depend_on_order_or_company(family):
     model, samples = build(family), ragged(*MIXED)
-    projection = FactoredProjection(dim=192)
+    projection = GradientProjection(dim=192)
     whole = per_sample_gradients(model, samples, projection=projection, token_budget=1000).values
     order = np.random.default_rng(1).permutation(len(samples))
     shuffled = per_sample_gradients(model, samples.take(order), projection=projection, token_budget=17).values
@@ -168,14 +168,14 @@ def test_samples_without_predicted_tokens_are_zero():
 def test_same_bits_twice():
     model, samples = build("llama", torch.float32), ragged(*MIXED)
     runs = [
-        per_sample_gradients(model, samples, projection=FactoredProjection(dim=192), token_budget=40) for _ in range(2)
+        per_sample_gradients(model, samples, projection=GradientProjection(dim=192), token_budget=40) for _ in range(2)
     ]
     assert torch.equal(runs[0].values, runs[1].values)
     assert torch.equal(runs[0].loss, runs[1].loss)
 
 
 def test_float32_and_bfloat16_are_close_to_float64():
-    samples, projection = ragged(*MIXED), FactoredProjection(dim=192)
+    samples, projection = ragged(*MIXED), GradientProjection(dim=192)
     exact = per_sample_gradients(build("llama"), samples, projection=projection, token_budget=40)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.08)):
         result = per_sample_gradients(build("llama", dtype), samples, projection=projection, token_budget=40)
@@ -245,7 +245,7 @@ def test_nonfinite_samples_are_named():
     model, samples = build("llama", torch.float32), ragged("..rr", "..rr", "..rr")
     with torch.no_grad():
         model.model.embed_tokens.weight[int(samples.input_ids[4])] = float("nan")
-    result = per_sample_gradients(model, samples, projection=FactoredProjection(dim=192), token_budget=99)
+    result = per_sample_gradients(model, samples, projection=GradientProjection(dim=192), token_budget=99)
     affected = [i for i in range(3) if samples.input_ids[4] in samples.input_ids[4 * i : 4 * i + 3]]
     assert result.nonfinite.tolist() == affected
 
@@ -266,7 +266,7 @@ def test_a_loss_or_a_gradient_that_alone_is_not_finite_is_named_too(what):
 
     hooked = (model.lm_head, rule_out) if what == "loss" else (model.model.layers[1].mlp.up_proj, explode)
     handle = hooked[0].register_forward_hook(hooked[1])
-    found = per_sample_gradients(model, samples, projection=FactoredProjection(dim=192), token_budget=4)
+    found = per_sample_gradients(model, samples, projection=GradientProjection(dim=192), token_budget=4)
     handle.remove()
     assert found.nonfinite.tolist() == affected
     assert torch.nonzero(~torch.isfinite(found.loss)).flatten().tolist() == (affected if what == "loss" else [])
@@ -275,7 +275,7 @@ def test_a_loss_or_a_gradient_that_alone_is_not_finite_is_named_too(what):
 @pytest.mark.parametrize("limit", [19, 6])
 def test_out_of_memory_halves_the_budget(limit):
     model, samples = build("gpt2"), ragged(*MIXED)
-    projection = FactoredProjection(dim=192)
+    projection = GradientProjection(dim=192)
     expected = per_sample_gradients(model, samples, projection=projection, token_budget=1000).values
     done = []
 

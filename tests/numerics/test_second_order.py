@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from numerics_reference import EXACT, MIXED, build, one_by_one_loss, ragged, relative_error, role_layers
+from numerics_reference import EXACT, MIXED, build, flattened, one_by_one_loss, ragged, relative_error, role_layers
 from torch import nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worker.influence import (
-    FactoredProjection,
+    GradientProjection,
     OptimizerOptions,
     OptimizerState,
     curvature_products,
@@ -216,7 +216,7 @@ def test_terms_are_the_curvature_between_directions(kind, scaled):
     """Whatever the projection and the chunks: M is v_iT H v_j in full space, of the directions that V stands for."""
     model = build("gpt2")
     scaling = None if scaled is None else gradient_scaling(model, "down_proj", ADAM, adam_state(model), scaled)
-    projection = FactoredProjection(dim=192, seed=4)
+    projection = GradientProjection(dim=192, seed=4, directions=40)
     G_nk = per_sample_gradients(model, POOL, projection=projection, scaling=scaling).values
     U_nr, _ = low_rank(G_nk, 3)
     b, _ = random_directions(model, 1)
@@ -235,10 +235,8 @@ def test_terms_are_the_curvature_between_directions(kind, scaled):
     assert relative_error(result.M_rr, M_rr) < 1e-10
     if kind == "ggn":
         assert torch.linalg.eigvalsh(result.M_rr).min() >= -1e-12 * result.M_rr.norm()
-    names = list(role_layers(model))
     full = curvature_products(model, TARGETS, b, kind=kind)
-    factors = [projection.layer(name, len(names), 24, 96, dtype=torch.float64) for name in names]
-    Hb_k = torch.cat([f.apply(full[name][0]).flatten() for name, f in zip(names, factors, strict=True)])
+    Hb_k = flattened([(name, full[name][0]) for name in role_layers(model)], projection)
     assert relative_error(result.Hb_k, Hb_k) < 1e-12
 
 

@@ -23,7 +23,7 @@ from service.settings import ModelSettings
 from worker import units
 from worker.influence import (
     EmbeddingOptions,
-    FactoredProjection,
+    GradientProjection,
     Samples,
     candidates,
     embedding_flops,
@@ -102,7 +102,7 @@ def test_gradients_count_as_on_the_loaded_model(
     loaded: tuple[Any, Shape], samples: tuple[Samples, TokenCounts], dim: int | None
 ) -> None:
     model, shape = loaded
-    projection = None if dim is None else FactoredProjection(dim=dim)
+    projection = None if dim is None else GradientProjection(dim=dim)
     counted = gradient_flops(model, samples[0], projection=projection).total
     assert operations.gradients(shape, samples[1], modules="down_proj", projection_dim=dim) == pytest.approx(counted)
 
@@ -161,7 +161,7 @@ def test_second_order_terms_count_about_as_many_products_as_really_run(kind: Any
             coefficients=torch.randn(12, rank, dtype=torch.float64),
             scaling=None,
             offset=None,
-            projection=FactoredProjection(dim=dim),
+            projection=GradientProjection(dim=dim),
         )
     given = parameters(
         method="exact_influence",
@@ -189,8 +189,8 @@ def test_the_passes_are_multiples_of_2_n_t() -> None:
 
 
 def test_exact_scaling_costs_the_whole_gradient_of_each_layer() -> None:
-    plain = operations.gradients(SHAPE, COUNTS.pool, modules="down_proj", projection_dim=8192)
-    scaled = operations.gradients(SHAPE, COUNTS.pool, modules="down_proj", projection_dim=8192, is_scaled_exactly=True)
+    plain = operations.gradients(SHAPE, COUNTS.pool, modules="down_proj", projection_dim=16_384)
+    scaled = operations.gradients(SHAPE, COUNTS.pool, modules="down_proj", projection_dim=16_384, is_scaled_exactly=True)
     formed = 2 * COUNTS.pool.seen.tokens * SHAPE.blocks * 576 * 1536
     assert scaled - plain == pytest.approx(formed, rel=0.5)
     adam = stages(planned(optimizer={"type": "adamw"}, warmup={}, method="exact_influence"))

@@ -21,7 +21,7 @@ from .optimizers import (
     state_of,
     step_offset,
 )
-from .projection import FactoredProjection
+from .projection import GradientProjection
 from .propagation import Fidelity, KernelRidge, fidelity
 from .samples import Samples, token_batches
 from .second_order import SecondOrder, low_rank, offset_influence, quadratic_factors, second_order_terms
@@ -31,9 +31,9 @@ from .step import StepMeasure, measure_step, optimizer_step, predicted_change
 
 __all__ = [
     "EmbeddingOptions",
-    "FactoredProjection",
     "Fidelity",
     "FirstOrderWeights",
+    "GradientProjection",
     "Gradients",
     "KernelRidge",
     "Operations",

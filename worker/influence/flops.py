@@ -15,7 +15,7 @@ import torch
 
 from .embeddings import POSITIONWISE, EmbeddingOptions, pooled_tokens
 from .models import block_list, linear_layers, linear_size
-from .projection import FactoredProjection
+from .projection import GradientProjection
 from .samples import Samples, last_marked
 
 
@@ -50,7 +50,7 @@ def gradient_flops(
     samples: Samples,
     *,
     modules: str = "down_proj",
-    projection: FactoredProjection | None,
+    projection: GradientProjection | None,
     is_scaled_exactly: bool = False,
 ) -> Operations:
     """Operations of `per_sample_gradients`: 4 N T for the N block weights, less the backward before the first hooked layer.
@@ -64,15 +64,14 @@ def gradient_flops(
     first = int(next(iter(layers)).split(".")[1])
     forward = sum(_weights(block) for block in blocks)
     backward = sum(_weights(block) for block in blocks[first + 1 :])
-    outer = 0.0
-    for layer in layers.values():
-        out_features, in_features = linear_size(layer) or (0, 0)
-        p, q = projection.size(len(layers), out_features, in_features) if projection else (out_features, in_features)
-        if projection is None or is_scaled_exactly:
-            outer += 2 * tokens * out_features * in_features
-            outer += 2 * len(samples) * out_features * q * (in_features + p) if projection else 0.0
-        else:
-            outer += 2 * tokens * (p * q + out_features * p + in_features * q)
+    outer, sizes = 0.0, [linear_size(layer) or (0, 0) for layer in layers.values()]
+    is_reduced = projection is not None and projection.reduces(sizes)
+    for out_features, in_features in sizes:
+        q = min(in_features, projection.directions) if projection is not None and is_reduced else in_features
+        formed = in_features if is_scaled_exactly else q
+        outer += 2 * tokens * out_features * formed
+        if q < in_features:
+            outer += 2 * in_features * q * (len(samples) * out_features if is_scaled_exactly else tokens)
     head = model.get_output_embeddings().weight.numel()
     # Forward: scores and values, 4 T^2 a head width, half of it causal; backward twice that.
     attention = 2 * squares * _attention_width(model) * (len(blocks) + 2 * len(blocks[first + 1 :]))

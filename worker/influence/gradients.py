@@ -5,7 +5,7 @@ the factors are applied to delta and a, and the (O, I) matrix never exists; the 
 as `PIECE_BYTES` holds.
 
 Shape suffixes: n samples, k values a gradient, c directions or weightings, B samples of a batch, b of a piece, T tokens,
-O and I layer output and input, p and q their projected sizes.
+O and I layer output and input, q projected inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .backward import Use, over_samples
 from .batching import Progress
 from .models import accumulation_dtype, layer_size, linear_layers, parameter_device, parameter_dtype
 from .optimizers import Scaling
-from .projection import FactoredProjection, LayerProjection
+from .projection import GradientProjection, LayerProjection
 from .samples import Samples
 
 PIECE_BYTES = 128 * 2**20
@@ -34,7 +34,7 @@ PIECE_BYTES = 128 * 2**20
 class Gradients:
     """Per-sample gradients and losses, on the CPU, in the order of the samples.
 
-    values: (n, k), float32 (float64 from a float64 model); layer after layer, each (p, q) or, unprojected, (O, I) row by row.
+    values: (n, k), float32 (float64 from a float64 model); unprojected, layer after layer, each (O, I) row by row.
     loss: (n,), mean cross-entropy in nats of each sample's predicted response tokens, 0 where it has none.
     nonfinite: int64 indices of the samples whose gradient or loss is not finite.
     """
@@ -49,7 +49,7 @@ def per_sample_gradients(
     samples: Samples,
     *,
     modules: str = "down_proj",
-    projection: FactoredProjection | None,
+    projection: GradientProjection | None,
     scaling: Scaling | None = None,
     token_budget: int | None = None,
     progress: Progress | None = None,
@@ -177,7 +177,7 @@ class _PerSample(Use):
         self,
         model: Any,
         layers: Mapping[str, nn.Module],
-        projection: FactoredProjection | None,
+        projection: GradientProjection | None,
         scaling: Scaling | None,
         count: int,
     ) -> None:
@@ -186,19 +186,21 @@ class _PerSample(Use):
         self.projections: dict[str, LayerProjection] = {}
         self.sides: dict[str, tuple[_Side, _Side]] = {}
         self.columns: dict[str, slice] = {}
+        sizes = {name: layer_size(module) for name, module in layers.items()}
+        is_reduced = projection is not None and projection.reduces(sizes.values())
         start = 0
-        for name, module in layers.items():
-            p, q = size = layer_size(module)
-            found = LayerProjection(P_Op=None, P_Iq=None, scale=1.0)
-            if projection is not None:
-                p, q = projection.size(len(layers), *size)
-                found = projection.layer(name, len(layers), *size, dtype=self.dtype)
+        for name, (O, I) in sizes.items():  # noqa: E741
+            P_Iq = None
+            if projection is not None and is_reduced:
+                self.projections[name] = projection.layer(name, O, I, dtype=self.dtype)
+                P_Iq, self.columns[name] = self.projections[name].P_Iq, slice(0, projection.dim)
+            else:
+                self.columns[name] = slice(start, start + O * I)
+                start += O * I
             row, column = scaling.factors[name] if scaling is not None and scaling.factors else (None, None)
-            self.projections[name] = found
-            self.sides[name] = _Side(found.P_Op, row), _Side(found.P_Iq, column)
-            self.columns[name] = slice(start, start + p * q)
-            start += p * q
-        self.values_nk = torch.zeros(count, start, dtype=self.dtype)
+            self.sides[name] = _Side(None, row), _Side(P_Iq, column)
+        k = projection.dim if projection is not None and is_reduced else start
+        self.values_nk = torch.zeros(count, k, dtype=self.dtype)
 
     def start(self, samples_B: Tensor) -> None:
         self.batch_Bk = torch.zeros(len(samples_B), self.values_nk.shape[1], dtype=self.dtype, device=self.device)
@@ -207,16 +209,16 @@ class _PerSample(Use):
         return a_BTI if self.exact is not None else self.sides[layer][1].apply(a_BTI).to(self.dtype)
 
     def take(self, layer: str, kept_BTq: Tensor, delta_BTO: Tensor) -> None:
-        found, columns = self.projections[layer], self.columns[layer]
-        if self.exact is None:
-            delta_BTp = self.sides[layer][0].apply(delta_BTO).to(self.dtype)
-            G_Bpq = torch.bmm(delta_BTp.mT, kept_BTq.to(delta_BTp.device))
-            self.batch_Bk[:, columns] += (G_Bpq.flatten(1) * found.scale).to(self.device)
-            return
-        for part, G_bOI in _in_pieces(delta_BTO, kept_BTq, self.dtype):
-            G_bOI *= self.exact.full[layer].to(G_bOI)
-            found = self.projections[layer] = found.to(G_bOI)  # copies at the first batch only
-            self.batch_Bk[part, columns] += found.apply(G_bOI).flatten(1).to(self.device)
+        columns = self.columns[layer]
+        for part, G_bOq in _in_pieces(self.sides[layer][0].apply(delta_BTO), kept_BTq, self.dtype):
+            if self.exact is not None:  # nothing was projected on the way: q is I
+                G_bOq *= self.exact.full[layer].to(G_bOq)
+            if layer in self.projections:
+                found = self.projections[layer] = self.projections[layer].to(G_bOq)  # copies at the first batch only
+                values_bk = found.fold(G_bOq if self.exact is None else found.project_input(G_bOq))
+            else:
+                values_bk = G_bOq.flatten(1)
+            self.batch_Bk[part, columns] += values_bk.to(self.device)
 
     def finish(self, samples_B: Tensor) -> None:
         self.values_nk[samples_B] = self.batch_Bk.cpu()

@@ -1,16 +1,18 @@
-"""Seeded factored random projection of per-layer gradients (METHOD 3).
+"""Seeded random projection of gradients to a few values that keep inner products (METHOD 3).
 
-A layer's gradient G (O, I) becomes P_outT G P_in (p, q). The factors are applied to the output gradients and to the inputs
-*before* the outer product, so that the (O, I) matrix never exists. Entries are +1 and -1, exact in every dtype,
-and the scale 1/sqrt(p q) is applied to the result; inner products are then unbiased.
+A layer's gradient G (O, I) becomes H = G P_in / sqrt(q), (O, q), with P_in applied to the inputs *before* the outer product, so
+that the (O, I) matrix never exists; then each entry of H gets a random sign and is added to one of `dim` sums, taken in turn,
+which all layers share. Signs are +1 and -1, exact in every dtype; inner products are unbiased. Why not a few directions on
+either side, a block of values for each layer: the activations of all samples share large components, by which the errors
+of the other side's few directions are multiplied, and a few layers hold most of a gradient (docs/decisions/0010-projection.md).
 
-Shape suffixes: O output features, I input features, p and q their projected sizes.
+Shape suffixes: O output features, I input features, q directions of the input side, k values of a projected gradient.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,65 +33,74 @@ def _signs(rows: int, columns: int, generator: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerProjection:
-    """The two factors of one layer, P_out (O, p) and P_in (I, q), and the scale of the projected gradient.
+    """What projects one layer: P_in (I, q), None where that side is not reduced; the signs (O, q) of the entries of H; and the
+    place `first` of the k sums where the turn begins, so that small layers spread over all of them."""
 
-    A factor is None where its side is not reduced; that side is then kept exactly.
-    """
-
-    P_Op: Tensor | None
     P_Iq: Tensor | None
-    scale: float
+    S_Oq: Tensor
+    first: int
+    dim: int
 
     def to(self, like: Tensor) -> LayerProjection:
-        """The same factors in the dtype and on the device of a tensor."""
-        P_Op, P_Iq = (None if factor is None else factor.to(like) for factor in (self.P_Op, self.P_Iq))
-        return LayerProjection(P_Op=P_Op, P_Iq=P_Iq, scale=self.scale)
-
-    def project_output(self, delta_BTO: Tensor) -> Tensor:
-        return delta_BTO if self.P_Op is None else delta_BTO @ self.P_Op
+        """The same projection in the dtype and on the device of a tensor."""
+        P_Iq = None if self.P_Iq is None else self.P_Iq.to(like)
+        return LayerProjection(P_Iq=P_Iq, S_Oq=self.S_Oq.to(like), first=self.first, dim=self.dim)
 
     def project_input(self, a_BTI: Tensor) -> Tensor:
+        """Without the scale 1 / sqrt(q), which `fold` applies."""
         return a_BTI if self.P_Iq is None else a_BTI @ self.P_Iq
 
+    def fold(self, H_BOq: Tensor) -> Tensor:
+        """Outer products with projected inputs to the sums of their entries: (..., O, q) -> (..., k)."""
+        flat = (H_BOq * self.S_Oq).flatten(-2)
+        if self.P_Iq is not None:
+            flat *= self.P_Iq.shape[1] ** -0.5
+        whole = flat.shape[-1] // self.dim * self.dim
+        sums: Tensor = flat[..., :whole].unflatten(-1, (-1, self.dim)).sum(dim=-2)
+        sums[..., : flat.shape[-1] - whole] += flat[..., whole:]
+        return sums.roll(self.first, -1)
+
     def apply(self, G_OI: Tensor) -> Tensor:
-        """Project gradients that exist already: (..., O, I) -> (..., p, q)."""
-        G_Oq = self.project_input(G_OI)
-        return self.project_output(G_Oq.mT).mT * self.scale
+        """Project gradients that exist already: (..., O, I) -> (..., k)."""
+        return self.fold(self.project_input(G_OI))
 
 
 @dataclass(frozen=True, slots=True)
-class FactoredProjection:
-    """Projection of all layers together to at most `dim` values (METHOD 3).
+class GradientProjection:
+    """Projection of all layers together to `dim` values, by `directions` on the input side of each at most (METHOD 3).
 
-    Each of L layers gets floor(sqrt(dim / L)) directions on either side, at most its own size. The matrices depend on
-    (seed, layer name) alone: the same on every worker and device, independent of the other layers.
+    The signs depend on these, the seed and the layer's name alone: the same on every worker and device. Raises ValueError
+    where a number is below 1.
     """
 
-    dim: int = 8192
+    dim: int = 16_384
     seed: int = 0
+    directions: int = 128
 
-    def size(self, layers: int, out_features: int, in_features: int) -> tuple[int, int]:
-        """Projected (p, q) of a layer of an (O, I) weight, one of `layers`. Raises ValueError where dim is too small."""
-        side = math.isqrt(self.dim // layers)
-        if side < 1:
-            raise ValueError(f"projection dim {self.dim} is less than one value for each of {layers} layers: raise it")
-        return min(side, out_features), min(side, in_features)
+    def __post_init__(self) -> None:
+        for name in ("dim", "directions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"projection {name} must be at least 1, not {getattr(self, name)}")
+
+    def reduces(self, sizes: Iterable[tuple[int, int]]) -> bool:
+        """Whether layers of those (O, I) have more than `dim` weights together: what has not is kept as it is."""
+        return sum(out * into for out, into in sizes) > self.dim
 
     def layer(
         self,
         name: str,
-        layers: int,
         out_features: int,
         in_features: int,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> LayerProjection:
-        """The factors of the layer called `name`, in the given dtype and on the given device."""
-        p, q = self.size(layers, out_features, in_features)
-        generator_out = seeded_generator(self.seed, name, "out")
-        generator_in = seeded_generator(self.seed, name, "in")
-        P_Op = None if p == out_features else _signs(out_features, p, generator_out).to(device, dtype)
-        P_Iq = None if q == in_features else _signs(in_features, q, generator_in).to(device, dtype)
-        scale = (1.0 if P_Op is None else p**-0.5) * (1.0 if P_Iq is None else q**-0.5)
-        return LayerProjection(P_Op=P_Op, P_Iq=P_Iq, scale=scale)
+        """The projection of the layer called `name`, in the given dtype and on the given device."""
+        q, P_Iq = in_features, None
+        if in_features > self.directions:
+            q = self.directions
+            P_Iq = _signs(in_features, q, seeded_generator(self.seed, name, "in")).to(device, dtype)
+        generator = seeded_generator(self.seed, name, "out")
+        first = int(generator.integers(self.dim))
+        S_Oq = _signs(out_features, q, generator).to(device, dtype)
+        return LayerProjection(P_Iq=P_Iq, S_Oq=S_Oq, first=first, dim=self.dim)

@@ -19,7 +19,7 @@ from .curvature import Curvature, Layers, curvature_products
 from .gradients import directional_derivatives, weighted_gradients
 from .models import accumulation_dtype, linear_layers, linear_size, parameter_dtype
 from .optimizers import Scaling
-from .projection import FactoredProjection, seeded_generator
+from .projection import GradientProjection, seeded_generator
 from .samples import Samples
 
 Kind = Literal["fisher", "ggn", "hessian"]
@@ -73,7 +73,7 @@ def second_order_terms(
     coefficients: Tensor,
     scaling: Scaling | None,
     offset: Layers | None,
-    projection: FactoredProjection | None,
+    projection: GradientProjection | None,
     modules: str = "down_proj",
     direction_bytes: int = DIRECTION_BYTES,
     token_budget: int | None = None,
@@ -137,15 +137,13 @@ def _chunk(chosen: Mapping[str, nn.Module], dtype: torch.dtype, direction_bytes:
     return max(direction_bytes // (4 * values * dtype.itemsize), 1)
 
 
-def projected(layers: Layers, projection: FactoredProjection | None) -> Tensor:
+def projected(layers: Layers, projection: GradientProjection | None) -> Tensor:
     """Full values (c, O, I) by layer name in the layout of `per_sample_gradients`: (c, k) on the CPU, projected alike."""
-    parts = []
-    for name, value_cOI in layers.items():
-        if projection is not None:
-            factors = projection.layer(name, len(layers), *value_cOI.shape[1:])
-            value_cOI = factors.to(value_cOI).apply(value_cOI)
-        parts.append(value_cOI.flatten(1).cpu())
-    return torch.cat(parts, dim=1)
+    sizes = {name: (value_cOI.shape[1], value_cOI.shape[2]) for name, value_cOI in layers.items()}
+    if projection is None or not projection.reduces(sizes.values()):
+        return torch.cat([value_cOI.flatten(1).cpu() for value_cOI in layers.values()], dim=1)
+    parts = [projection.layer(name, *sizes[name]).to(value).apply(value).cpu() for name, value in layers.items()]
+    return torch.stack(parts).sum(dim=0)
 
 
 def quadratic_factors(

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from worker import data
 from worker.influence import (
-    FactoredProjection,
+    GradientProjection,
     Samples,
     directional_derivatives,
     gradient_scaling,
@@ -58,7 +58,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
             coefficients=coefficients,
             scaling=scaling,
             offset=drift,
-            projection=None if dim is None else FactoredProjection(dim=dim, seed=parameters["seed"]),
+            projection=None if dim is None else GradientProjection(dim=dim, seed=parameters["seed"]),
             modules=spec["modules"],
             token_budget=context.token_budget,
             progress=lambda done, of: context.report(done * len(targets) // of),

@@ -5,7 +5,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from worker import data
-from worker.influence import FactoredProjection, gradient_flops, gradient_scaling, per_sample_gradients
+from worker.influence import GradientProjection, gradient_flops, gradient_scaling, per_sample_gradients
 from worker.stages import optimizer
 from worker.stages.context import StageContext
 from worker.stages.influence import check_nonfinite
@@ -21,7 +21,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     """
     parameters = context.job.parameters
     dim = parameters["gradient"]["projection_dim"]
-    projection = None if dim is None else FactoredProjection(dim=dim, seed=parameters["seed"])
+    projection = None if dim is None else GradientProjection(dim=dim, seed=parameters["seed"])
     samples = data.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
     model = context.model(spec["checkpoint"])
     scaling = None
