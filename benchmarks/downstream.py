@@ -13,13 +13,14 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 import torch
 from corpus import common_arguments, model_folder
-from downstream_tasks import ACCURACIES, FULL_POOL, JOBS, RANDOM, ZERO_SHOT, Run, Setup, bench
+from downstream_tasks import ACCURACIES, FULL_POOL, JOBS, RANDOM, ZERO_SHOT, NotMeasured, Run, Setup, bench
 from measuring import heading
 from reporting import plt, save_plot, table, write_json
 from rich.console import Console
@@ -52,13 +53,15 @@ console = Console(stderr=True)
 
 def main() -> None:
     options = arguments()
-    runs = runs_of(options)
-    found = measured(setup_of(options), runs, options.processes)
+    setup, runs = setup_of(options), runs_of(options)
+    found = finished(setup, runs) if options.finished else measured(setup, runs, options.processes)
+    not_run, runs = [run for run in runs if run not in found], list(found)
     result = {
         **heading(options),
-        "setup": {name: value for name, value in asdict(setup_of(options)).items() if name not in FOLDERS},
+        "setup": {name: value for name, value in asdict(setup).items() if name not in NOT_TOLD},
         "seeds": options.seeds,
-        "selections": selections_of(options, runs),
+        "not_run": [asdict(run) for run in not_run],
+        "selections": selections_of(setup, runs),
         "losses": {target: losses_of(target, runs, found) for target in options.targets},
         "accuracy": accuracy_of(runs, found),
         "cpu_seconds": {
@@ -79,12 +82,13 @@ def main() -> None:
 
 # What is asked for
 
-FOLDERS = ("corpus", "cache", "model")
+NOT_TOLD = ("corpus", "cache", "model", "finished")
 
 
 def arguments() -> argparse.Namespace:
     parser = common_arguments(__doc__, rows=240, targets=["gsm8k", "squad"])
     parser.add_argument("--whole", action="store_true", help="all of the pool and six targets: hours of a GPU")
+    parser.add_argument("--finished", action="store_true", help="measure nothing more, write down what the cache has")
     parser.add_argument("--methods", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--processes", type=int, default=2, help="each with one thread")
     parser.add_argument("--seeds", type=int, default=3, help="of each training, and of each random draw")
@@ -151,22 +155,33 @@ def measured(setup: Setup, runs: Sequence[Run], processes: int) -> dict[Run, dic
     ]
     found: dict[Future[dict[str, Any]], Run] = {}
     with executor(processes) as pool:
-        for run in runs:
-            if run.method in (ZERO_SHOT, RANDOM):
-                found[pool.submit(measure, setup, run)] = run
-        for own in by_target:
-            selecting = {
-                pool.submit(select, setup, [run for run in own if run.method in chain]): chain for chain in CHAINS
-            }
-            for ready in as_completed(selecting):
+        try:
+            for run in runs:
+                if run.method in (ZERO_SHOT, RANDOM):
+                    found[pool.submit(measure, setup, run)] = run
+            for own in by_target:
+                selecting = {
+                    pool.submit(select, setup, [run for run in own if run.method in chain]): chain for chain in CHAINS
+                }
+                for ready in as_completed([*selecting, *found]):
+                    ready.result()
+                    chain = selecting.get(ready, ())
+                    found |= {pool.submit(measure, setup, run): run for run in own if run.method in chain}
+            found |= {pool.submit(measure, setup, run): run for run in runs if run.method == FULL_POOL}
+            for ready in as_completed(found):
                 ready.result()
-                found |= {pool.submit(measure, setup, run): run for run in own if run.method in selecting[ready]}
-        found |= {pool.submit(measure, setup, run): run for run in runs if run.method == FULL_POOL}
-        for ready in as_completed(found):
-            run = found[ready]
-            ready.result()
-            console.print(f"{run.method}, seed {run.seed}, {' '.join(run.targets)}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return {run: future.result() for future, run in found.items()}
+
+
+def finished(setup: Setup, runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
+    found = {}
+    for run in runs:
+        with suppress(NotMeasured):
+            found[run] = bench(setup).measure(run)
+    return found
 
 
 def executor(processes: int) -> Executor:
@@ -185,20 +200,22 @@ def select(setup: Setup, runs: Sequence[Run]) -> None:
 
 
 def measure(setup: Setup, run: Run) -> dict[str, Any]:
-    return bench(setup).measure(run)
+    found = bench(setup).measure(run)
+    console.print(f"done: {run.method}, seed {run.seed}, {' '.join(run.targets)}")
+    return found
 
 
-def selections_of(options: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
+def selections_of(setup: Setup, runs: Sequence[Run]) -> dict[str, Any]:
     """Of each target and method, the selections of its seeds, without their ids; and what they share with the exact method's."""
-    place = bench(setup_of(options))
-    found: dict[str, Any] = {target: {} for target in options.targets}
+    place = bench(setup)
+    found: dict[str, Any] = {target: {} for target in setup.targets}
     for run in runs:
         for target in run.targets if run.method in JOBS else ():
             # Drawn at random, all targets have the same: the first one's.
             named = run.targets[0]
             seed = place.selection_seed(run)
-            exact_seed = place.selection_seed(replace(run, method=EXACT))
-            exact = place.selection(EXACT, target, exact_seed) if EXACT in options.methods else None
+            truth = Run(method=EXACT, seed=run.seed, targets=(target,))
+            exact = place.selection(EXACT, target, place.selection_seed(truth)) if truth in runs else None
             selection = place.selection(run.method, named, seed)
             told = {name: value for name, value in selection.items() if name not in ("ids", "weights", "given")}
             told["seed"] = seed
@@ -217,7 +234,7 @@ def losses_of(target: str, runs: Sequence[Run], found: Mapping[Run, dict[str, An
         method: {
             run.seed: found[run]["losses"][target] for run in runs if run.method == method and target in run.targets
         }
-        for method in dict.fromkeys(run.method for run in runs)
+        for method in dict.fromkeys(run.method for run in runs if target in run.targets)
     }
     before = next(iter(rows[ZERO_SHOT].values()))
     result = {}
@@ -292,10 +309,11 @@ def loss_table(result: Mapping[str, Any]) -> str:
     for target in result["losses"]:
         header += [f"{target} test", "change", "dev"]
     rows = []
-    for method, first in next(iter(result["losses"].values())).items():
-        row = [method, len(first["seeds"])]
-        for of in result["losses"].values():
-            row += [spread(of[method]["test"]), spread(of[method]["change"]), spread(of[method]["dev"])]
+    for method in (ZERO_SHOT, *JOBS, FULL_POOL):
+        each = [of.get(method, {}) for of in result["losses"].values()]
+        row = [method, " ".join(str(len(one.get("seeds", ()))) for one in each)]
+        for one in each:
+            row += [spread(one.get(name, ())) for name in ("test", "change", "dev")]
         rows.append(row)
     return table(header, rows)
 
@@ -349,7 +367,7 @@ def plot(result: Mapping[str, Any], options: argparse.Namespace) -> None:
         lines, columns, figsize=(3.4 * columns + 1.2, 2.6 * lines + 0.4), squeeze=False, sharey=True
     )
     for axis, (target, of) in zip(axes.flat, result["losses"].items(), strict=False):
-        methods = [method for method in of if method != ZERO_SHOT]
+        methods = [method for method in (*JOBS, FULL_POOL) if method in of]
         for place, method in enumerate(reversed(methods)):
             change = of[method]["change"]
             color = "tab:red" if method == RANDOM else "tab:gray" if method == FULL_POOL else "tab:blue"

@@ -82,6 +82,7 @@ class Setup:
     accuracy: tuple[tuple[str, int], ...]
     accuracy_of: str
     varied_selection: bool
+    finished: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,10 @@ class Run:
     method: str
     seed: int
     targets: tuple[str, ...]
+
+
+class NotMeasured(Exception):
+    """The cache lacks a piece, and only what is there was asked for."""
 
 
 class Bench:
@@ -171,6 +176,8 @@ class Bench:
     def _cached(self, kind: str, depends_on: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         key = content_key(kind, depends_on, ".json")
         if not self.measured.exists(key):
+            if self.setup.finished:
+                raise NotMeasured
             self.measured.write_json(key, make())
         return dict(self.measured.read_json(key))
 
@@ -258,6 +265,8 @@ class Bench:
         }
 
     def _losses(self, model: Any, rows: list[Row], token_budget: int) -> list[float]:
+        if not rows:
+            return []
         found: list[float] = sample_losses(model, self._samples(rows), token_budget=token_budget).tolist()
         return found
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import downstream_tasks
 from corpus import samples_of
 
 SMALL = ("--rows", "60", "--share", "0.2", "--landmarks", "12", "--blocks", "2", "--seeds", "2", "--processes", "1")
-TRAINING = ("--epochs", "4", "--learning-rate", "0.003", "--test-rows", "12", "--dev-rows", "4", "--accuracy")
+TRAINING = ("--epochs", "4", "--learning-rate", "0.003", "--test-rows", "12", "--accuracy")
 
 
 def files(cache: Path) -> dict[str, int]:
@@ -64,10 +65,16 @@ def test_with_every_row_a_landmark_the_default_selects_as_the_exact_method(tiny_
     options = {"corpus": EXAMPLES, "cache": tmp_path, "model": tiny_llama, "device": "cpu", "targets": ("target",)}
     given = {"rows": 40, "landmarks": 40, "seed": 0, "max_length": 128, "share": 0.2, "blocks": 2}
     unused = dict.fromkeys(name for name in downstream_tasks.Setup.__dataclass_fields__ if name not in options | given)
-    bench = downstream_tasks.Bench(downstream_tasks.Setup(**options, **given, **unused))
+    setup = downstream_tasks.Setup(**options, **given, **unused)
+    bench = downstream_tasks.Bench(setup)
     exact = bench.selection("exact_influence", "target", 0)
     assert bench.selection("default", "target", 0)["ids"] == exact["ids"]
     assert bench.selection("rds_plus", "target", 0)["ids"] != exact["ids"]
+
+    finished = downstream_tasks.Bench(replace(setup, finished=True))
+    assert finished.selection("exact_influence", "target", 0) == exact
+    with pytest.raises(downstream_tasks.NotMeasured):
+        finished.selection("exact_influence", "target", 1)
 
 
 def tuned(folder: Path, weights: list[float] | None, order: slice = slice(None)) -> dict[str, torch.Tensor]:
