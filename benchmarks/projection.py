@@ -1,0 +1,165 @@
+"""What projecting the gradients costs in faithfulness: cosines of projected gradients against those of whole ones.
+
+    python benchmarks/projection.py --corpus DIR --cache DIR [--out DIR]
+
+A few rows of the pool against a few of each target: the product's projection at several sizes, beside what is usual, a few random
+directions on either side of every layer. The spread of the true cosines is what an error must be small beside.
+
+Shape suffixes: n rows of the pool, t targets, d weights, k values, O and I layer output and input, p directions of a side.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from corpus import Corpus, cached, common_arguments, load_model, load_tokenizer, model_folder, samples_of
+from measuring import heading
+from reporting import table, write_json
+from torch import Tensor
+
+from worker.influence import GradientProjection, Samples, cosine_influence, fidelity, per_sample_gradients
+from worker.influence.models import layer_size, linear_layers
+
+AT_A_TIME = 4
+"""Rows whose whole gradients are held."""
+Project = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    options = common_arguments(__doc__, rows=32, targets=["gsm8k", "squad", "bbh"])
+    options.add_argument("--target-rows", type=int, default=4)
+    options.add_argument("--dims", type=int, nargs="+", default=[4096, 8192, 16_384, 32_768])
+    options.add_argument("--dtype", default="bfloat16")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    cosines = measured(given)
+    exact_nt = cosines.pop("exact")
+    kept = exact_nt.abs().sum(dim=1) > 0
+    found = [figures(name, exact_nt[kept], P_nt[kept], given) for name, P_nt in cosines.items()]
+    spread = float((exact_nt[kept] - exact_nt[kept].mean(dim=0)).std())
+    report = {**heading(given), "rows": int(kept.sum()), "spread_of_cosines": round(spread, 4), "projections": found}
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        write_json(given.out / "projection.json", report)
+        header = ["projection", "values", "error", "bias", *(f"Spearman, {name}" for name in given.targets)]
+        rows = [
+            [
+                each["projection"],
+                each["values"],
+                f"{each['error']:.4f}",
+                f"{each['bias']:+.4f}",
+                *each["spearman"].values(),
+            ]
+            for each in found
+        ]
+        (given.out / "projection.md").write_text(f"Spread of the exact cosines: {spread:.3f}\n\n{table(header, rows)}")
+
+
+def figures(name: str, exact_nt: Tensor, P_nt: Tensor, given: argparse.Namespace) -> dict[str, Any]:
+    """Error: the standard deviation of a cosine's; Spearman: mean over the rows of a target."""
+    agreed = [value or 0.0 for value in fidelity(exact_nt, P_nt).spearman]
+    start, by_target = 0, {}
+    for target in given.targets:
+        count = len(Corpus(given.corpus).target(target, "dev")[: given.target_rows])
+        by_target[target] = round(float(np.mean(agreed[start : start + count])), 3)
+        start += count
+    what, values = name.rsplit(" ", 1)
+    errors_nt = P_nt - exact_nt
+    return {
+        "projection": what,
+        "values": int(values),
+        "error": round(float(errors_nt.std()), 5),
+        "bias": round(float(errors_nt.mean()), 5),
+        "spearman": by_target,
+    }
+
+
+def measured(given: argparse.Namespace) -> dict[str, Tensor]:
+    """Cosines (n, t), exact and under each projection, a few rows at a time from the cache."""
+    corpus, folder = Corpus(given.corpus), model_folder(given)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, getattr(torch, given.dtype), given.device)
+    projections = offered(model, given)
+    targets = [row for name in given.targets for row in corpus.target(name, "dev")[: given.target_rows]]
+    pool = samples_of(corpus.pool(given.rows, given.seed), tokenizer, given.max_length)
+    G_td = whole(model, samples_of(targets, tokenizer, given.max_length))
+    of_targets = {name: project(G_td) for name, project in projections.items()}
+    dims = "-".join(map(str, given.dims))
+    told = f"{folder.name}-{given.dtype}-{given.max_length}-{given.seed}-{'-'.join(given.targets)}-{given.target_rows}-{dims}"
+    pieces = []
+    for start in range(0, len(pool), AT_A_TIME):
+
+        def make(part: Samples = pool.slice(start, min(start + AT_A_TIME, len(pool)))) -> dict[str, Tensor]:
+            G_nd = whole(model, part)
+            found = {name: cosine_influence(project(G_nd), of_targets[name]) for name, project in projections.items()}
+            return {"exact": cosine_influence(G_nd, G_td), **found}
+
+        pieces.append(cached(given.cache / "projection" / told / f"{start:05d}.safetensors", make)[0])
+    return {name: torch.cat([piece[name] for piece in pieces]).double() for name in pieces[0]}
+
+
+def whole(model: Any, samples: Samples) -> Tensor:
+    """Gradients (n, d), float32, a sample at a time: a batch would hold the whole gradients of all of it."""
+    one_by_one = [
+        per_sample_gradients(model, samples.slice(i, i + 1), projection=None).values for i in range(len(samples))
+    ]
+    return torch.cat(one_by_one)
+
+
+def offered(model: Any, given: argparse.Namespace) -> dict[str, Project]:
+    """Each by its name and number of values."""
+    sizes = {name: layer_size(layer) for name, layer in linear_layers(model, "down_proj").items()}
+    found: dict[str, Project] = {}
+    for dim in given.dims:
+        side = max(1, int((dim / len(sizes)) ** 0.5))
+        values = len(sizes) * side**2
+        found[f"random directions on either side, a block for each layer {values}"] = either_side(sizes, side)
+    for dim in given.dims:
+        found[f"the product's {dim}"] = product(sizes, GradientProjection(dim, seed=given.seed))
+    dim = given.dims[-2]
+    for directions in (16, 64, 1_000_000):
+        told = (
+            f"{directions} directions on the input side" if directions < 1_000_000 else "no reduction of the input side"
+        )
+        found[f"the product's, {told} {dim}"] = product(
+            sizes, GradientProjection(dim, seed=given.seed, directions=directions)
+        )
+    return found
+
+
+def product(sizes: dict[str, tuple[int, int]], projection: GradientProjection) -> Project:
+    layers = {name: projection.layer(name, *size) for name, size in sizes.items()}
+
+    def project(G_nd: Tensor) -> Tensor:
+        parts = split(G_nd, sizes)
+        return torch.stack([layers[name].apply(G_nOI) for name, G_nOI in parts.items()]).sum(dim=0)
+
+    return project
+
+
+def either_side(sizes: dict[str, tuple[int, int]], side: int) -> Project:
+    """P_outT G P_in of every layer, signs in both: (n, layers p p)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def signs(rows: int) -> Tensor:
+        return torch.randint(0, 2, (rows, side), generator=generator).float() * 2 - 1
+
+    sides = {name: (signs(size[0]), signs(size[1])) for name, size in sizes.items()}
+
+    def project(G_nd: Tensor) -> Tensor:
+        parts = split(G_nd, sizes)
+        return torch.cat([(sides[name][0].T @ (G @ sides[name][1])).flatten(1) for name, G in parts.items()], dim=1)
+
+    return project
+
+
+def split(G_nd: Tensor, sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """(n, O, I) by layer."""
+    parts = G_nd.split([out * into for out, into in sizes.values()], dim=1)
+    return {name: part.unflatten(1, size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
+
+
+if __name__ == "__main__":
+    main()
