@@ -45,6 +45,8 @@ def gradients(
 ) -> Tensor:
     """(n, k): autograd.grad one sample at a time, scaled and projected afterwards."""
     layers = linear_layers(model, "down_proj")
+    if projection is not None and not projection.reduces(map(layer_size, layers.values())):
+        projection = None
     made = {
         name: projection.layer(name, *layer_size(layer), device=model.device)
         for name, layer in layers.items()

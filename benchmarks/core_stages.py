@@ -122,7 +122,7 @@ def model_stages(model: Any, samples: Samples, options: argparse.Namespace) -> I
             run=partial(_embed, model, embedding, options),
             plain=lambda part, embedding=embedding: plain.embeddings(model, part, embedding),
         )
-    yield from _curvature_stages(model, samples.slice(0, 1), options)
+    yield from _curvature_stages(model, samples.take([int(samples.lengths.argmin())]), options)
 
 
 def _gradient_stages(
