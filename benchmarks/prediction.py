@@ -5,9 +5,11 @@
 A model is warmed up on a few rows of the pool; then steps of SGD and of AdamW are taken on weighted means of the gradients of
 other rows, and the change of the mean target loss is measured and predicted: to first order, and to second with each curvature.
 Half of the weightings are random, half are what the selections choose, for and against the targets. Curvature is
-measured along every row's gradient, so that each quadratic form is exact on every weighting; beside it stands
-the form of `--rank` directions and projected gradients, as a job has it. AdamW's step is measured as it is and with its second
-moment held, as the prediction assumes. What is measured is kept in the cache, so that a run can be stopped and go on.
+measured along every row's gradient, so that each quadratic form is exact on every weighting; beside it stand
+the form of `--rank` directions and projected gradients, as a job has it, and two of Fisher's made longer: each target counted as
+often as it has response tokens, and all by what the Hessian says of the step on equal weights. AdamW's step is measured as it is
+and with its second moment held, as the prediction assumes. What is measured is kept in the cache, so that a run can be stopped
+and go on.
 
 Shape suffixes: n rows of the pool, t targets, m weightings, r learning rates, k projected values, O and I layer output and input.
 """
@@ -187,8 +189,13 @@ def expansion(setup: Setup, name: str) -> Expansion:
     P_nt, slopes_t, n = base["P_nt"], base["slopes_t"], len(base["P_nt"])
     found = Expansion(P_nt=P_nt.numpy(), drift=float(slopes_t.mean()))
     found.factors["fisher"] = as_arrays(quadratic_factors("fisher", n=n, P_nt=P_nt))
-    fisher = offset_influence("fisher", P_nt=P_nt, slopes_t=slopes_t)
-    found.offset["fisher"] = fisher.numpy(), float(slopes_t.square().mean())
+    found.offset["fisher"] = offset_influence("fisher", P_nt=P_nt, slopes_t=slopes_t).numpy(), mean_square(slopes_t)
+    # The gradient of a mean over R tokens is about root R shorter than theirs, so its square misses a factor of up to R.
+    root_t = torch.from_numpy(setup.targets.predicted()).double().sqrt()
+    P_nt, slopes_t = P_nt * root_t, slopes_t * root_t
+    found.factors["fisher by tokens"] = as_arrays(quadratic_factors("fisher", n=n, P_nt=P_nt))
+    by_tokens = offset_influence("fisher", P_nt=P_nt, slopes_t=slopes_t)
+    found.offset["fisher by tokens"] = by_tokens.numpy(), mean_square(slopes_t)
     U_nr, V_rk = low_rank(base["G_nk"], setup.options.rank, seed=setup.options.seed)
     B_nr = base["G_nk"].double() @ V_rk.double().T
     for kind in ("ggn", "hessian"):
@@ -199,7 +206,17 @@ def expansion(setup: Setup, name: str) -> Expansion:
         short = quadratic_factors(kind, n=n, B_nr=B_nr, M_rr=U_nr.T @ M_nn @ U_nr)
         found.factors.update({kind: as_arrays(exact), few: as_arrays(short)})
         found.offset[kind] = found.offset[few] = terms["offset_n"].numpy(), float(terms["bend"])
+    # One product would tell how much the step on equal weights bends the loss.
+    uniform_1n = np.ones((1, n))
+    times = float(found.second("hessian", uniform_1n, 1.0)[0] / found.second("fisher", uniform_1n, 1.0)[0])
+    (B_nt, M_tt), (offset_n, bend) = found.factors["fisher"], found.offset["fisher"]
+    found.factors["fisher by one product"] = B_nt, M_tt * times
+    found.offset["fisher by one product"] = offset_n * times, bend * times
     return found
+
+
+def mean_square(values: Tensor) -> float:
+    return float(values.square().mean())
 
 
 def as_arrays(factors: tuple[Tensor, Tensor]) -> tuple[Array, Array]:
