@@ -361,24 +361,26 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
 
 def plot(result: Mapping[str, Any], options: argparse.Namespace) -> None:
     """For each target and method, the change of the test loss to zero-shot: a dot for each seed, a bar for their mean."""
-    columns = min(3, len(result["losses"]))
-    lines = -(-len(result["losses"]) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(3.4 * columns + 1.2, 2.6 * lines + 0.4), squeeze=False, sharey=True
-    )
-    for axis, (target, of) in zip(axes.flat, result["losses"].items(), strict=False):
-        methods = [method for method in (*JOBS, FULL_POOL) if method in of]
-        for place, method in enumerate(reversed(methods)):
+    losses = result["losses"]
+    methods = [method for method in (FULL_POOL, *reversed(JOBS)) if any(method in of for of in losses.values())]
+    columns = min(3, len(losses))
+    lines = -(-len(losses) // columns)
+    size = (3.4 * columns + 1.2, 2.6 * lines + 0.4)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True)
+    for axis, (target, of) in zip(axes.flat, losses.items(), strict=False):
+        for place, method in enumerate(methods):
+            if method not in of:
+                continue
             change = of[method]["change"]
             color = "tab:red" if method == RANDOM else "tab:gray" if method == FULL_POOL else "tab:blue"
             axis.plot(change, [place] * len(change), "o", color=color, alpha=0.6, markersize=5, clip_on=False)
             axis.plot([np.mean(change)] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2)
             if method == RANDOM:
                 axis.axvline(float(np.mean(change)), color=color, linewidth=0.8, linestyle=":")
-        axis.set_yticks(range(len(methods)), list(reversed(methods)))
+        axis.set_yticks(range(len(methods)), methods)
         axis.set_title(target)
         axis.set_xlabel("change of the test loss to zero-shot, nats")
-    for axis in axes.flat[len(result["losses"]) :]:
+    for axis in axes.flat[len(losses) :]:
         axis.set_visible(False)
     save_plot(figure, options.out / "downstream.svg")
 
