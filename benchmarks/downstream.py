@@ -247,7 +247,7 @@ def losses_of(target: str, runs: Sequence[Run], found: Mapping[Run, dict[str, An
             "against": {
                 name: difference(of_seeds, rows[name])
                 for name in REFERENCES
-                if name in rows and method in JOBS and method != name
+                if method in JOBS and method != name and of_seeds.keys() <= rows.get(name, {}).keys()
             },
         }
     return result
