@@ -167,7 +167,7 @@ def ranged(found: dict[str, Any], what: str) -> str:
 
 def figure(found: dict[str, Measured], lines: Lines, default_rates: dict[str, float]) -> Figure:
     """A row an optimiser: measured against predicted at two rates, and what curvatures explain of what first order leaves."""
-    drawn, axes = plt.subplots(len(found), 3, figsize=(12, 3.8 * len(found)), squeeze=False)
+    drawn, axes = plt.subplots(len(found), 3, figsize=(13.5, 3.8 * len(found)), squeeze=False)
     for row, (name, measured) in zip(axes, found.items(), strict=True):
         counts = np.isfinite(measured.changes["true"]).sum(axis=0)
         wide = [j for j in range(len(counts)) if counts[j] == counts.max()]
@@ -218,4 +218,5 @@ def explained(ax: Axes, found: list[dict[str, Any]]) -> None:
     ax.set_ylim(-0.5, 1.05)
     ax.set_xlabel("learning rate (dotted: the default)")
     ax.set_ylabel("share of the variance")
-    ax.legend(fontsize=7, title="dashed: second moment held" if held else None, title_fontsize=7)
+    title = "dashed: second\nmoment held" if held else None
+    ax.legend(fontsize=7, title=title, title_fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
