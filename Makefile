@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test lint format bench clean
+.PHONY: help install demo up test lint format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(INSTALLED): pyproject.toml constraints.txt constraints-torch.txt
 	@echo "Installing into $(VENV) (a minute or two, once)"
@@ -42,8 +42,27 @@ format: $(INSTALLED)  ## rewrite to the style
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## speed of the numerical core; ARGS="--model DIR" for a real model
-	@$(BIN)/python benchmarks/core.py $(ARGS)
+# Each benchmark goes on from BENCH_CACHE where it was stopped, and writes its tables and plots to BENCH_OUT. CORPUS is a folder with a
+# pool and targets (benchmarks/corpus.py); the examples are one. How long they take on two cores is in benchmarks/results/README.md.
+CORPUS ?= examples
+BENCH_CACHE ?= .winnow/benchmarks
+BENCH_OUT ?= benchmarks/results
+BENCH = $(BIN)/python benchmarks/$(@:bench-%=%).py --corpus $(CORPUS) --cache $(BENCH_CACHE) --out $(BENCH_OUT) $(ARGS)
+
+bench-fidelity: $(INSTALLED)  ## overlap with exact influence, and its cost, of every embedding and number of landmarks
+	@$(BENCH)
+
+bench-projection: $(INSTALLED)  ## what projecting the gradients costs in faithfulness
+	@$(BENCH)
+
+bench-prediction: $(INSTALLED)  ## predicted against measured change of the target loss
+	@$(BENCH)
+
+bench-downstream: $(INSTALLED)  ## loss on held-out targets after training on what each method selects; ARGS=--whole on a GPU
+	@$(BENCH)
+
+bench-core: $(INSTALLED)  ## speed of every stage; ARGS="--authors DIR" runs the authors' code beside it
+	@$(BENCH)
 
 clean:  ## remove the environment and the embedded stack's state
 	rm -rf $(VENV) .winnow

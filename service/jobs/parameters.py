@@ -35,7 +35,7 @@ class Embedding(_Strict):
     """The cheap embedding of every sample (docs/method.md, Embeddings)."""
 
     kind: Literal["auto", "jvp", "hidden", "rds"] = Field(
-        default="auto", description="`auto`: the cheapest whose fidelity on the landmarks is within 0.01 of the best"
+        default="auto", description="`auto`: `hidden`, with the pooling whose fidelity on the landmarks is better"
     )
     pooling: Literal["last", "response"] | None = Field(
         default=None,
@@ -167,7 +167,7 @@ _UNUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 # What a choice cannot use: (the choice, the values that can, what only they can use).
 _ONLY_OF: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("embedding.kind", ("auto", "jvp"), ("embedding.tangents",)),
+    ("embedding.kind", ("jvp",), ("embedding.tangents",)),
     ("embedding.kind", ("auto", "jvp", "hidden"), ("embedding.blocks", "embedding.pooling")),
     ("kernel.kind", ("rbf",), ("kernel.bandwidth",)),
     ("optimizer.type", ("sgd",), ("optimizer.momentum",)),

@@ -145,15 +145,8 @@ class StageCosts:
             return self._counts.candidates
         embedding = self._parameters["embedding"]
         blocks = min(embedding["blocks"], self._shape.blocks)
-        depths = sorted({blocks, max(blocks, self._shape.blocks // 2)})
-        offered = [("hidden", pooling, depth) for depth in depths for pooling in ("response", "last")]
-        if self._parameters["quantization"] == "none":
-            offered.append(("jvp", "response", blocks))
-        return [
-            {**embedding, "kind": kind, "pooling": pooling, "blocks": depth}
-            for kind, pooling, depth in offered
-            if embedding["pooling"] in (None, pooling)
-        ]
+        poolings = [embedding["pooling"]] if embedding["pooling"] is not None else ["response", "last"]
+        return [{**embedding, "kind": "hidden", "pooling": pooling, "blocks": blocks} for pooling in poolings]
 
     def _dearest_embedding(self) -> Mapping[str, Any]:
         """What the pool is embedded with; of `auto`, the candidate that would cost most."""

@@ -123,7 +123,7 @@ class TestJob:
         summary = world.get(f"{job_id}/results")
         assert -1 <= summary["fidelity"]["mean_spearman"] <= 1
         assert len(summary["fidelity"]["spearman"]) == TARGET
-        assert {entry["kind"] for entry in summary["embedding"]["candidates"]} == {"hidden", "jvp"}
+        assert [entry["pooling"] for entry in summary["embedding"]["candidates"]] == ["response", "last"]
         assert sum(entry["chosen"] for entry in summary["embedding"]["candidates"]) == 1
         validation = summary["validation"]
         assert validation["held_out"]["targets"] == TARGET // 2

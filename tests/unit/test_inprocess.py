@@ -57,9 +57,8 @@ def test_all_supported_families_are_tested() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_through_a_job(family: str, dtype: str, pool: Path, target: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / family, family)
-    done = run(model, pool, target, tmp_path / "store", dtype=dtype, embedding={"kind": "auto"})
+    done = run(model, pool, target, tmp_path / "store", dtype=dtype, embedding={"kind": "jvp"})
     check(done)
-    assert {entry["kind"] for entry in done.summary["embedding"]["candidates"]} == {"hidden", "jvp"}
     assert done.prepared["model_type"] == family
     assert done.prepared["dtype"] == dtype
     assert np.ptp(done.arrays["influence"]) > 0

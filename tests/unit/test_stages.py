@@ -242,8 +242,8 @@ class TestLandmarks:
         (chosen,) = (entry for entry in table if entry["chosen"])
         assert chosen["cost"] == min(entry["cost"] for entry in close_ones)
         assert {chosen[name] for name in ("kind",)} == {ran.summary["embedding"]["chosen"]["kind"]}
-        assert {entry["kind"] for entry in table} == {"hidden", "jvp"}
-        named = {name: chosen[name] for name in ("kind", "pooling", "tangents")}
+        assert [entry["pooling"] for entry in table] == ["response", "last"]
+        named = {name: chosen[name] for name in ("kind", "pooling")}
         assert job(gradient=WHOLE, embedding=named, landmarks={"count": 20}).selected == ran.selected
 
     def test_auto_offers_the_named_pooling_alone(self, job: Job) -> None:

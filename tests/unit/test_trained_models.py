@@ -129,7 +129,7 @@ class TestWarmup:
         assert 0 < ran.summary["scaling_error"] < 1
         exactly = run(tiny_llama, *files, Path(warm.compute.store.root), warmup=WARMUP, optimizer=ADAMW, **EXACT)
         operations = [one.done[Stage.LANDMARK_GRADIENTS][0].result["operations"] for one in (ran, exactly)]
-        assert operations[0] < operations[1], "each gradient is formed in full where scaling is exact"
+        assert operations[0] == operations[1], "layers this narrow are formed in full either way"
         assert warm.summary["scaling_error"] is None
 
     def test_validation_steps_from_its_checkpoint(self, warm: Ran, trained: Any) -> None:

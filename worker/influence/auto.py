@@ -19,27 +19,17 @@ CLOSE = 0.01
 """How far below the best Spearman correlation a cheaper embedding may lie and still be taken."""
 
 
-def candidates(
-    options: EmbeddingOptions, total_blocks: int, *, quantized: bool = False
-) -> list[tuple[EmbeddingOptions, float]]:
-    """What `auto` compares on a model of `total_blocks` blocks, cheapest first, each with its cost.
+def candidates(options: EmbeddingOptions, total_blocks: int) -> list[tuple[EmbeddingOptions, float]]:
+    """What `auto` compares on a model of `total_blocks` blocks, each with its cost.
 
-    `hidden` after the blocks of `options` (as many as the model has, where that is fewer) and after half of all blocks, where
-    that is deeper, in both poolings; and `jvp` over the response, but not where weights are quantised, since it cannot be
-    computed. Tangents and seed are those of `options`; its kind and pooling do not matter. Measured in
-    docs/decisions/0007-landmarks-and-embeddings.md. The cost is in operations, 1 being a forward pass through all blocks.
+    `hidden` after the blocks of `options` (as many as the model has, where that is fewer) in both poolings. Deeper states and
+    `jvp` are better by less than their cost buys in refinement (docs/decisions/0007-landmarks-and-embeddings.md). The cost is in
+    operations, 1 being a forward pass through all blocks.
     """
-    blocks = min(options.blocks, total_blocks)
     poolings: tuple[Literal["response", "last"], ...] = ("response", "last")
-    offered = [
-        replace(options, kind="hidden", pooling=pooling, blocks=depth)
-        for depth in sorted({blocks, max(blocks, total_blocks // 2)})
-        for pooling in poolings
-    ]
-    if not quantized:
-        offered.append(replace(options, kind="jvp", pooling="response", blocks=blocks))
-    costs = [(each, embedding_passes(each, total_blocks)) for each in offered]
-    return sorted(costs, key=lambda candidate: candidate[1])
+    blocks = min(options.blocks, total_blocks)
+    offered = [replace(options, kind="hidden", pooling=pooling, blocks=blocks) for pooling in poolings]
+    return [(each, embedding_passes(each, total_blocks)) for each in offered]
 
 
 def choose(

@@ -117,12 +117,12 @@ def _sources(context: StageContext, usable: npt.NDArray[np.int64]) -> list[str |
 
 
 def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """The embeddings that `auto` chooses among, cheapest first."""
+    """The embeddings that `auto` chooses among."""
     embedding = parameters["embedding"]
     if embedding["kind"] != "auto":
         return {}
     named = EmbeddingOptions(blocks=embedding["blocks"], tangents=embedding["tangents"], seed=parameters["seed"])
-    known = candidates(named, int(config.num_hidden_layers), quantized=parameters["quantization"] != "none")
+    known = candidates(named, int(config.num_hidden_layers))
     offered = [each for each in known if embedding["pooling"] in (None, each[0].pooling)]
     names = ("kind", "pooling", "blocks", "tangents")
     return {
