@@ -19,7 +19,7 @@ from measuring import heading
 from reporting import table, write_json
 from torch import Tensor
 
-from worker.influence import GradientProjection, Samples, cosine_influence, fidelity, per_sample_gradients
+from worker.influence import GradientProjection, Samples, fidelity, per_sample_gradients
 from worker.influence.models import layer_size, linear_layers
 
 AT_A_TIME = 4
@@ -93,24 +93,34 @@ def measured(given: argparse.Namespace) -> dict[str, Tensor]:
 
         def make(part: Samples = pool.slice(start, min(start + AT_A_TIME, len(pool)))) -> dict[str, Tensor]:
             G_nd = whole(model, part)
-            found = {name: cosine_influence(project(G_nd), of_targets[name]) for name, project in projections.items()}
-            return {"exact": cosine_influence(G_nd, G_td), **found}
+            found = {name: cosines(project(G_nd), of_targets[name]) for name, project in projections.items()}
+            return {"exact": cosines(G_nd, G_td), **found}
 
         pieces.append(cached(given.cache / "projection" / told / f"{start:05d}.safetensors", make)[0])
     return {name: torch.cat([piece[name] for piece in pieces]).double() for name in pieces[0]}
 
 
+def cosines(G_nd: Tensor, G_td: Tensor) -> Tensor:
+    """(n, t) in float32: whole gradients are too large for `cosine_influence`, which makes float64 copies of them."""
+    norms_nt = G_nd.norm(dim=1)[:, None] * G_td.norm(dim=1)
+    return (G_nd @ G_td.T) / norms_nt.clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def whole(model: Any, samples: Samples) -> Tensor:
     """Gradients (n, d), float32, a sample at a time: a batch would hold the whole gradients of all of it."""
-    one_by_one = [
-        per_sample_gradients(model, samples.slice(i, i + 1), projection=None).values for i in range(len(samples))
-    ]
-    return torch.cat(one_by_one)
+    G_nd = torch.empty(len(samples), sum(out * into for out, into in layer_sizes(model).values()))
+    for i in range(len(samples)):
+        G_nd[i] = per_sample_gradients(model, samples.slice(i, i + 1), projection=None).values[0]
+    return G_nd
+
+
+def layer_sizes(model: Any) -> dict[str, tuple[int, int]]:
+    return {name: layer_size(layer) for name, layer in linear_layers(model, "down_proj").items()}
 
 
 def offered(model: Any, given: argparse.Namespace) -> dict[str, Project]:
     """Each by its name and number of values."""
-    sizes = {name: layer_size(layer) for name, layer in linear_layers(model, "down_proj").items()}
+    sizes = layer_sizes(model)
     found: dict[str, Project] = {}
     for dim in given.dims:
         side = max(1, int((dim / len(sizes)) ** 0.5))
