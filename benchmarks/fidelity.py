@@ -31,18 +31,17 @@ from worker.influence.samples import IntArray
 
 SELECTED = 0.05
 AUTO, JOINED = "auto", "hidden, all four"
-OFFERED = ("hidden", "jvp 4 response", "jvp 1 response")
-"""How the names of the embeddings begin that `auto` chooses among, as the product's `auto` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One point. `refine`: the share of the usable pool whose exact influence is computed after propagation."""
+    """One point. `refine`: the share of the usable pool whose exact influence is computed after propagation, in `rounds`."""
 
     embedding: str
     landmarks: int
     choice: str = "uniform"
     refine: float = 0.2
+    rounds: int = 1
     selection: str = "round_robin"
     ridge: float | None = None
 
@@ -65,6 +64,7 @@ def main() -> None:
         "projection": comparison.projections(),
         "points": [comparison.point(setting) for setting in grid(options, list(pool.embeddings))],
         "authors": comparison.point(authors(options, list(pool.embeddings))),
+        "rounds": [comparison.point(each) for each in in_rounds(options)],
         "top_k": [comparison.point(replace(each, selection="top_k")) for each in by_mean(options)],
     }
     if options.out is not None:
@@ -98,6 +98,11 @@ def authors(options: argparse.Namespace, embeddings: list[str]) -> Setting:
 def by_mean(options: argparse.Namespace) -> Iterator[Setting]:
     for count, refine in itertools.product(options.landmarks, options.refine):
         yield Setting(embedding=AUTO, landmarks=count, refine=refine)
+
+
+def in_rounds(options: argparse.Namespace) -> Iterator[Setting]:
+    for count, refine, rounds in itertools.product(options.landmarks, filter(None, options.refine), (1, 2, 4, 8)):
+        yield Setting(embedding=AUTO, landmarks=count, choice="stratified", refine=refine, rounds=rounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +151,11 @@ class Comparison:
         """One target and one draw of landmarks."""
         P_nt = self.P[target]
         found = self.propagated(target, setting.embedding, setting.landmarks, setting.choice, setting.ridge, seed)
-        known_nt, refined = found.known_nt, np.empty(0, dtype=np.int64)
+        exact, known_nt = found.landmarks, found.known_nt
         if setting.refine:
-            others = np.ones(self.n, dtype=bool)
-            others[found.landmarks] = False
-            size = min(max(math.ceil(setting.refine * self.n), self.budget), int(others.sum()))
-            by_turns = setting.selection == "round_robin"
-            refined = shortlist(known_nt, known_nt.mean(dim=1), size, by_turns=by_turns, seed=seed, eligible=others)
+            exact = self.refined(setting, found, target, seed)
             known_nt = torch.full_like(P_nt, -2.0)  # below any cosine: only what is exact is chosen from
-        exact = np.union1d(found.landmarks, refined)
-        known_nt[exact] = P_nt[exact]
+            known_nt[exact] = P_nt[exact]
         chosen = self.chosen(known_nt, setting.selection, seed)
         best = self.chosen(P_nt, setting.selection, seed)
         return {
@@ -165,6 +165,21 @@ class Comparison:
             **self.shares(self.pool.usable[exact], found.embedding, setting.embedding, found.landmarks),
             "embedding": found.embedding,
         }
+
+    def refined(self, setting: Setting, found: Propagated, target: str, seed: int) -> IntArray:
+        """The landmarks, and the shortlist in as many parts as there are rounds; before each but the first the regression is
+        fitted again, on all that is exact by then."""
+        exact, known_nt, P_nt = found.landmarks, found.known_nt, self.P[target]
+        size = min(max(math.ceil(setting.refine * self.n), self.budget), self.n - len(exact))
+        for part in np.array_split(np.arange(size), setting.rounds):
+            if len(exact) > len(found.landmarks):
+                known_nt = self.predicted(self.E[found.embedding], P_nt, exact, setting.ridge)[1]
+            others = np.ones(self.n, dtype=bool)
+            others[exact] = False
+            by_turns, mean_n = setting.selection == "round_robin", known_nt.mean(dim=1)
+            chosen = shortlist(known_nt, mean_n, len(part), by_turns=by_turns, seed=seed, eligible=others)
+            exact = np.union1d(exact, chosen)
+        return exact
 
     def chosen(self, P_nt: Tensor, selection: str, seed: int) -> IntArray:
         if selection == "top_k":
@@ -183,11 +198,8 @@ class Comparison:
         P_nt = self.P[target]
         if embedding == AUTO:
             embedding = self._auto(target, landmarks)
-        E_ne = self.E[embedding]
-        fitted = KernelRidge.fit(E_ne[landmarks], P_nt[landmarks], ridge=ridge)
+        fitted, known_nt = self.predicted(self.E[embedding], P_nt, landmarks, ridge)
         others = np.setdiff1d(np.arange(self.n), landmarks)
-        known_nt = P_nt.clone()
-        known_nt[others] = fitted.predict(E_ne[others])
         true, left_out = fidelity(P_nt[others], known_nt[others]), fidelity(P_nt[landmarks], fitted.leave_one_out())
         figures = {
             "spearman": float(np.mean([value for value in true.spearman if value is not None])),
@@ -198,13 +210,25 @@ class Comparison:
         }
         return Propagated(landmarks=landmarks, known_nt=known_nt, figures=figures, embedding=embedding)
 
+    def predicted(self, E_ne: Tensor, P_nt: Tensor, exact: IntArray, ridge: float | None) -> tuple[KernelRidge, Tensor]:
+        """The fit to what is exact, and what is known then of every sample's influence, (n, t)."""
+        fitted = KernelRidge.fit(E_ne[exact], P_nt[exact], ridge=ridge)
+        others = np.setdiff1d(np.arange(self.n), exact)
+        known_nt = P_nt.clone()
+        known_nt[others] = fitted.predict(E_ne[others])
+        return fitted, known_nt
+
     def _auto(self, target: str, landmarks: IntArray) -> str:
-        names = [name for name in self.pool.embeddings if name.startswith(OFFERED)]
+        names = self.offered()
         costs = [self._operations(name) for name in names]
         options = [{"name": name} for name in names]
         offered = [self.E[name][landmarks] for name in names]
         index, _ = choose(offered, self.P[target][landmarks], options=options, costs=costs, ridge=None)
         return names[index]
+
+    def offered(self) -> list[str]:
+        """What the product's `auto` compares: the state after the first blocks in both poolings."""
+        return [name for name in self.pool.embeddings if name.startswith("hidden")][:2]
 
     def _operations(self, name: str) -> float:
         return float(self.pool.cost[name].operations_n.sum())
@@ -222,12 +246,11 @@ class Comparison:
         operations = share * gradients.operations_n.sum() + sum(self._operations(name) for name in parts)
         seconds = share * gradients.seconds + sum(self.pool.cost[name].seconds for name in parts)
         if asked == AUTO and landmarks is not None:
-            for name in self.pool.embeddings:
-                if name.startswith(OFFERED):
-                    of_name = self.pool.cost[name]
-                    here = of_name.operations_n[self.pool.usable[landmarks]].sum()
-                    operations += here
-                    seconds += of_name.seconds * here / of_name.operations_n.sum()
+            for name in self.offered():
+                of_name = self.pool.cost[name]
+                here = of_name.operations_n[self.pool.usable[landmarks]].sum()
+                operations += here
+                seconds += of_name.seconds * here / of_name.operations_n.sum()
         target = np.array(list(self.pool.target_cost.values())).mean(axis=0) if len(exact) else np.zeros(2)
         whole = self.exact()
         return {

@@ -85,6 +85,23 @@ def _tables(report: dict[str, Any]) -> list[str]:
                 for choice in ("uniform", "stratified")
             ],
         ),
+        "## Refined in rounds, `auto`, stratified: overlap (share of operations)\n",
+        table(
+            ["landmarks", "refine", *(f"{count} rounds" for count in sorted({p["rounds"] for p in report["rounds"]}))],
+            [
+                [
+                    count,
+                    share,
+                    *(
+                        f"{p['overlap']:.2f} ± {p['sd']['overlap']:.2f} ({p['operations_share']:.2f})"
+                        for p in report["rounds"]
+                        if (p["landmarks"], p["refine"]) == (count, share)
+                    ),
+                ]
+                for count in sorted({p["landmarks"] for p in report["rounds"]})
+                for share in refine[1:]
+            ],
+        ),
         "## The same by `top_k` of the mean influence, uniform\n",
         table(_HEADER, [_row(point) for point in report["top_k"]]),
         "## Does leave-one-out tell the truth? Of the mean influence, left out and true\n",
@@ -138,6 +155,9 @@ def _plot(report: dict[str, Any]) -> Any:
     authors = report["authors"]
     place = (authors["operations_share"], authors["overlap"])
     axes.scatter(*place, marker="*", s=160, color="black", zorder=3, label="as the authors set it")
+    rounds = [p for p in report["rounds"] if p["rounds"] == 4]
+    places = [p["operations_share"] for p in rounds], [p["overlap"] for p in rounds]
+    axes.scatter(*places, marker="D", s=22, facecolors="none", edgecolors="black", label="auto, stratified, 4 rounds")
     axes.axvspan(0, AIM["share"], ymin=AIM["overlap"] / 1.05, color="green", alpha=0.1)
     axes.annotate("aim", (0.01, 0.97), color="green")
     axes.set(
