@@ -38,6 +38,7 @@ def main() -> None:
     exact_nt = cosines.pop("exact")
     kept = exact_nt.abs().sum(dim=1) > 0
     found = [figures(name, exact_nt[kept], P_nt[kept], given) for name, P_nt in cosines.items()]
+    found.sort(key=lambda each: (each["projection"], each["values"]))
     spread = float((exact_nt[kept] - exact_nt[kept].mean(dim=0)).std())
     report = {**heading(given), "rows": int(kept.sum()), "spread_of_cosines": round(spread, 4), "projections": found}
     if given.out is not None:
