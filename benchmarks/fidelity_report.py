@@ -85,23 +85,8 @@ def _tables(report: dict[str, Any]) -> list[str]:
                 for choice in ("uniform", "stratified")
             ],
         ),
-        "## Refined in rounds, `auto`, stratified: overlap (share of operations)\n",
-        table(
-            ["landmarks", "refine", *(f"{count} rounds" for count in sorted({p["rounds"] for p in report["rounds"]}))],
-            [
-                [
-                    count,
-                    share,
-                    *(
-                        f"{p['overlap']:.2f} ± {p['sd']['overlap']:.2f} ({p['operations_share']:.2f})"
-                        for p in report["rounds"]
-                        if (p["landmarks"], p["refine"]) == (count, share)
-                    ),
-                ]
-                for count in sorted({p["landmarks"] for p in report["rounds"]})
-                for share in refine[1:]
-            ],
-        ),
+        "## Refined in rounds, `auto`, stratified\n",
+        table(["rounds", *_HEADER], [[point["rounds"], *_row(point)] for point in report["rounds"]]),
         "## The same by `top_k` of the mean influence, uniform\n",
         table(_HEADER, [_row(point) for point in report["top_k"]]),
         "## Does leave-one-out tell the truth? Of the mean influence, left out and true\n",
