@@ -4,15 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_form import REPOSITORY, Run
 from tiny import EXAMPLES
-
-REPOSITORY = EXAMPLES.parent
-Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Run
+from small_form import REPOSITORY, Run
 from tiny import EXAMPLES, make_tokenizer, pool_rows
 from transformers import AutoModelForCausalLM
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from small_form import Run
 
 OPTIONS = ("--rows", "120", "--max-length", "64", "--projection-dim", "192", "--dtype", "float32", "--draws", "3")
 GRID = ("--landmarks", "16", "120", "--refine", "0", "1")
