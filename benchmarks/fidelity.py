@@ -27,6 +27,7 @@ from measuring import heading
 from torch import Tensor, nn
 
 from worker.influence import KernelRidge, choose, fidelity, landmark_order, round_robin, shortlist, top_k
+from worker.influence.propagation import RIDGES
 from worker.influence.samples import IntArray
 
 SELECTED = 0.05
@@ -65,6 +66,7 @@ def main() -> None:
         "points": [comparison.point(setting) for setting in grid(options, list(pool.embeddings))],
         "authors": comparison.point(authors(options, list(pool.embeddings))),
         "rounds": [comparison.point(each) for each in in_rounds(options)],
+        "ridges": [comparison.point(each) for each in by_ridge(options)],
         "top_k": [comparison.point(replace(each, selection="top_k")) for each in by_mean(options)],
     }
     if options.out is not None:
@@ -104,6 +106,12 @@ def in_rounds(options: argparse.Namespace) -> Iterator[Setting]:
     refine = sorted(filter(None, options.refine))[-2:][0]
     for count, rounds in itertools.product(options.landmarks, (1, 4)):
         yield Setting(embedding=AUTO, landmarks=count, choice="stratified", refine=refine, rounds=rounds)
+
+
+def by_ridge(options: argparse.Namespace) -> Iterator[Setting]:
+    refine = sorted(filter(None, options.refine))[-2:][0]
+    for count, ridge in itertools.product(options.landmarks, (*RIDGES, None)):
+        yield Setting(embedding=AUTO, landmarks=count, refine=refine, ridge=ridge)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,11 @@ def _tables(report: dict[str, Any]) -> list[str]:
         ),
         "## Refined in rounds, `auto`, stratified\n",
         table(["rounds", *_HEADER], [[point["rounds"], *_row(point)] for point in report["rounds"]]),
+        "## Ridge, `auto`, uniform\n",
+        table(
+            ["ridge", *_HEADER],
+            [["by leave-one-out" if p["ridge"] is None else p["ridge"], *_row(p)] for p in report["ridges"]],
+        ),
         "## The same by `top_k` of the mean influence, uniform\n",
         table(_HEADER, [_row(point) for point in report["top_k"]]),
         "## Does leave-one-out tell the truth? Of the mean influence, left out and true\n",
