@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from measuring import heading
 from torch import Tensor, nn
 
 from worker.influence import KernelRidge, choose, fidelity, landmark_order, round_robin, shortlist, top_k
+from worker.influence.landmarks import Choice
 from worker.influence.propagation import RIDGES
 from worker.influence.samples import IntArray
 
@@ -40,7 +41,7 @@ class Setting:
 
     embedding: str
     landmarks: int
-    choice: str = "uniform"
+    choice: Choice = "uniform"
     refine: float = 0.2
     rounds: int = 1
     selection: str = "round_robin"
@@ -87,7 +88,7 @@ def arguments() -> argparse.Namespace:
 
 def grid(options: argparse.Namespace, embeddings: list[str]) -> Iterator[Setting]:
     for embedding, count in itertools.product([*embeddings, JOINED, AUTO], options.landmarks):
-        for choice, refine in itertools.product(("uniform", "stratified"), options.refine):
+        for choice, refine in itertools.product(get_args(Choice), options.refine):
             yield Setting(embedding=embedding, landmarks=count, choice=choice, refine=refine)
 
 
@@ -201,9 +202,10 @@ class Comparison:
         return float((mean_n[chosen].mean() - mean_n.mean()) / (mean_n[best].mean() - mean_n.mean()))
 
     def _propagated(
-        self, target: str, embedding: str, count: int, choice: str, ridge: float | None, seed: int
+        self, target: str, embedding: str, count: int, choice: Choice, ridge: float | None, seed: int
     ) -> Propagated:
-        landmarks = landmark_order(np.arange(self.n), choice=choice, seed=seed, sources=self.sources)[:count]  # type: ignore[arg-type]
+        order = landmark_order(np.arange(self.n), choice=choice, seed=seed, sources=self.sources)
+        landmarks = order[:count]
         P_nt = self.P[target]
         if embedding == AUTO:
             embedding = self._auto(target, landmarks)

@@ -189,14 +189,14 @@ class _PerSample(Use):
         sizes = {name: layer_size(module) for name, module in layers.items()}
         is_reduced = projection is not None and projection.reduces(sizes.values())
         start = 0
-        for name, (O, I) in sizes.items():  # noqa: E741
+        for name, (out_features, in_features) in sizes.items():
             P_Iq = None
             if projection is not None and is_reduced:
-                self.projections[name] = projection.layer(name, O, I, dtype=self.dtype)
+                self.projections[name] = projection.layer(name, out_features, in_features, dtype=self.dtype)
                 P_Iq, self.columns[name] = self.projections[name].P_Iq, slice(0, projection.dim)
             else:
-                self.columns[name] = slice(start, start + O * I)
-                start += O * I
+                self.columns[name] = slice(start, start + out_features * in_features)
+                start += out_features * in_features
             row, column = scaling.factors[name] if scaling is not None and scaling.factors else (None, None)
             self.sides[name] = _Side(None, row), _Side(P_Iq, column)
         k = projection.dim if projection is not None and is_reduced else start
