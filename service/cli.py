@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from service import demo as demonstration
-from service import show
+from service import operate, show
 from service.assignments import assigned
 from service.assignments import budget as read_budget
 from service.client import Winnow, WinnowError
 from service.local import StackError, StackProcess, running_stack
 
 app = typer.Typer(help="Data selection as a service for fine-tuning language models.", no_args_is_help=True)
-keys = typer.Typer(help="API keys (needs the API's settings in the environment).", no_args_is_help=True)
-app.add_typer(keys, name="keys")
+operate.register(app)
 
 Home = Annotated[Path, typer.Option(help="Folder of the embedded stack's state", envvar="WINNOW_HOME")]
 Url = Annotated[
@@ -281,40 +279,19 @@ def cancel(
         out.print(f"{job['id']}: {job['status']}")
 
 
+@app.command()
+def delete(job_id: str, home: Home = DEFAULT_HOME, url: Url = None, api_key: Key = None) -> None:
+    """Delete a job that has ended: its results go, its provenance stays."""
+    with _client(home, url, api_key) as client:
+        client.delete_job(job_id)
+    out.print(f"{job_id}: deleted")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def select(context: typer.Context) -> None:
     """The whole job in one process, without servers: winnow select --help"""
     # A module of the worker: the service never imports torch, so the command becomes that program.
     os.execv(sys.executable, [sys.executable, "-m", "worker.inprocess", *context.args])
-
-
-@app.command()
-def migrate() -> None:
-    """Bring the database (WINNOW_DATABASE__URL) to this version."""
-    from service.schema import upgrade
-    from service.settings import DatabaseSettings
-
-    with _told():
-        upgrade(DatabaseSettings(url=os.environ.get("WINNOW_DATABASE__URL", "")).url)
-
-
-@keys.command("create")
-def create_key(
-    tenant: Annotated[str, typer.Option(help="Created where it is new")],
-    name: Annotated[str, typer.Option(help="What the key is for")] = "default",
-) -> None:
-    """Make an API key; it is shown once."""
-    from service.database import make_engine, make_sessions
-    from service.settings import api_settings
-    from service.tenants import service as tenants
-
-    try:
-        settings = api_settings()
-    except ValidationError as error:
-        _fail(str(error))
-    with make_sessions(make_engine(settings.database)).begin() as session:
-        secret = settings.secret_key.get_secret_value()
-        print(tenants.create_key(session, tenant_name=tenant, key_name=name, secret_key=secret))
 
 
 def main() -> None:

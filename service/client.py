@@ -163,6 +163,10 @@ class Winnow:
         """Your jobs, newest first."""
         return self._pages("/selection-jobs", {} if status is None else {"status": status}, "after", "last_id")
 
+    def delete_job(self, job_id: str) -> None:
+        """Deletes a job that has ended; its provenance stays."""
+        self._call("DELETE", f"/selection-jobs/{job_id}")
+
     def cancel(self, job_id: str) -> Json:
         """Asks the job to stop; it may still be `cancelling` in the answer."""
         return self._json("POST", f"/selection-jobs/{job_id}/cancel")

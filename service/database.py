@@ -32,9 +32,21 @@ class CreatedAt:
 Sessions = sessionmaker[Session]
 
 
-def make_engine(settings: DatabaseSettings) -> Engine:
+# A connection whose other end has gone without a word is found out within a minute, by either side.
+_KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+_SERVER_KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+
+
+def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: float = 0) -> Engine:
+    """`idle_in_transaction_seconds`: after so long a transaction that stands still is ended by the server, so that a process that
+    was stopped or cut off holds no row for ever; 0: never."""
+    options = f"{_SERVER_KEEPALIVE} -c idle_in_transaction_session_timeout={round(idle_in_transaction_seconds * 1000)}"
     return create_engine(
-        settings.url, pool_size=settings.pool_size, max_overflow=settings.pool_size, pool_pre_ping=True
+        settings.url,
+        pool_size=settings.pool_size,
+        max_overflow=settings.pool_size,
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 10, "options": options, **_KEEPALIVE},
     )
 
 

@@ -44,6 +44,7 @@ class Dispatcher:
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
+        self._retries = ledger.Retries(max_attempts=settings.ledger.max_attempts, seconds=settings.ledger.retry_seconds)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
         self._producer = make_producer(settings.broker.url)
@@ -91,7 +92,8 @@ class Dispatcher:
         """One pass: expired leases back, then as many messages as there are pending units that none waits for yet."""
         try:
             with self._sessions.begin() as session:
-                ledger.expire_leases(session, max_attempts=self._settings.ledger.max_attempts)
+                ledger.expire_leases(session, retries=self._retries)
+                ledger.expire_cancels(session, after_seconds=self._settings.ledger.cancel_seconds)
                 waiting = ledger.claimable_count(session)
         except Exception:
             # One bad pass (a deadlock, a failover) must not end the dispatcher: the next sweep looks again.

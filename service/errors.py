@@ -4,6 +4,7 @@ Raise a subclass of `ApiError` anywhere below a router; the handlers turn it, va
 into the same shape: {type, title, status, code, detail, param?, errors?, request_id}.
 """
 
+import errno
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
 log = logging.getLogger(__name__)
@@ -141,12 +143,34 @@ def install(app: FastAPI) -> None:
             kind = type("HttpError", (ApiError,), {"status": error.status_code, "code": "http_error", "title": "Error"})
         return problem_response(request, kind(str(error.detail), headers=error.headers))
 
+    @app.exception_handler(DBAPIError)
+    async def _database(request: Request, error: DBAPIError) -> JSONResponse:
+        if not _is_away(error):
+            return await _unforeseen(request, error)
+        log.warning("%s %s: the database is away (%s)", request.method, request.url.path, error.orig)
+        detail = "The database does not answer. Try again soon; what you sent may have been kept: look before you post it again."
+        return problem_response(request, Unavailable(detail, code="database_away", headers={"Retry-After": "2"}))
+
+    @app.exception_handler(OSError)
+    async def _storage(request: Request, error: OSError) -> JSONResponse:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return await _unforeseen(request, error)
+        log.error("%s %s: no room left on %s", request.method, request.url.path, error.filename)
+        detail = "There is no room left to store this; nothing was kept. Try again later."
+        return problem_response(request, Unavailable(detail, code="storage_full", headers={"Retry-After": "60"}))
+
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
         log.exception("unforeseen error in %s %s", request.method, request.url.path, exc_info=error)
         return problem_response(
             request, ApiError("Something went wrong on our side; it is logged under this request_id.")
         )
+
+
+def _is_away(error: DBAPIError) -> bool:
+    """Class 08 is a lost connection, 57P a server that stops or starts; a connection that was not made has no state."""
+    state = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or state is None or state.startswith(("08", "57P"))
 
 
 def responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]:

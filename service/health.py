@@ -29,13 +29,16 @@ async def healthz() -> Health:
 
 def _check_database(engine: Engine) -> str | None:
     """None where the database answers and holds the newest migration, else what is wrong."""
-    newest = ScriptDirectory.from_config(alembic_config(str(engine.url))).get_current_head()
+    known = ScriptDirectory.from_config(alembic_config(str(engine.url)))
+    newest = known.get_current_head()
     try:
         with engine.connect() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
     except Exception as error:  # whatever keeps it from answering is the answer
         return f"database: {type(error).__name__}"
-    if current != newest:
+    # One that this version does not know is of a later version, which keeps to additions: during an upgrade this one serves on.
+    is_later = current is not None and current not in {revision.revision for revision in known.walk_revisions()}
+    if current != newest and not is_later:
         return f"migrations: the database is at {current}, this version needs {newest}; run `winnow migrate`"
     return None
 

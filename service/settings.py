@@ -50,6 +50,10 @@ class LedgerSettings(_Group):
     lease_seconds: float = Field(default=60.0, gt=0)
     beat_seconds: float = Field(default=10.0, gt=0)
     max_attempts: int = Field(default=3, ge=1)
+    retry_seconds: float = Field(
+        default=10.0, ge=0, description="Before the second attempt; six times that before the third"
+    )
+    cancel_seconds: float = Field(default=120.0, gt=0, description="From a cancel until it is carried through by force")
     sweep_seconds: float = Field(default=5.0, gt=0, description="How often the dispatcher looks without being notified")
 
     @model_validator(mode="after")
@@ -65,11 +69,37 @@ class UploadSettings(_Group):
     max_row_bytes: int = Field(default=2**20)
 
 
+class RetentionSettings(_Group):
+    """What is thrown away by itself. Nothing that a job which is not finished needs is ever collected."""
+
+    artifacts_days: float = Field(
+        default=30.0, ge=0, description="An artifact that none used for so long; 0: kept for ever"
+    )
+    artifacts_bytes: int = Field(default=0, ge=0, description="Beyond this the oldest go, after an hour; 0: no bound")
+    results_days: float = Field(
+        default=0.0, ge=0, description="Finished jobs are deleted after so long; 0: kept for ever"
+    )
+    sweep_minutes: float = Field(default=60.0, gt=0, description="How often it is looked at")
+
+
+class LogSettings(_Group):
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+class TelemetrySettings(_Group):
+    endpoint: str = Field(default="", description="OTLP over HTTP (http://collector:4318); empty: no traces are made")
+
+
 class WorkerSettings(_Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0, description="CPU threads of the compute child; 0: what torch chooses")
     token_budget: int = Field(default=0, ge=0, description="Padded tokens a batch; 0: the default of the device")
     cancel_grace_seconds: float = Field(default=10.0, gt=0, description="From a cancel to SIGTERM, and on to SIGKILL")
+    memory_bytes: int = Field(
+        default=0, ge=0, description="Most data of the compute process (RLIMIT_DATA); 0: no limit"
+    )
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="Where Prometheus reads the worker; 0: nowhere")
 
 
 class Settings(BaseSettings):
@@ -90,6 +120,9 @@ class Settings(BaseSettings):
     models: ModelSettings
     ledger: LedgerSettings = LedgerSettings()
     worker: WorkerSettings = WorkerSettings()
+    retention: RetentionSettings = RetentionSettings()
+    log: LogSettings = LogSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 class ApiSettings(Settings):

@@ -4,7 +4,7 @@ nothing, so it is acknowledged early and leaves no result."""
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_shutdown, worker_shutting_down
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
 from service.dispatch import QUEUE, TASK
 from service.settings import worker_settings
@@ -33,6 +33,11 @@ supervisor = Supervisor(settings)
 def work() -> None:
     """Does units until there is none to claim."""
     supervisor.drain()
+
+
+@worker_ready.connect
+def _start(**_: Any) -> None:
+    supervisor.start()
 
 
 @worker_shutting_down.connect

@@ -12,6 +12,8 @@ stdin closes, so it never outlives its supervisor, whatever killed that.
     <- {"type": "cancel"}                         seen at the next batch
 """
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -31,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from service.artifacts import ArtifactStore
 from service.jobs.state import Stage
 from service.settings import WorkerSettings
-from worker.errors import Cancelled, OutOfMemory, ParameterError, UnitError
+from worker.errors import ArtifactMissing, Cancelled, OutOfMemory, ParameterError, StorageFull, UnitError
 from worker.influence import default_token_budget, measured_matmul_rate
 from worker.models import choose_device
 from worker.stages import choose, curvature, embed, gradients, prepare, propagate, select, validate, warmup
@@ -94,8 +96,12 @@ class Compute:
         started = time.perf_counter()
         try:
             result = self._stage(context, unit)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(str(error) or "The processor's memory is used up.") from error
+        except OSError as error:
+            raise _of_storage(error) from error
         except ValueError as error:  # the numerical core's word for arguments that do not fit together
             raise ParameterError(str(error)) from error
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -130,6 +136,28 @@ class Compute:
                 return validate.run(context, spec)
             case stage:
                 raise RuntimeError(f"{stage} is not computed by the child")
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch has a class of its own for a GPU's memory only; of a processor's it raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _of_storage(error: OSError) -> Exception:
+    """What the operator has to see to, told apart from a fault of ours; any other error as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull(f"{error.strerror}: {error.filename or 'the artifact store'}. Free some room, or add to it.")
+    if isinstance(error, FileNotFoundError):
+        return ArtifactMissing(f"{error.filename or error} is gone from the artifact store; post the job again.")
+    return error
+
+
+def _limit_memory(limit: int) -> None:
+    """From the limit on an allocation fails, which ends the attempt; without one the kernel kills, the child before any other."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    with contextlib.suppress(OSError):  # not on Linux, or not allowed
+        Path("/proc/self/oom_score_adj").write_text("500")
 
 
 def _physical_memory() -> int:
@@ -195,9 +223,9 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     conversation = _Conversation(sys.stdin, outgoing)
     start = conversation.messages.get()
-    compute = Compute(
-        artifacts=start["artifacts"], models=Path(start["models"]), settings=WorkerSettings(**start["worker"])
-    )
+    settings = WorkerSettings(**start["worker"])
+    _limit_memory(settings.memory_bytes)
+    compute = Compute(artifacts=start["artifacts"], models=Path(start["models"]), settings=settings)
     conversation.send(type="ready", **compute.capability())
     while True:
         _answer(compute, conversation.messages.get(), conversation)

@@ -41,6 +41,18 @@ class OutOfMemory(UnitError):
     code, retryable = "out_of_memory", True
 
 
+class StorageFull(UnitError):
+    """The artifact store has no room left."""
+
+    code, retryable = "storage_full", True
+
+
+class ArtifactMissing(UnitError):
+    """What an earlier stage has written is gone: someone deleted it, or the store was exchanged."""
+
+    code, retryable = "artifact_missing", False
+
+
 class ComputeDied(UnitError):
     """The compute child was killed (by the kernel's out-of-memory killer, most likely) or crashed."""
 

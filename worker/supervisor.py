@@ -19,13 +19,14 @@ import service.schema  # noqa: F401  # every table must be known before one is m
 from service.artifacts import ArtifactStore
 from service.database import make_engine, make_sessions
 from service.jobs import ledger, repository
-from service.jobs.ledger import Claim, LeaseLost
+from service.jobs.ledger import Claim, LeaseLost, Retries
 from service.jobs.state import JobStatus, Stage
 from service.jobs.tables import SelectionJob
 from service.settings import Settings
 from worker import publish
 from worker.child import Child
 from worker.errors import ComputeDied, UnitError
+from worker.presence import Presence
 from worker.stages.keys import result_key
 from worker.units import exact_plan, next_units, unit_message, with_operations
 
@@ -52,13 +53,19 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._engine = make_engine(settings.database)
+        # Stopped in the midst of a write, it would hold the job's row beyond its lease.
+        self._engine = make_engine(settings.database, idle_in_transaction_seconds=settings.ledger.lease_seconds)
         self._sessions = make_sessions(self._engine)
         self._store = ArtifactStore(settings.artifacts.url)
         self._stopping = threading.Event()
         self._child: Child | None = None
         self._child_model: str | None = None
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}"
+        self._presence = Presence(self._sessions, self.worker_id, settings.ledger.beat_seconds)
+
+    def start(self) -> None:
+        """Tells of itself from now on, until `close`."""
+        self._presence.start()
 
     def stop(self) -> None:
         """Makes the running unit be given back, and `drain` return."""
@@ -69,6 +76,7 @@ class Supervisor:
         if self._child is not None:
             self._child.close(self._settings.worker.cancel_grace_seconds)
             self._child = None
+        self._presence.stop()
         self._engine.dispose()
 
     def drain(self) -> int:
@@ -108,8 +116,8 @@ class Supervisor:
             self._fail(claim, {"code": "internal_error", "detail": f"{type(error).__name__}: {error}"}, True)
 
     def _fail(self, claim: Claim, error: dict[str, Any], retryable: bool) -> None:
-        limit = self._settings.ledger.max_attempts
-        self._settle(lambda session: ledger.fail_unit(session, claim, error, retryable=retryable, max_attempts=limit))
+        retries = Retries(max_attempts=self._settings.ledger.max_attempts, seconds=self._settings.ledger.retry_seconds)
+        self._settle(lambda session: ledger.fail_unit(session, claim, error, retryable=retryable, retries=retries))
 
     def _settle(self, change: Callable[[Session], object]) -> None:
         """Writes the end of an attempt; where that cannot be, the lease runs out and the sweep does it."""
@@ -145,7 +153,10 @@ class Supervisor:
             return self._attend(claim, child)
         except (ReportedError, LeaseLost, _Stopped):
             raise  # the child has answered or was stopped
-        except Exception:  # it died, or still works on what nobody waits for: its answer must not meet the next unit
+        except ComputeDied as error:
+            self._drop(child)
+            raise ComputeDied(f"{error.detail} {_place_of(claim)}") from error
+        except Exception:  # it still works on what nobody waits for: its answer must not meet the next unit
             self._drop(child)
             raise
 
@@ -265,3 +276,10 @@ class Supervisor:
             planned = exact_plan(session, self._store, self._settings.models, job, units)
             ledger.add_event(session, job.id, "job.planned", **planned)
         ledger.start_stages(session, job, units)
+
+
+def _place_of(claim: Claim) -> str:
+    """Where to look for a sample that the process dies of."""
+    if "start" not in claim.spec:
+        return f"It was at {claim.stage}."
+    return f"It was at {claim.stage}, samples {claim.spec['start']} to {claim.spec['stop'] - 1} of those that the stage reads."

@@ -65,8 +65,9 @@ def is_live_content(session: Session, fingerprint: str) -> bool:
 
 
 def is_named_content(session: Session, fingerprint: str) -> bool:
-    """Whether a job of any state and tenant refers to this content."""
+    """Whether a job of any state and tenant, not deleted, refers to this content."""
     query = select(SelectionJob.id).join(Dataset, _refers_to(Dataset.id)).where(Dataset.fingerprint == fingerprint)
+    query = query.where(SelectionJob.deleted_at.is_(None))
     return session.scalar(query.limit(1)) is not None
 
 

@@ -10,24 +10,25 @@ from sqlalchemy.orm import Session, aliased
 from service import ids
 from service.datasets.tables import Dataset
 from service.jobs.state import JobStatus, UnitState
-from service.jobs.tables import JobEvent, JobUnit, SelectionJob, Worker
+from service.jobs.tables import JobEvent, JobUnit, SelectionJob, Worker, WorkerProcess
 
 
 def is_id(value: str) -> bool:
     return ids.is_id("job", value)
 
 
-def get(session: Session, tenant_id: str, job_id: str) -> SelectionJob | None:
+def get(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> SelectionJob | None:
     if not is_id(job_id):
         return None
-    return session.scalar(select(SelectionJob).where(SelectionJob.id == job_id, SelectionJob.tenant_id == tenant_id))
+    job = select(SelectionJob).where(SelectionJob.id == job_id, SelectionJob.tenant_id == tenant_id)
+    return session.scalar(job if or_deleted else job.where(SelectionJob.deleted_at.is_(None)))
 
 
 def page(
     session: Session, tenant_id: str, *, after: str | None, status: JobStatus | None, limit: int
 ) -> list[SelectionJob]:
     """At most `limit`, newest first, older than `after`."""
-    jobs = select(SelectionJob).where(SelectionJob.tenant_id == tenant_id)
+    jobs = select(SelectionJob).where(SelectionJob.tenant_id == tenant_id, SelectionJob.deleted_at.is_(None))
     if after is not None:
         jobs = jobs.where(SelectionJob.id < after)
     if status is not None:
@@ -85,6 +86,7 @@ def similar_jobs(
         .join(pools, pools.id == SelectionJob.pool_id)
         .join(targets, targets.id == SelectionJob.target_id)
         .where(SelectionJob.tenant_id == tenant_id, SelectionJob.status == JobStatus.SUCCEEDED)
+        .where(SelectionJob.deleted_at.is_(None))
         .where(SelectionJob.model == dict(model), or_(pools.fingerprint == pool, targets.fingerprint == target))
         .order_by(SelectionJob.id.desc())
         .limit(limit)
@@ -113,6 +115,14 @@ def stage_rates(session: Session) -> Sequence[Row[Any]]:
 
 def newest_worker(session: Session) -> Worker | None:
     return session.scalar(select(Worker).order_by(Worker.seen_at.desc()).limit(1))
+
+
+def record_presence(session: Session, worker_id: str, version: str, *, stopped: bool) -> None:
+    """Writes that the worker runs now, or that it has ended in good order."""
+    now = func.clock_timestamp()
+    seen = {"version": version, "seen_at": now, "stopped_at": now if stopped else None}
+    written = insert(WorkerProcess).values(worker_id=worker_id, started_at=now, **seen)
+    session.execute(written.on_conflict_do_update(index_elements=[WorkerProcess.worker_id], set_=seen))
 
 
 def record_worker(

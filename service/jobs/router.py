@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 
 from service.artifacts import ArtifactStore
 from service.database import SessionDep
-from service.errors import BadRequest, NotFound, Unauthorized, Unavailable, Unprocessable, responses
+from service.errors import BadRequest, Conflict, NotFound, Unauthorized, Unavailable, Unprocessable, responses
 from service.jobs import repository, service
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.jobs.state import TERMINAL, JobStatus
@@ -69,6 +69,17 @@ def get_job(job_id: str, response: Response, session: SessionDep, caller: Caller
 def cancel_job(job_id: str, session: SessionDep, caller: CallerDep) -> SelectionJobOut:
     """Running units stop at their next batch; a job that has ended stays as it is. Safe to repeat."""
     return service.describe(session, [service.cancel(session, caller.tenant_id, job_id)])[0]
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    summary="Delete a finished job",
+    responses=responses(NotFound, Conflict),
+)
+def delete_job(job_id: str, session: SessionDep, caller: CallerDep) -> None:
+    """Its results, units and events are gone; its provenance stays. Safe to repeat."""
+    service.delete(session, caller.tenant_id, job_id)
 
 
 @router.get("/{job_id}/events", summary="What happened to a job, oldest first", responses=responses(NotFound))

@@ -151,12 +151,19 @@ class StageReport(BaseModel):
     seconds: float | None
 
 
+class AttemptError(BaseModel):
+    attempt: int
+    code: str
+    detail: str
+
+
 class JobError(BaseModel):
     code: str = Field(examples=["model_not_usable"])
     detail: str
     stage: Stage | None = None
     shard: int | None = None
     attempts: int | None = None
+    history: list[AttemptError] = Field(default_factory=list, description="Why each failed attempt of the unit failed")
 
 
 class SelectionJobOut(BaseModel):

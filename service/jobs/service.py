@@ -11,13 +11,14 @@ from service import models
 from service.artifacts import ArtifactStore
 from service.datasets import service as datasets
 from service.datasets.tables import Dataset
-from service.errors import BadRequest, NotFound, Unprocessable
+from service.errors import BadRequest, Conflict, NotFound, Unprocessable
 from service.ids import new_id
 from service.jobs import ledger, planning, repository
 from service.jobs.parameters import JobParameters
 from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
 from service.jobs.state import TERMINAL, JobStatus, Stage
 from service.jobs.tables import SelectionJob
+from service.results import repository as results
 from service.settings import ModelSettings
 from service.tenants.service import Caller
 
@@ -119,6 +120,27 @@ def cancel(session: Session, tenant_id: str, job_id: str) -> SelectionJob:
     session.flush()
     session.refresh(job)
     return job
+
+
+def delete(session: Session, tenant_id: str, job_id: str) -> None:
+    """Deletes the job's results, units and events; its provenance stays. Repeating changes nothing.
+
+    Raises:
+        NotFound: the tenant has no such job.
+        Conflict: it has not ended.
+    """
+    job = repository.get(session, tenant_id, job_id, or_deleted=True)
+    if job is None:
+        raise NotFound(f"No selection job {job_id!r}.", param="id")
+    try:
+        ledger.delete_job(session, job)
+    except ledger.NotTerminal as error:
+        raise Conflict(
+            f"Job {job_id} is {job.status}; cancel it first, or wait for its end.",
+            code="job_not_finished",
+            headers={"x-should-retry": "false"},
+        ) from error
+    results.delete(session, job_id)
 
 
 def describe(session: Session, jobs: Sequence[SelectionJob]) -> list[SelectionJobOut]:

@@ -29,6 +29,7 @@ class SelectionJob(CreatedAt, Base):
         Index("ix_selection_jobs_tenant_id_id", "tenant_id", "id"),
         Index("ix_selection_jobs_pool_id", "pool_id"),
         Index("ix_selection_jobs_target_id", "target_id"),
+        CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_when_terminal"),
         # What a claim looks through: the few jobs that are not finished, oldest first.
         Index("ix_selection_jobs_open", "created_at", postgresql_where="status IN ('queued', 'running', 'cancelling')"),
     )
@@ -48,13 +49,16 @@ class SelectionJob(CreatedAt, Base):
     started_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    trace: Mapped[str | None]  # of the request that posted it (W3C traceparent), for the spans of its units
 
 
 class JobUnit(CreatedAt, Base):
     """A piece of a stage that one worker does. Its output is the artifact `artifact_key`; where that exists, it is done.
 
     `attempt` counts the claims and is the fence: a worker writes only while the row is running under its own attempt.
-    `failures` counts the attempts that failed (not those given back in good order); at the limit the job fails.
+    `failures` counts the attempts that failed (not those given back in good order); at the limit the job fails. After one of
+    them the unit waits until `not_before`.
     """
 
     __tablename__ = "job_units"
@@ -86,6 +90,7 @@ class JobUnit(CreatedAt, Base):
     failures: Mapped[int] = mapped_column(server_default="0")
     worker_id: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
     progress_done: Mapped[int] = mapped_column(BigInteger, server_default="0")
     progress_total: Mapped[int] = mapped_column(BigInteger)
     result: Mapped[dict[str, Any] | None]
@@ -104,6 +109,18 @@ class JobEvent(CreatedAt, Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("selection_jobs.id", ondelete="CASCADE"))
     type: Mapped[str]
     data: Mapped[dict[str, Any]]
+
+
+class WorkerProcess(Base):
+    """A worker that runs or ran lately; it tells so every few seconds, and when it ends in good order."""
+
+    __tablename__ = "worker_processes"
+
+    worker_id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str]
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+    stopped_at: Mapped[datetime | None]
 
 
 class Worker(Base):

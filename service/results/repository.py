@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psycopg import Connection as PsycopgConnection
+from sqlalchemy import delete as delete_from
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
@@ -12,7 +13,7 @@ from service.datasets.tables import Dataset
 from service.jobs import repository as jobs
 from service.jobs.state import JobStatus
 from service.jobs.tables import SelectionJob
-from service.results.tables import CHUNK_SIZE, JobResult, Provenance, SelectedSample
+from service.results.tables import CHUNK_SIZE, JobResult, Provenance, SelectedSample, WeightChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +45,26 @@ class Weights:
     exact: list[bool]
 
 
-def job(session: Session, tenant_id: str, job_id: str) -> Job | None:
+def job(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> Job | None:
     if not jobs.is_id(job_id):
         return None
-    row = session.execute(
+    found = (
         select(SelectionJob.status, SelectionJob.error, Dataset)
         .join(Dataset, Dataset.id == SelectionJob.pool_id)
         .where(SelectionJob.id == job_id, SelectionJob.tenant_id == tenant_id)
-    ).one_or_none()
+    )
+    row = session.execute(found if or_deleted else found.where(SelectionJob.deleted_at.is_(None))).one_or_none()
     if row is None:
         return None
     status, error, pool = row
     deleted = pool.deleted_at is not None
     return Job(job_id, status, error, Pool(pool.id, pool.fingerprint, pool.row_count, pool.byte_count, deleted))
+
+
+def delete(session: Session, job_id: str) -> None:
+    """Deletes the weights, the selection and the summary; the provenance stays, which a trigger sees to."""
+    for table in (WeightChunk, SelectedSample, JobResult):
+        session.execute(delete_from(table).where(table.job_id == job_id))
 
 
 def result(session: Session, job_id: str) -> JobResult:

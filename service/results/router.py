@@ -140,7 +140,8 @@ def _require_content(job: repository.Job, format: Format) -> None:
 
 @router.get("/{job_id}/provenance", summary="The audit record")
 def get_provenance(job_id: str, session: SessionDep, caller: CallerDep) -> ProvenanceOut:
-    job = finished_job(session, caller.tenant_id, job_id)
+    """Stays when the job is deleted."""
+    job = finished_job(session, caller.tenant_id, job_id, or_deleted=True)
     row = repository.provenance(session, job.id)
     return ProvenanceOut(
         job_id=job.id, created_at=row.created_at, weights_root=row.weights_root.hex(), record=row.record

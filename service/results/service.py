@@ -45,14 +45,14 @@ class Gone(ApiError):
     status, code, title = 410, "gone", "Gone"
 
 
-def finished_job(session: Session, tenant_id: str, job_id: str) -> repository.Job:
+def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> repository.Job:
     """The tenant's job, which has succeeded and so has results.
 
     Raises:
         NotFound: the tenant has no such job.
         Conflict: it has not succeeded: `job_not_finished`, or `no_results` where it never will.
     """
-    job = repository.job(session, tenant_id, job_id)
+    job = repository.job(session, tenant_id, job_id, or_deleted=or_deleted)
     if job is None:
         raise NotFound(f"No selection job {job_id!r}. List yours with GET /v1/selection-jobs.", param="job_id")
     if job.status is JobStatus.SUCCEEDED:

@@ -15,7 +15,7 @@ from service.database import Sessions, make_engine, make_sessions
 from service.datasets.tables import Dataset
 from service.ids import new_id
 from service.jobs import ledger
-from service.jobs.ledger import Claim, UnitSpec
+from service.jobs.ledger import Claim, Retries, UnitSpec
 from service.jobs.state import Stage
 from service.jobs.tables import JobEvent, JobUnit, SelectionJob
 from service.schema import upgrade
@@ -23,6 +23,7 @@ from service.settings import DatabaseSettings
 from service.tenants.tables import ApiKey, Tenant
 
 LEASE = 60.0
+AT_ONCE = Retries(max_attempts=3, seconds=0)
 
 
 @contextmanager
@@ -103,10 +104,10 @@ class LedgerWorld:
         with self.sessions.begin() as session:
             ledger.start_stages(session, session.get_one(SelectionJob, job_id), units)
 
-    def fail(self, claim: Claim, *, retryable: bool, code: str = "broken", max_attempts: int = 3) -> bool:
+    def fail(self, claim: Claim, *, retryable: bool, code: str = "broken", retries: Retries = AT_ONCE) -> bool:
         with self.sessions.begin() as session:
             error = {"code": code, "detail": f"It is {code}."}
-            return ledger.fail_unit(session, claim, error, retryable=retryable, max_attempts=max_attempts)
+            return ledger.fail_unit(session, claim, error, retryable=retryable, retries=retries)
 
     def release(self, claim: Claim) -> None:
         with self.sessions.begin() as session:
@@ -116,9 +117,9 @@ class LedgerWorld:
         with self.sessions.begin() as session:
             ledger.request_cancel(session, session.get_one(SelectionJob, job_id))
 
-    def expire(self, max_attempts: int = 3) -> int:
+    def expire(self, retries: Retries = AT_ONCE) -> int:
         with self.sessions.begin() as session:
-            return ledger.expire_leases(session, max_attempts=max_attempts)
+            return ledger.expire_leases(session, retries=retries)
 
     def lose_lease(self, claim: Claim) -> None:
         """As time does."""

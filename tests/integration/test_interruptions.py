@@ -29,7 +29,7 @@ from worker_world import (
 )
 
 from service.jobs import ledger
-from service.jobs.ledger import Claim
+from service.jobs.ledger import Claim, Retries
 from service.jobs.parameters import Parameters
 from service.jobs.tables import SelectionJob
 from service.settings import WorkerSettings
@@ -230,7 +230,7 @@ class TestHalving:
             with still.sessions.begin() as session:
                 told.append(unit_message(session, claim)["halvings"])
                 error = {"code": code, "detail": "x"}
-                ledger.fail_unit(session, claim, error, retryable=True, max_attempts=3)
+                ledger.fail_unit(session, claim, error, retryable=True, retries=Retries(max_attempts=3, seconds=0))
         assert told == halvings
         with still.sessions() as session:
             assert session.scalars(select(SelectionJob.status)).one() == "failed"

@@ -14,6 +14,7 @@ from sqlalchemy import select, text
 from service.app import create_app
 from service.ids import new_id
 from service.jobs import ledger, repository
+from service.jobs.ledger import claims
 from service.jobs.schemas import JobRequest, Parameters
 from service.jobs.state import TERMINAL, JobStatus
 from service.jobs.tables import JobUnit, SelectionJob
@@ -629,7 +630,7 @@ def running(api: Api, body: dict[str, Any]) -> Iterator[tuple[str, ledger.Claim]
     job_id = posted(api.client, body)["id"]
     with api.sessions.begin() as session:
         unit_id = session.scalars(select(JobUnit.id).where(JobUnit.job_id == job_id)).one()
-        claim = ledger._take(session, unit_id, "w", 600)
+        claim = claims._take(session, unit_id, "w", 600)
         assert claim is not None
     set_status(api, job_id, "running")
     yield job_id, claim

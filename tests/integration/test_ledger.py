@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from service.ids import new_id
 from service.jobs import ledger
-from service.jobs.ledger import Claim, LeaseLost
+from service.jobs.ledger import Claim, LeaseLost, Retries, claims
 from service.jobs.state import JOB_TRANSITIONS, TERMINAL, JobStatus, Stage
 
 
@@ -112,16 +112,16 @@ def test_a_missed_claim_keeps_no_job_locked(world: LedgerWorld) -> None:
     """Two claims that each kept the job they missed would wait for each other's."""
     first, second = world.job(unit(Stage.EMBED, key="embed/shared")), world.job()
     with world.sessions.begin() as holder, world.sessions.begin() as session:
-        missed = ledger._claimable_unit(session)
+        missed = claims._claimable_unit(session)
         assert missed is not None
         assert missed[1] == first
         ledger.claim_unit(holder, worker_id="a", lease_seconds=60)
         holder.commit()
         # The candidate of before: what a claim sees that looked just before the other one committed.
         candidates = iter([missed])
-        real = ledger._claimable_unit
+        real = claims._claimable_unit
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ledger, "_claimable_unit", lambda s: next(candidates, None) or real(s))
+            patch.setattr(claims, "_claimable_unit", lambda s: next(candidates, None) or real(s))
             claim = ledger.claim_unit(session, worker_id="b", lease_seconds=60)
         assert claim is not None
         assert claim.job_id == second
@@ -360,7 +360,14 @@ def test_a_failure_for_good_fails_the_job_and_cancels_its_other_units(world: Led
     assert world.states(job_id) == ["succeeded", "failed", "cancelled", "cancelled"]
     job = world.row(job_id)
     assert job.status is JobStatus.FAILED
-    assert job.error == {"code": "broken", "detail": "It is broken.", "stage": "embed", "shard": 1, "attempts": 1}
+    assert job.error == {
+        "code": "broken",
+        "detail": "It is broken.",
+        "stage": "embed",
+        "shard": 1,
+        "attempts": 1,
+        "history": [{"attempt": 1, "code": "broken", "detail": "It is broken."}],
+    }
     assert world.events(job_id)[-2:] == [
         ("units.cancelled", {"stages": ["embed", "embed_target"], "units": 2}),
         ("job.failed", {"error": job.error}),
@@ -376,7 +383,7 @@ def test_a_release_costs_no_try(world: LedgerWorld) -> None:
     row = world.unit(claim)
     assert (row.state, row.failures) == ("pending", 0)
     claim = world.claim()
-    assert world.fail(claim, retryable=True, max_attempts=2) is True
+    assert world.fail(claim, retryable=True, retries=Retries(max_attempts=2, seconds=0)) is True
     assert world.status(job_id) == "running"
     assert world.event_types(job_id).count("unit.released") == 5
 

@@ -356,7 +356,7 @@ def test_a_downgrade_that_would_leave_jobs_unreadable_is_refused(
     with pytest.raises(DBAPIError, match="1 jobs use what the older version does not know"):
         command.downgrade(alembic_config(url), "0001")
     with engine.connect() as connection:
-        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
+        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0003"
 
 
 def test_a_migration_gives_way_to_a_long_query_and_changes_nothing(first: tuple[str, Engine]) -> None:

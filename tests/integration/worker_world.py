@@ -48,7 +48,7 @@ Json = dict[str, Any]
 
 SECRET = "integration-tests-only-0123456789abcdef"
 # A lease so short that a killed worker's unit comes back within the test; a busy machine still beats in time.
-LEDGER = LedgerSettings(lease_seconds=6, beat_seconds=0.5, sweep_seconds=0.5)
+LEDGER = LedgerSettings(lease_seconds=6, beat_seconds=0.5, sweep_seconds=0.5, retry_seconds=0.5)
 PATIENCE = 180.0
 
 MODEL = "tiny-llama"

@@ -183,9 +183,9 @@ def test_a_warm_up_tells_its_steps_and_is_cancelled_between_batches(
         ({"spec": {}}, "internal_error", True, r"KeyError: 'options' \(embed.py:\d+\)"),
         (
             {"spec": {**SPEC, "tokens": "absent"}},
-            "internal_error",
-            True,
-            r"FileNotFoundError: .*\(.*:\d+\)",
+            "artifact_missing",
+            False,
+            r"absent is gone from the artifact store",
         ),
         ({"prepared": {"dtype": "float32", "model_fingerprint": "old"}}, "model_not_usable", False, "files changed"),
         ({"stage": "publish"}, "internal_error", True, r"RuntimeError: publish .*\(compute.py:\d+\)"),

@@ -56,6 +56,12 @@ def code_version(stage: Stage) -> str:
     return digest.hexdigest()
 
 
+@cache
+def worker_version() -> str:
+    """12 digits of a sha256 over all code whose results are kept: workers that differ in it make different artifacts."""
+    return hashlib.sha256("".join(code_version(stage) for stage in COMPUTED).encode()).hexdigest()[:12]
+
+
 def artifact_key(stage: Stage, kind: str, suffix: str, **depends_on: Any) -> str:
     return content_key(kind, {**depends_on, "code": code_version(stage)}, suffix)
 

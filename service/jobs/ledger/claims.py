@@ -1,0 +1,153 @@
+"""Jobs and units that begin: creating, claiming, beating."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, exists, func, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, aliased
+
+from service.jobs.ledger.rows import (
+    OPEN,
+    Beat,
+    Claim,
+    LeaseLost,
+    UnitSpec,
+    add_event,
+    claim_of,
+    create_units,
+    held,
+    in_seconds,
+    lock_claim,
+    lock_job,
+    unit_of,
+)
+from service.jobs.state import JobStatus, UnitState
+from service.jobs.tables import JobUnit, SelectionJob
+
+
+def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -> None:
+    """Adds the job, its first units and its first event to the session's transaction."""
+    session.add(job)
+    session.flush()
+    add_event(session, job.id, "job.queued")
+    create_units(session, job.id, first)
+
+
+def start_stages(session: Session, job: SelectionJob, specs: Sequence[UnitSpec]) -> None:
+    """Creates the units of the next wave, in the transaction that finished the last unit of the wave before."""
+    create_units(session, job.id, specs)
+    add_event(session, job.id, "stages.started", stages=sorted({spec.stage.value for spec in specs}), units=len(specs))
+
+
+def claim_unit(session: Session, *, worker_id: str, lease_seconds: float) -> Claim | None:
+    """Takes the first unit that may run, or None. Oldest job first, then in the order of stages and shards.
+
+    A unit whose artifact is being made by another unit waits for that one. Commit at once: the claim holds a job's row.
+    """
+    while (candidate := _claimable_unit(session)) is not None:
+        unit_id, job_id = candidate
+        # Rolled back where another was first: two claims that each kept the row of a job they missed could deadlock.
+        attempt = session.begin_nested()
+        job = lock_job(session, job_id)
+        claim = _take(session, unit_id, worker_id, lease_seconds) if job.status in OPEN else None
+        if claim is None:
+            attempt.rollback()
+            continue
+        attempt.commit()
+        if job.status == JobStatus.QUEUED:
+            job.status = JobStatus.RUNNING
+            job.started_at = func.now()
+            add_event(session, job_id, "job.running")
+        add_event(session, job_id, "unit.claimed", **unit_of(claim), attempt=claim.attempt, worker_id=worker_id)
+        return claim
+    return None
+
+
+def _is_claimable() -> tuple[ColumnElement[bool], ...]:
+    """Of a unit joined to its job: that a worker may take it now."""
+    other = aliased(JobUnit)
+    being_made = exists().where(other.artifact_key == JobUnit.artifact_key, other.state == UnitState.RUNNING)
+    is_due = or_(JobUnit.not_before.is_(None), JobUnit.not_before <= func.clock_timestamp())
+    return SelectionJob.status.in_(OPEN), JobUnit.state == UnitState.PENDING, is_due, ~being_made
+
+
+def _claimable_unit(session: Session) -> tuple[int, str] | None:
+    row = session.execute(
+        select(JobUnit.id, JobUnit.job_id)
+        .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
+        .where(*_is_claimable())
+        .order_by(SelectionJob.created_at, SelectionJob.id, JobUnit.stage, JobUnit.shard)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else (row.id, row.job_id)
+
+
+def _take(session: Session, unit_id: int, worker_id: str, lease_seconds: float) -> Claim | None:
+    """The conditional UPDATE of a claim; None where another worker was first with this unit or with its artifact."""
+    taken = (
+        update(JobUnit)
+        .where(JobUnit.id == unit_id, JobUnit.state == UnitState.PENDING)
+        .values(
+            state=UnitState.RUNNING,
+            attempt=JobUnit.attempt + 1,
+            worker_id=worker_id,
+            lease_expires_at=in_seconds(lease_seconds),
+            started_at=func.clock_timestamp(),
+            not_before=None,
+            progress_done=0,
+        )
+        .returning(JobUnit)
+        .execution_options(populate_existing=True)
+    )
+    try:
+        with session.begin_nested():
+            unit = session.scalars(taken).one_or_none()
+    except IntegrityError:  # uq_job_units_artifact_key_running: the same artifact was claimed for another job just now
+        return None
+    if unit is None:
+        return None
+    return claim_of(unit)
+
+
+def claimable_count(session: Session) -> int:
+    """How many units a worker could take now; those that wait for another job's artifact are told of when it is done."""
+    return (
+        session.scalar(
+            select(func.count())
+            .select_from(JobUnit)
+            .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
+            .where(*_is_claimable())
+        )
+        or 0
+    )
+
+
+def beat(session: Session, claim: Claim, *, lease_seconds: float, done: int) -> Beat:
+    """Renews the lease and writes the progress, which never goes back within an attempt.
+
+    Raises:
+        LeaseLost: the unit is no longer this worker's.
+    """
+    renewed = session.execute(
+        update(JobUnit)
+        .where(*held(claim))
+        .values(
+            lease_expires_at=in_seconds(lease_seconds),
+            progress_done=func.greatest(JobUnit.progress_done, min(done, claim.total)),
+        )
+        .returning(select(SelectionJob.status).where(SelectionJob.id == JobUnit.job_id).scalar_subquery())
+    ).one_or_none()
+    if renewed is None:
+        raise LeaseLost
+    return Beat(cancelling=renewed[0] == JobStatus.CANCELLING)
+
+
+def record_event(session: Session, claim: Claim, kind: str, data: Mapping[str, Any]) -> None:
+    """Writes what a running unit has to tell (the loss of a training step).
+
+    Raises:
+        LeaseLost: the unit is no longer this worker's.
+    """
+    lock_claim(session, claim)
+    add_event(session, claim.job_id, kind, **unit_of(claim), **data)
