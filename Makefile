@@ -29,9 +29,18 @@ demo: $(INSTALLED)  ## the whole service on example data, in a few minutes; ARGS
 up: $(INSTALLED)  ## start the embedded stack and keep it running until Ctrl-C
 	@$(BIN)/winnow up $(ARGS)
 
-# Two files of tests at a time, and one thread for each process of theirs: on two cores more threads only wait for each other.
-test: $(INSTALLED)  ## all tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+# The demo first, alone: it computes on every core. Then two files of tests at a time, and one thread for each process of theirs:
+# on two cores more threads only wait for each other.
+PYTEST = $(BIN)/python -m pytest
+PYTEST_SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(INSTALLED)  ## all tests; ARGS="tests/unit -k export" only some
+ifdef ARGS
+	@$(PYTEST_SIDE_BY_SIDE) $(ARGS)
+else
+	@$(PYTEST) tests/integration/test_demo.py
+	@$(PYTEST_SIDE_BY_SIDE) --ignore tests/integration/test_demo.py
+endif
 
 lint: $(INSTALLED)  ## style and types
 	@$(BIN)/ruff check .
