@@ -62,6 +62,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.store.sweep_scratch()
         dispatcher = Dispatcher(settings)
         dispatcher.start()
         app.state.dispatcher = dispatcher

@@ -7,16 +7,15 @@ A file is written under a temporary name and renamed, so that a name that exists
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import IO, Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from service.scratch import scratch, sweep, temporary_folder
 
 
 def content_key(kind: str, depends_on: Mapping[str, Any], suffix: str) -> str:
@@ -35,6 +34,15 @@ class ArtifactStore:
         self.fs = cast(fsspec.AbstractFileSystem, fs)
         self._is_local = isinstance(self.fs, LocalFileSystem)
 
+    @property
+    def scratch_folder(self) -> Path:
+        """Where files are before they are whole: on the store's own file system where it has one, so that they can be renamed."""
+        return Path(self.root, "tmp") if self._is_local else temporary_folder()
+
+    def sweep_scratch(self) -> int:
+        """Removes what processes that are gone have left of their work, here and on this machine. Returns how much."""
+        return sum(sweep(folder) for folder in {self.scratch_folder, temporary_folder()})
+
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"
 
@@ -47,19 +55,10 @@ class ArtifactStore:
     @contextmanager
     def writing(self, key: str) -> Iterator[Path]:
         """A local path to write to; on leaving without an error the file appears under `key`, else it is removed."""
-        if self._is_local:
-            folder = Path(self.root, "tmp")
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            folder = Path(mkdtemp(prefix="winnow-"))
-        path = folder / uuid.uuid4().hex
-        try:
+        with scratch(self.scratch_folder) as folder:
+            path = folder / "content"
             yield path
             self._publish(path, key)
-        finally:
-            path.unlink(missing_ok=True)
-            if not self._is_local:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, path: Path, key: str) -> None:
         if not self._is_local:
@@ -67,10 +66,11 @@ class ArtifactStore:
             self.fs.put_file(str(path), self._path(key))
             return
         target = Path(self._path(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        _make_durable_folder(target.parent)
+        _synchronise(path)
         os.replace(path, target)
+        # The name too: the database is about to say that the artifact is there, and a loss of power must not unsay it.
+        _synchronise(target.parent)
 
     def open(self, key: str) -> IO[bytes]:
         """Opens for reading.
@@ -94,15 +94,30 @@ class ArtifactStore:
         if self._is_local:
             yield Path(self._path(key))
             return
-        folder = Path(mkdtemp(prefix="winnow-"))
-        try:
+        with scratch(self.scratch_folder) as folder:
             self.fs.get_file(self._path(key), str(folder / "content"))
             yield folder / "content"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def delete(self, key: str) -> None:
         """Removes the artifact; one that is gone already is no error."""
         path = self._path(key)
         if self.fs.exists(path):
             self.fs.rm_file(path)
+
+
+def _make_durable_folder(folder: Path) -> None:
+    """Makes the folder, and those above it, such that their names survive a loss of power."""
+    if folder.is_dir():
+        return
+    _make_durable_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _synchronise(folder.parent)
+
+
+def _synchronise(path: Path) -> None:
+    """Has the file's content, or the folder's names, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

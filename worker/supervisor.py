@@ -65,6 +65,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Tells of itself from now on, until `close`."""
+        self._store.sweep_scratch()
         self._presence.start()
 
     def stop(self) -> None:
@@ -260,6 +261,7 @@ class Supervisor:
     def _drop(self, child: Child) -> None:
         child.stop(self._settings.worker.cancel_grace_seconds)
         self._child = None
+        self._store.sweep_scratch()  # what it was writing
 
     def _publish(self, session: Session, job: SelectionJob, claim: Claim) -> None:
         if job.status == JobStatus.CANCELLING:

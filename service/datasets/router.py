@@ -3,8 +3,6 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from fastapi import APIRouter, BackgroundTasks, Request, Response, status
@@ -18,6 +16,7 @@ from service.datasets.schemas import DatasetObject, DatasetPage, DatasetRow, For
 from service.datasets.upload import received
 from service.errors import BadRequest, Conflict, NotFound, TooLarge, Unauthorized, Unprocessable, responses
 from service.pages import After, Limit
+from service.scratch import scratch, temporary_folder
 from service.settings import ApiSettings
 from service.tenants.service import CallerDep
 
@@ -86,8 +85,8 @@ def _keep(
     name: str,
     form: Form,
 ) -> DatasetObject:
-    with TemporaryDirectory(prefix="winnow-") as folder:
-        content = convert(file, form, settings.uploads, Path(folder))
+    with scratch(temporary_folder()) as folder:
+        content = convert(file, form, settings.uploads, folder)
         with sessions.begin() as session:
             dataset = service.register(session, store, tenant_id=tenant_id, name=name, content=content)
     return DatasetObject.model_validate(dataset)

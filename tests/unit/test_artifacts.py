@@ -1,5 +1,6 @@
 """The artifact store: what exists is whole, in a folder and in a remote store alike; names depend on all that is said."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -171,6 +172,23 @@ def test_the_temporary_files_are_on_the_file_system_of_the_store(tmp_path: Path)
     with store.writing(KEY) as path:
         path.write_bytes(b"")
         assert path.is_relative_to(tmp_path / "store")
+
+
+def test_a_loss_of_power_takes_neither_content_nor_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was told that the artifact is there may rely on it: the file before its name, every new folder's name as well."""
+    synchronised = []
+    fsync = os.fsync
+
+    def recording(descriptor: int) -> None:
+        synchronised.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", recording)
+    root = tmp_path / "store"
+    write(ArtifactStore(str(root)), KEY, b"content")
+    file, folder, kind = root / KEY, (root / KEY).parent, (root / KEY).parent.parent
+    assert synchronised[-2:] == [file.stat().st_ino, folder.stat().st_ino]
+    assert {kind.stat().st_ino, root.stat().st_ino} <= set(synchronised)
 
 
 def test_two_stores_on_one_url_see_the_same(tmp_path: Path) -> None:
