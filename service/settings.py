@@ -1,21 +1,57 @@
 """Settings, read from the environment (`WINNOW_DATABASE__URL`, `WINNOW_LEDGER__LEASE_SECONDS`, ...), grouped and frozen.
 
-Nothing secret has a default: the API refuses to start without `WINNOW_SECRET_KEY`.
+Any of them may be a file instead, named like its variable in small letters, in /run/secrets (`WINNOW_SECRETS_DIR`: another
+folder): `winnow_secret_key`, `winnow_database__password`. The environment wins. Nothing secret has a default: the API refuses
+to start without `WINNOW_SECRET_KEY`.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from service.secret_files import SecretFiles, with_password, without_password
 
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-class DatabaseSettings(_Group):
+class _Server(_Group):
+    """Where a server answers. `url` holds the password, wherever that came from; what is shown or dumped does not."""
+
+    # Before the URL: its validator puts it there.
+    password: SecretStr | None = Field(default=None, min_length=1, description="Goes into the URL, which then has none")
+    url: str
+
+    @field_validator("url")
+    @classmethod
+    def _complete(cls, url: str, info: ValidationInfo) -> str:
+        password: SecretStr | None = info.data.get("password")
+        return url if password is None else with_password(url, password.get_secret_value())
+
+    @field_serializer("url")
+    def _shown(self, url: str) -> str:
+        return without_password(url)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
+        for name, value in super().__repr_args__():
+            yield name, without_password(self.url) if name == "url" else value
+
+
+class DatabaseSettings(_Server):
     url: str = Field(description="SQLAlchemy URL of a PostgreSQL 15+ database: postgresql+psycopg://...")
     pool_size: int = Field(default=10, ge=1)
 
@@ -29,7 +65,7 @@ class DatabaseSettings(_Group):
         return url
 
 
-class BrokerSettings(_Group):
+class BrokerSettings(_Server):
     url: str = Field(description="Redis protocol URL: redis://...")
 
 
@@ -102,9 +138,7 @@ class WorkerSettings(_Group):
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Where Prometheus reads the worker; 0: nowhere")
 
 
-class Settings(BaseSettings):
-    """What the API and the workers share."""
-
+class _Read(BaseSettings):
     # A refusal names the variable and never quotes what was given: it may be a secret.
     model_config = SettingsConfigDict(
         env_prefix="WINNOW_",
@@ -113,6 +147,25 @@ class Settings(BaseSettings):
         extra="ignore",
         hide_input_in_errors=True,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, SecretFiles(settings_cls)
+
+
+class _DatabaseOnly(_Read):
+    database: DatabaseSettings
+
+
+class Settings(_Read):
+    """What the API and the workers share."""
 
     database: DatabaseSettings
     broker: BrokerSettings
@@ -137,6 +190,15 @@ class ApiSettings(Settings):
         if len(key.get_secret_value()) < 32:
             raise ValueError("must have at least 32 characters; make one with: openssl rand -hex 32")
         return key
+
+
+def database_settings() -> DatabaseSettings:
+    """For what needs the database and nothing else, as migrations do.
+
+    Raises:
+        ValueError: a setting is missing or wrong, or its file cannot be read; it names which.
+    """
+    return _DatabaseOnly().database
 
 
 @lru_cache(maxsize=1)
