@@ -23,18 +23,20 @@ from service.jobs.tables import JobEvent, JobUnit, SelectionJob
 def expire_leases(session: Session, *, retries: Retries) -> int:
     """Takes back the units whose lease ran out: pending again, or their job fails after the last attempt. How many.
 
-    A job whose row someone holds is left for the next time: one that stands still must not hold up all others.
+    A job or a unit whose row someone holds is left for the next time: one that stands still must not hold up all others.
     """
-    expired = session.execute(
-        select(JobUnit).where(JobUnit.state == UnitState.RUNNING, JobUnit.lease_expires_at < func.clock_timestamp())
-    ).scalars()
+    expired = session.scalars(
+        select(JobUnit)
+        .where(JobUnit.state == UnitState.RUNNING, JobUnit.lease_expires_at < func.clock_timestamp())
+        .order_by(JobUnit.id)  # which of a job's units it fails of is no accident
+    ).all()
     count = 0
-    for unit in expired.all():
+    for unit in expired:
         claim = claim_of(unit)
         job = lock_job_if_free(session, claim.job_id)
         still_expired = and_(*held(claim), JobUnit.lease_expires_at < func.clock_timestamp())
-        if job is None or session.scalar(select(JobUnit.id).where(still_expired).with_for_update()) is None:
-            continue  # it beat, or ended, while the job's row was being locked
+        if job is None or not session.scalar(select(JobUnit.id).where(still_expired).with_for_update(skip_locked=True)):
+            continue  # it beats just now, or it beat or ended while the job's row was being locked
         error = {
             "code": "lease_expired",
             "detail": f"Worker {unit.worker_id} stopped answering (killed, cut off, or out of memory).",
