@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import psycopg
 from sqlalchemy import Engine, select, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session
 
 from service.database import Sessions, make_engine, make_sessions
 from service.datasets.tables import Dataset
@@ -23,6 +25,7 @@ from service.settings import DatabaseSettings
 from service.tenants.tables import ApiKey, Tenant
 
 LEASE = 60.0
+CANCEL_SECONDS = 3600.0
 AT_ONCE = Retries(max_attempts=3, seconds=0)
 
 
@@ -91,13 +94,15 @@ class LedgerWorld:
         with self.sessions.begin() as session:
             ledger.record_event(session, claim, kind, data)
 
-    def finish(self, claim: Claim, result: dict[str, Any] | None = None) -> bool:
-        """As the supervisor does; a finished `publish` ends the job."""
+    def finish(self, claim: Claim, result: dict[str, Any] | None = None, then: Sequence[UnitSpec] = ()) -> bool:
+        """As the supervisor does: the last unit of a wave starts those of the next; a finished `publish` ends the job."""
         with self.sessions.begin() as session:
             job = ledger.lock_claim(session, claim)
             complete = ledger.finish_unit(session, job, claim, result or {})
             if complete and claim.stage is Stage.PUBLISH:
                 ledger.succeed_job(session, job)
+            elif complete and then:
+                ledger.start_stages(session, job, then)
         return complete
 
     def start(self, job_id: str, *units: UnitSpec) -> None:
@@ -121,12 +126,41 @@ class LedgerWorld:
         with self.sessions.begin() as session:
             return ledger.expire_leases(session, retries=retries)
 
+    def expire_cancels(self, after_seconds: float = CANCEL_SECONDS) -> int:
+        with self.sessions.begin() as session:
+            return ledger.expire_cancels(session, after_seconds=after_seconds)
+
+    def sweep(self, session: Session, retries: Retries = AT_ONCE) -> tuple[int, int]:
+        """What a pass of the dispatcher does, in the caller's transaction: the leases and the cancels that it ended."""
+        return ledger.expire_leases(session, retries=retries), ledger.expire_cancels(
+            session, after_seconds=CANCEL_SECONDS
+        )
+
+    def delete(self, job_id: str) -> None:
+        with self.sessions.begin() as session:
+            ledger.delete_job(session, session.get_one(SelectionJob, job_id))
+
+    def claimable_count(self) -> int:
+        with self.sessions() as session:
+            return ledger.claimable_count(session)
+
     def lose_lease(self, claim: Claim) -> None:
         """As time does."""
+        self._age("job_units", "lease_expires_at", id=claim.unit_id)
+
+    def end_delay(self, unit_id: int) -> None:
+        """As time does."""
+        self._age("job_units", "not_before", id=unit_id)
+
+    def age_cancel(self, job_id: str) -> None:
+        """As time does: it was asked for long ago."""
+        self._age("selection_jobs", "cancel_requested_at", id=job_id)
+
+    def _age(self, table: str, column: str, **row: Any) -> None:
+        past = timedelta(seconds=2 * CANCEL_SECONDS)
         with self.engine.begin() as connection:
             connection.execute(
-                text("UPDATE job_units SET lease_expires_at = now() - interval '1 second' WHERE id = :id"),
-                {"id": claim.unit_id},
+                text(f"UPDATE {table} SET {column} = now() - :past WHERE id = :id"), {"past": past, **row}
             )
 
     def status(self, job_id: str) -> str:
