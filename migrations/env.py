@@ -1,18 +1,26 @@
-"""Alembic's environment: online only, one transaction for all pending migrations, the URL given by the caller."""
+"""Alembic's environment: online only, one transaction for each migration, under the lock that lets one run at a time."""
 
 import os
+from contextlib import nullcontext
 
 from alembic import context
-from sqlalchemy import create_engine, pool
 
-from service.schema import metadata
-from service.settings import DatabaseSettings
+from service.schema import metadata, migrating
 
-# `winnow migrate` passes the URL; Alembic's own command line takes it from the environment.
-settings = DatabaseSettings(url=context.config.attributes.get("url") or os.environ["WINNOW_DATABASE__URL"])
-
-engine = create_engine(settings.url, poolclass=pool.NullPool)
-with engine.connect() as connection:
-    context.configure(connection=connection, target_metadata=metadata, compare_type=True, compare_server_default=True)
+given = context.config.attributes
+# `service.schema.upgrade` passes its connection, other callers the URL; Alembic's own command line takes it from the environment.
+opened = (
+    nullcontext(given["connection"])
+    if "connection" in given
+    else migrating(given.get("url") or os.environ["WINNOW_DATABASE__URL"])
+)
+with opened as connection:
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        compare_type=True,
+        compare_server_default=True,
+        transaction_per_migration=True,
+    )
     with context.begin_transaction():
         context.run_migrations()

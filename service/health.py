@@ -3,14 +3,12 @@
 import asyncio
 
 import redis.asyncio
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from sqlalchemy import Engine
 
 from service.errors import Unavailable, responses
-from service.schema import alembic_config
+from service.schema import standing
 from service.settings import ApiSettings
 
 router = APIRouter(tags=["health"])
@@ -28,18 +26,17 @@ async def healthz() -> Health:
 
 
 def _check_database(engine: Engine) -> str | None:
-    """None where the database answers and holds the newest migration, else what is wrong."""
-    known = ScriptDirectory.from_config(alembic_config(str(engine.url)))
-    newest = known.get_current_head()
+    """None where the database answers and holds every migration of this version, else what is wrong."""
     try:
         with engine.connect() as connection:
-            current = MigrationContext.configure(connection).get_current_revision()
+            found = standing(connection)
     except Exception as error:  # whatever keeps it from answering is the answer
         return f"database: {type(error).__name__}"
-    # One that this version does not know is of a later version, which keeps to additions: during an upgrade this one serves on.
-    is_later = current is not None and current not in {revision.revision for revision in known.walk_revisions()}
-    if current != newest and not is_later:
-        return f"migrations: the database is at {current}, this version needs {newest}; run `winnow migrate`"
+    # On a database of a later version this one serves on: so it is during an upgrade.
+    if found.is_behind:
+        return (
+            f"migrations: the database is at {found.current}, this version needs {found.newest}; run `winnow migrate`"
+        )
     return None
 
 

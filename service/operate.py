@@ -23,14 +23,25 @@ def fail(message: str) -> NoReturn:
 
 def migrate() -> None:
     """Bring the database (WINNOW_DATABASE__URL) to this version."""
-    from service.schema import upgrade
+    from service.schema import MigrationError, upgrade
     from service.settings import DatabaseSettings
 
     try:
         settings = DatabaseSettings(url=os.environ.get("WINNOW_DATABASE__URL", ""))
     except ValidationError as error:
-        fail(str(error))
-    upgrade(settings.url)
+        fail(f"WINNOW_DATABASE__URL {error.errors()[0]['msg'].removeprefix('Value error, ')}")
+    try:
+        before = upgrade(settings.url, tell=lambda message: print(f"winnow: {message}", file=sys.stderr, flush=True))
+    except MigrationError as error:
+        fail(f"{error}.")
+    if before.is_later:
+        print(
+            f"The database is at {before.current}, of a later version than this one, which knows up to {before.newest}."
+        )
+    elif before.current == before.newest:
+        print(f"The database is at {before.newest} already.")
+    else:
+        print(f"The database went from {before.current or 'nothing'} to {before.newest}.")
 
 
 @keys.command("create")

@@ -1,6 +1,8 @@
 """Operations: delays between attempts, deleted jobs, traces, and the workers that run.
 
-Only adds, so that API and workers of the version before go on working on the new schema.
+Only adds, so that API and workers of the version before go on working on the new schema. They work meanwhile too: each of the
+two tables that they write is altered in a transaction of its own. Holding one while waiting for the other would deadlock with
+a request that does the same, and PostgreSQL might end the request.
 """
 
 import sqlalchemy as sa
@@ -13,7 +15,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("job_units", sa.Column("not_before", sa.DateTime(timezone=True), nullable=True))
+    with op.get_context().autocommit_block():
+        op.execute("ALTER TABLE job_units ADD COLUMN IF NOT EXISTS not_before timestamptz")
     op.add_column("selection_jobs", sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("selection_jobs", sa.Column("trace", sa.String(), nullable=True))
     op.create_check_constraint(

@@ -11,6 +11,7 @@ from conftest import SECRET
 from fastapi.testclient import TestClient
 from ledger_world import new_database
 from pydantic import SecretStr
+from sqlalchemy import text
 
 from service.app import create_app
 from service.schema import alembic_config
@@ -81,3 +82,15 @@ def test_a_database_without_the_newest_migration_is_not_ready(
         if migrated:
             command.upgrade(alembic_config(url), "head")
             assert client.get("/readyz").status_code == 200
+
+
+def test_a_database_of_a_later_version_is_ready_and_one_of_an_earlier_is_not(
+    postgres_url: str, broker_url: str
+) -> None:
+    """During an upgrade the API of this version serves on, on the schema of the next one."""
+    with new_database(postgres_url) as url, api(url, broker_url) as client:
+        command.downgrade(alembic_config(url), "-1")
+        assert not_ready(client).keys() == {"migrations"}
+        with client.app.state.engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        assert client.get("/readyz").status_code == 200

@@ -3,6 +3,8 @@
 import itertools
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -10,13 +12,15 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from ledger_world import LedgerWorld, ledger_world, new_database, unit
-from sqlalchemy import Engine, create_engine, inspect, text
+from ledger_world import LedgerWorld, ledger_world, new_database, unit, wait_until
+from sqlalchemy import Connection, Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from typer.testing import CliRunner
 
+from service.cli import app
 from service.jobs.parameters import JobParameters
 from service.jobs.state import JOB_TRANSITIONS, TERMINAL, UNIT_TRANSITIONS, JobStatus, Stage, UnitState
-from service.schema import alembic_config, metadata, upgrade
+from service.schema import MigrationError, alembic_config, metadata, migrating, upgrade
 from service.settings import DatabaseSettings
 
 CATALOG = """
@@ -356,18 +360,141 @@ def test_a_downgrade_that_would_leave_jobs_unreadable_is_refused(
     with pytest.raises(DBAPIError, match="1 jobs use what the older version does not know"):
         command.downgrade(alembic_config(url), "0001")
     with engine.connect() as connection:
-        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0003"
+        revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    assert revision == "0002", "each migration has its own transaction, so that the ones before stay done"
+
+
+# Migrations and others who use the database
+
+
+def revision_of(engine: Engine) -> str | None:
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT version_num FROM alembic_version"))
+
+
+@contextmanager
+def reading(engine: Engine, table: str) -> Iterator[Connection]:
+    """A transaction that has read the table, and so stands in the way of altering it, until it is ended."""
+    with engine.connect() as connection:
+        connection.execute(text(f"SELECT * FROM {table}"))
+        yield connection
 
 
 def test_a_migration_gives_way_to_a_long_query_and_changes_nothing(first: tuple[str, Engine]) -> None:
     url, engine = first
+    told: list[str] = []
+    with (
+        reading(engine, "job_units"),
+        pytest.raises(MigrationError, match=r"gave up after 1 attempts: no lock for `ALTER TABLE job_units .*session"),
+    ):
+        upgrade(url, patience_seconds=0, tell=told.append)
+    assert (revision_of(engine), told) == ("0001", [])
+    upgrade(url, tell=told.append)
+    assert told == []
+
+
+@pytest.fixture
+def second(first: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch) -> tuple[str, Engine]:
+    """A database of the second version, whose migrations wait for locks only a moment."""
+    monkeypatch.setattr("service.schema._LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("service.schema._PAUSE_SECONDS", (0.05,))
+    upgrade(first[0], "0002")
+    return first
+
+
+@pytest.mark.parametrize("table", ["job_units", "selection_jobs"])
+def test_a_migration_is_tried_again_until_it_has_its_locks(second: tuple[str, Engine], table: str) -> None:
+    url, engine = second
+    told: list[str] = []
+    with reading(engine, table) as reader:
+        session = reader.scalar(text("SELECT pg_backend_pid()"))
+
+        def tell(message: str) -> None:
+            told.append(message)
+            if len(told) == 3:
+                reader.rollback()
+
+        before = upgrade(url, tell=tell)
+    assert (before.current, before.newest, revision_of(engine)) == ("0002", "0003", "0003")
+    assert len(told) == 3
+    assert f"ALTER TABLE {table}" in told[0]
+    assert f"session {session} " in told[0]
+    assert upgrade(url).current == "0003"
+
+
+def test_what_is_no_matter_of_locks_is_told_at_once(second: tuple[str, Engine]) -> None:
+    url, engine = second
     with engine.begin() as connection:
-        connection.execute(text("SELECT * FROM job_units"))
-        with pytest.raises(DBAPIError, match="lock timeout"):
+        connection.execute(text("CREATE TABLE worker_processes ()"))
+    told: list[str] = []
+    with pytest.raises(MigrationError, match=r'^a migration failed: relation "worker_processes" already exists$'):
+        upgrade(url, tell=told.append)
+    assert (revision_of(engine), told) == ("0002", [])
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE worker_processes"))
+    upgrade(url)  # on what the failed one has left
+    assert revision_of(engine) == "0003"
+
+
+def test_the_migrations_before_the_one_that_fails_are_done(
+    first: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, engine = first
+    monkeypatch.setattr("service.schema._LOCK_SECONDS", 0.2)
+    with reading(engine, "selection_jobs"), pytest.raises(MigrationError, match="gave up"):
+        upgrade(url, patience_seconds=0)
+    assert revision_of(engine) == "0002"
+
+
+def test_a_waiting_migration_holds_no_table_that_a_request_may_need(first: tuple[str, Engine]) -> None:
+    url, engine = first
+    upgrade(url, "0002")
+    waits = text("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'selection_jobs'::regclass")
+    with reading(engine, "selection_jobs") as reader, ThreadPoolExecutor(1) as pool:
+        migration = pool.submit(upgrade, url)
+        wait_until(lambda: reader.scalar(waits), 60, "the migration waits")
+        # Had it both tables in one transaction, each would wait for the other now.
+        reader.execute(text("LOCK TABLE job_units IN ROW EXCLUSIVE MODE NOWAIT"))
+        reader.rollback()
+        migration.result()
+    assert revision_of(engine) == "0003"
+
+
+def test_one_migration_at_a_time_in_a_database(postgres_url: str) -> None:
+    with new_database(postgres_url) as url, new_database(postgres_url) as other, migrating(url) as connection:
+        session = connection.scalar(text("SELECT pg_backend_pid()"))
+        refused = rf"^another migration runs: session {session} \(user postgres, winnow-migrate, from this host\) holds"
+        with pytest.raises(MigrationError, match=refused):
             upgrade(url)
-    with engine.connect() as connection:
-        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0001"
-    upgrade(url)
+        with pytest.raises(MigrationError, match=refused):
+            command.downgrade(alembic_config(url), "base")
+        upgrade(other)
+        result = CliRunner().invoke(app, ["migrate"], env={"WINNOW_DATABASE__URL": url})
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("winnow: another migration runs: session")
+    upgrade_again = CliRunner().invoke(app, ["migrate"], env={"WINNOW_DATABASE__URL": postgres_url})
+    assert (upgrade_again.exit_code, upgrade_again.stdout) == (0, "The database is at 0003 already.\n")
+
+
+def test_the_command_says_from_where_to_where_and_what_went_wrong(postgres_url: str) -> None:
+    def migrate(url: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, ["migrate"], env={"WINNOW_DATABASE__URL": url})
+        return result.exit_code, result.stdout, result.stderr
+
+    with new_database(postgres_url, migrated=False) as url:
+        assert migrate(url) == (0, "The database went from nothing to 0003.\n", "")
+        engine = create_engine(DatabaseSettings(url=url).url)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        later = "The database is at 9999, of a later version than this one, which knows up to 0003.\n"
+        assert migrate(url) == (0, later, "")
+        assert revision_of(engine) == "9999"
+        engine.dispose()
+    status, stdout, stderr = migrate("postgresql://nobody:hunter2@127.0.0.1:1/none")
+    assert (status, stdout, stderr.count("\n")) == (1, "", 1)
+    assert stderr.startswith("winnow: the database does not answer: ")
+    assert "hunter2" not in stderr
+    assert migrate("mysql://x")[2].startswith("winnow: WINNOW_DATABASE__URL must be a postgresql:// URL")
 
 
 def test_the_stages_of_the_database_are_in_the_order_of_the_table(world: LedgerWorld) -> None:
