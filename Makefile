@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test lint format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core
+.PHONY: help install demo up test chaos lint format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,6 +41,9 @@ else
 	@$(PYTEST) tests/integration/test_demo.py
 	@$(PYTEST_SIDE_BY_SIDE) --ignore tests/integration/test_demo.py
 endif
+
+chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; about ten minutes
+	@CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/chaos $(ARGS)
 
 lint: $(INSTALLED)  ## style and types
 	@$(BIN)/ruff check .
