@@ -1,4 +1,4 @@
-"""Operations: delays between attempts, deleted jobs, traces, and the workers that run.
+"""Operations: delays between attempts, deleted jobs, traces, and the workers that run, of one version or of two.
 
 Only adds, so that API and workers of the version before go on working on the new schema. They work meanwhile too: each of the
 two tables that they write is altered in a transaction of its own. Holding one while waiting for the other would deadlock with
@@ -16,7 +16,9 @@ depends_on = None
 
 def upgrade() -> None:
     with op.get_context().autocommit_block():
-        op.execute("ALTER TABLE job_units ADD COLUMN IF NOT EXISTS not_before timestamptz")
+        op.execute(
+            "ALTER TABLE job_units ADD COLUMN IF NOT EXISTS not_before timestamptz, ADD COLUMN IF NOT EXISTS code varchar"
+        )
     op.add_column("selection_jobs", sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("selection_jobs", sa.Column("trace", sa.String(), nullable=True))
     op.create_check_constraint(
@@ -40,4 +42,5 @@ def downgrade() -> None:
     op.drop_constraint(op.f("ck_selection_jobs_deleted_when_terminal"), "selection_jobs")
     op.drop_column("selection_jobs", "trace")
     op.drop_column("selection_jobs", "deleted_at")
+    op.drop_column("job_units", "code")
     op.drop_column("job_units", "not_before")

@@ -84,6 +84,7 @@ class JobUnit(CreatedAt, Base):
     stage: Mapped[Stage] = mapped_column(_enum(Stage, "stage"))
     shard: Mapped[int]
     artifact_key: Mapped[str]
+    code: Mapped[str | None]  # version of the worker that named the artifact; none: of the API, and any worker's
     spec: Mapped[dict[str, Any]]
     state: Mapped[UnitState] = mapped_column(_enum(UnitState, "unit_state"))
     attempt: Mapped[int] = mapped_column(server_default="0")

@@ -1,6 +1,7 @@
 """Jobs and units that begin: creating, claiming, beating."""
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, exists, func, or_, select, update
@@ -23,7 +24,7 @@ from service.jobs.ledger.rows import (
     unit_of,
 )
 from service.jobs.state import JobStatus, UnitState
-from service.jobs.tables import JobUnit, SelectionJob
+from service.jobs.tables import JobUnit, SelectionJob, WorkerProcess
 
 
 def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -> None:
@@ -31,21 +32,26 @@ def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -
     session.add(job)
     session.flush()
     add_event(session, job.id, "job.queued")
-    create_units(session, job.id, first)
+    create_units(session, job.id, first, None)
 
 
-def start_stages(session: Session, job: SelectionJob, specs: Sequence[UnitSpec]) -> None:
-    """Creates the units of the next wave, in the transaction that finished the last unit of the wave before."""
-    create_units(session, job.id, specs)
+def start_stages(session: Session, job: SelectionJob, specs: Sequence[UnitSpec], *, code: str | None = None) -> None:
+    """Creates the units of the next wave, in the transaction that finished the last unit of the wave before.
+
+    `code` is the version of the worker that planned them, of which the names of their artifacts speak.
+    """
+    create_units(session, job.id, specs, code)
     add_event(session, job.id, "stages.started", stages=sorted({spec.stage.value for spec in specs}), units=len(specs))
 
 
-def claim_unit(session: Session, *, worker_id: str, lease_seconds: float) -> Claim | None:
+def claim_unit(session: Session, *, worker_id: str, lease_seconds: float, code: str | None = None) -> Claim | None:
     """Takes the first unit that may run, or None. Oldest job first, then in the order of stages and shards.
 
-    A unit whose artifact is being made by another unit waits for that one. Commit at once: the claim holds a job's row.
+    A unit whose artifact is being made by another unit waits for that one. Where workers of two versions run, as in an upgrade,
+    each does the units that its own version (`code`) has planned; those of a version that no live worker has are anyone's.
+    Commit at once: the claim holds a job's row.
     """
-    while (candidate := _claimable_unit(session)) is not None:
+    while (candidate := _claimable_unit(session, code, lease_seconds)) is not None:
         unit_id, job_id = candidate
         # Rolled back where another was first: two claims that each kept the row of a job they missed could deadlock.
         attempt = session.begin_nested()
@@ -72,11 +78,18 @@ def _is_claimable() -> tuple[ColumnElement[bool], ...]:
     return SelectionJob.status.in_(OPEN), JobUnit.state == UnitState.PENDING, is_due, ~being_made
 
 
-def _claimable_unit(session: Session) -> tuple[int, str] | None:
+def _claimable_unit(session: Session, code: str | None, lease_seconds: float) -> tuple[int, str] | None:
+    seen_after = func.clock_timestamp() - timedelta(seconds=lease_seconds)
+    another = exists().where(
+        WorkerProcess.version == JobUnit.code,
+        WorkerProcess.version != code,
+        WorkerProcess.stopped_at.is_(None),
+        WorkerProcess.seen_at > seen_after,
+    )
     row = session.execute(
         select(JobUnit.id, JobUnit.job_id)
         .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
-        .where(*_is_claimable())
+        .where(*_is_claimable(), ~another)
         .order_by(SelectionJob.created_at, SelectionJob.id, JobUnit.stage, JobUnit.shard)
         .limit(1)
     ).one_or_none()

@@ -71,7 +71,7 @@ def add_event(session: Session, job_id: str, kind: str, **data: Any) -> None:
     session.add(JobEvent(job_id=job_id, type=kind, data=data))
 
 
-def create_units(session: Session, job_id: str, specs: Sequence[UnitSpec]) -> None:
+def create_units(session: Session, job_id: str, specs: Sequence[UnitSpec], code: str | None) -> None:
     # From here on a collection of artifacts sees what the units refer to: `hold_artifacts` waits for this transaction.
     session.execute(select(func.pg_advisory_xact_lock_shared(ARTIFACTS_LOCK)))
     session.add_all(
@@ -80,6 +80,7 @@ def create_units(session: Session, job_id: str, specs: Sequence[UnitSpec]) -> No
             stage=spec.stage,
             shard=spec.shard,
             artifact_key=spec.artifact_key,
+            code=code,
             spec=dict(spec.spec),
             state=UnitState.PENDING,
             progress_total=spec.total,
