@@ -19,6 +19,7 @@ from service.jobs.router import router as jobs
 from service.models import router as models
 from service.results.router import router as results
 from service.settings import ApiSettings, api_settings
+from service.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,11 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         app.state.store.sweep_scratch()
         dispatcher = Dispatcher(settings)
         dispatcher.start()
+        sweeper = Sweeper(settings, app.state.store)
+        sweeper.start()
         app.state.dispatcher = dispatcher
         yield
+        sweeper.stop()
         dispatcher.stop()
         engine.dispose()
 

@@ -7,8 +7,11 @@ A file is written under a temporary name and renamed, so that a name that exists
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,6 +19,26 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from service.scratch import scratch, sweep, temporary_folder
+
+KEY_PATTERN = "[a-z_]+/(?:[0-9a-f]{2}/[0-9a-f]{64}|job_[0-9a-f]{32})"
+"""What the names of an artifact and of the files beside it (`.json`, ...) begin with."""
+
+_KEY = re.compile(rf"{KEY_PATTERN}[.a-z]*")
+_MODIFIED = ("mtime", "LastModified", "last_modified")  # as file systems call it
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file of the store; `modified` is in seconds since 1970."""
+
+    key: str
+    size: int
+    modified: float
+
+
+def named_keys(value: Any) -> set[str]:
+    """All artifacts that a JSON value names."""
+    return set(_KEY.findall(json.dumps(value)))
 
 
 def content_key(kind: str, depends_on: Mapping[str, Any], suffix: str) -> str:
@@ -51,6 +74,43 @@ class ArtifactStore:
 
     def size(self, key: str) -> int:
         return int(self.fs.size(self._path(key)))
+
+    def modified(self, key: str) -> float:
+        """When it was written or, in a folder, last used: seconds since 1970.
+
+        Raises:
+            FileNotFoundError: no artifact has this key.
+        """
+        path = self._path(key)
+        return self._modified(path, self.fs.info(path))
+
+    def touch(self, key: str) -> None:
+        """Says that the artifact is used now. An object store cannot be told: there the age counts from the writing."""
+        if self._is_local:
+            # Gone: whoever reads it will say so. Another user's: its age counts from the writing as well.
+            with suppress(FileNotFoundError, PermissionError):
+                os.utime(self._path(key))
+
+    def files(self) -> Iterator[Stored]:
+        """All files but those that are being written, listed a folder at a time."""
+        if not self.fs.exists(self.root):
+            return
+        try:
+            for folder, folders, files in self.fs.walk(self.root, detail=True, on_error="raise"):
+                if self._is_local and folder == self.root:
+                    folders.pop(self.scratch_folder.name, None)
+                for info in files.values():
+                    path = info["name"]
+                    key = path.removeprefix(f"{self.root}/")
+                    yield Stored(key, int(info["size"]), self._modified(path, info))
+        finally:
+            self.fs.invalidate_cache()  # else `exists` would go on answering by what was there now
+
+    def _modified(self, path: str, info: Mapping[str, Any]) -> float:
+        found = next((info[name] for name in _MODIFIED if name in info), None)
+        if not isinstance(found, float | int | datetime):
+            found = self.fs.modified(path)
+        return found.timestamp() if isinstance(found, datetime) else float(found)
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Path]:

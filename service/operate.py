@@ -1,7 +1,9 @@
 """The commands of `winnow` for who runs the service. They read the settings of the environment, as API and workers do."""
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Annotated, NoReturn
 
 import typer
@@ -13,6 +15,7 @@ keys = typer.Typer(help="API keys (needs the API's settings in the environment).
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
     app.command()(migrate)
+    app.command()(collect)
     app.add_typer(keys, name="keys")
 
 
@@ -42,6 +45,43 @@ def migrate() -> None:
         print(f"The database is at {before.newest} already.")
     else:
         print(f"The database went from {before.current or 'nothing'} to {before.newest}.")
+
+
+def collect(
+    dry_run: Annotated[bool, typer.Option(help="Remove nothing; say what would be removed")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Remove now what is too old or too much (WINNOW_RETENTION__*), and what nothing refers to; the API does it by itself."""
+    from sqlalchemy.exc import DBAPIError
+
+    import service.schema  # noqa: F401  # every table must be known before one is mapped to its foreign keys
+    from service.artifacts import ArtifactStore
+    from service.collection.service import collect
+    from service.database import make_engine, make_sessions
+    from service.settings import Settings
+
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        fail(str(error))
+    sessions, store = make_sessions(make_engine(settings.database)), ArtifactStore(settings.artifacts.url)
+    try:
+        found = collect(sessions, store, settings.retention, dry_run=dry_run)
+    except DBAPIError as error:
+        fail(f"the database: {str(error.orig).strip()}. What was removed stays so; run it again.")
+    if as_json:
+        print(json.dumps({"dry_run": dry_run, **asdict(found)}))
+        return
+    print("Would remove:" if dry_run else "Removed:")
+    for kind, tally in sorted(found.removed.items()):
+        print(f"  {kind:<14} {tally.files:>9,} files {tally.bytes:>18,} bytes")
+    counts = {"jobs": len(found.jobs), "workers": len(found.workers), "scratch": found.scratch}
+    for name, count in counts.items():
+        print(f"  {name:<14} {count:>9,}")
+    if found.unknown.files:
+        print(
+            f"Left alone: {found.unknown.files:,} files of {found.unknown.bytes:,} bytes in the store that are not ours."
+        )
 
 
 @keys.command("create")

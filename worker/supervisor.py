@@ -27,7 +27,7 @@ from worker import publish
 from worker.child import Child
 from worker.errors import ComputeDied, UnitError
 from worker.presence import Presence
-from worker.stages.keys import result_key
+from worker.reuse import known_result, mark_used
 from worker.units import exact_plan, next_units, unit_message, with_operations
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class Supervisor:
                 self._write(claim, lambda session, job: self._publish(session, job, claim))
             else:
                 result = self._compute(claim)
+                mark_used(self._store, claim.artifact_key, result)
                 self._write(claim, lambda session, job: self._finish(session, job, claim, result))
         except LeaseLost:
             log.warning("lost the lease on %s/%d of %s; its outcome is dropped", claim.stage, claim.shard, claim.job_id)
@@ -144,8 +145,8 @@ class Supervisor:
 
     def _compute(self, claim: Claim) -> dict[str, Any]:
         """The unit's result: the one that stands beside its artifact already, or that of the child's work."""
-        if self._store.exists(result_key(claim.artifact_key)):
-            return {**self._store.read_json(result_key(claim.artifact_key)), "reused": True}
+        if (known := known_result(self._store, claim.artifact_key)) is not None:
+            return {**known, "reused": True}
         with self._sessions() as session:
             message = unit_message(session, claim)
         child = self._child_for(repr(sorted(message["job"]["model"].items())))

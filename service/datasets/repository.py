@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy import ColumnElement, Function, Select, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service import ids
@@ -55,7 +55,16 @@ def unfinished_job_of(session: Session, dataset_id: str) -> str | None:
 
 def lock_content(session: Session, fingerprint: str) -> None:
     """Until the transaction ends, no other one publishes or removes the files of this fingerprint."""
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"datasets/{fingerprint}", 0))))
+    session.execute(select(func.pg_advisory_xact_lock(_content_lock(fingerprint))))
+
+
+def lock_content_if_free(session: Session, fingerprint: str) -> bool:
+    """As `lock_content`, but False where another transaction holds it, which an upload does for as long as it publishes."""
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(_content_lock(fingerprint)))))
+
+
+def _content_lock(fingerprint: str) -> Function[int]:
+    return func.hashtextextended(f"datasets/{fingerprint}", 0)
 
 
 def is_live_content(session: Session, fingerprint: str) -> bool:

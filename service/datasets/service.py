@@ -110,11 +110,17 @@ def remove_unused_files(sessions: Sessions, store: ArtifactStore, fingerprint: s
     """Removes the rows of content that no live dataset has, and the ids where no job names samples by them either."""
     with sessions.begin() as session:
         repository.lock_content(session, fingerprint)
-        if repository.is_live_content(session, fingerprint):
-            return
-        store.delete(storage.rows_key(fingerprint))
-        if not repository.is_named_content(session, fingerprint):
-            store.delete(storage.ids_key(fingerprint))
+        for key in unused_files(session, fingerprint):
+            store.delete(key)
+
+
+def unused_files(session: Session, fingerprint: str) -> list[str]:
+    """The keys of the content's files that nothing refers to. Under the content's lock, nothing will until it is given back."""
+    if repository.is_live_content(session, fingerprint):
+        return []
+    if repository.is_named_content(session, fingerprint):
+        return [storage.rows_key(fingerprint)]
+    return [storage.rows_key(fingerprint), storage.ids_key(fingerprint)]
 
 
 def _not_found() -> NotFound:

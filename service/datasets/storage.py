@@ -9,6 +9,7 @@ the upload's own format, blank lines and unknown fields do not.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ _SAMPLE_BATCH_ROWS = 256
 _MAX_SOURCES = 1_000
 
 _IDS_SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("source", pa.string())])
+_KEY = re.compile(r"datasets/(?P<first>[0-9a-f]{2})/(?P<fingerprint>(?P=first)[0-9a-f]{62})/(rows|ids)\.parquet")
 _ROWS_SCHEMA = _IDS_SCHEMA.append(pa.field("sample", pa.string(), nullable=False))
 
 
@@ -65,6 +67,12 @@ def rows_key(fingerprint: str) -> str:
 
 def ids_key(fingerprint: str) -> str:
     return f"datasets/{fingerprint[:2]}/{fingerprint}/ids.parquet"
+
+
+def fingerprint_of(key: str) -> str | None:
+    """Of the dataset that the file belongs to; None where it is no dataset's."""
+    found = _KEY.fullmatch(key)
+    return None if found is None else found["fingerprint"]
 
 
 class ContentWriter:

@@ -1,0 +1,680 @@
+"""What is collected and what never is, on a real PostgreSQL and a real store: a file that must go beside one that must stay."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from ledger_world import LedgerWorld, at_once, ledger_world, wait_until
+from pydantic import SecretStr
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from service import sweeper
+from service.artifacts import ArtifactStore, content_key
+from service.collection import repository
+from service.collection import service as collection
+from service.collection.service import Collected, collect
+from service.datasets import repository as datasets
+from service.datasets.storage import ids_key, rows_key
+from service.datasets.tables import Dataset
+from service.ids import new_id
+from service.jobs import ledger
+from service.jobs import repository as jobs
+from service.jobs.ledger import UnitSpec
+from service.jobs.state import Stage
+from service.jobs.tables import SelectionJob
+from service.settings import (
+    ApiSettings,
+    ArtifactSettings,
+    BrokerSettings,
+    DatabaseSettings,
+    ModelSettings,
+    RetentionSettings,
+)
+from service.sweeper import Sweeper
+
+HOUR, DAY = 3_600, 86_400
+MONTH = RetentionSettings(artifacts_days=30)
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def _database(postgres_url: str) -> Iterator[LedgerWorld]:
+    with ledger_world(postgres_url) as world:
+        yield world
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A ledger, and a store whose files are of any age."""
+
+    ledger: LedgerWorld
+    store: ArtifactStore
+
+    def put(self, key: str, *, days: float = 40, size: int = 10) -> str:
+        with self.store.writing(key) as path:
+            path.write_bytes(b"x" * size)
+        self.age(key, days)
+        return key
+
+    def age(self, key: str, days: float) -> None:
+        then = time.time() - days * DAY
+        if "file" in self.store.fs.protocol:
+            os.utime(f"{self.store.root}/{key}", (then, then))
+        else:
+            file = self.store.fs.store[f"{self.store.root}/{key}"]
+            file.modified -= timedelta(days=days)
+
+    def artifact(self, kind: str = "gradients", *, days: float = 40, size: int = 10) -> str:
+        return self.put(content_key(kind, {"id": new_id("x")}, ".safetensors"), days=days, size=size)
+
+    def collect(self, retention: RetentionSettings = MONTH, **options: Any) -> Collected:
+        return collect(self.ledger.sessions, self.store, retention, **options)
+
+    def keys(self) -> set[str]:
+        return {file.key for file in self.store.files()}
+
+    def job(self, stage: Stage = Stage.SELECT, *, key: str | None = None, spec: dict[str, Any] | None = None) -> str:
+        key = key or content_key("selections", {"id": new_id("x")}, ".safetensors")
+        return self.ledger.job(UnitSpec(stage=stage, shard=0, artifact_key=key, spec=spec or {}, total=1))
+
+    def end(self, job_id: str) -> None:
+        self.ledger.cancel(job_id)
+        assert self.ledger.status(job_id) == "cancelled"
+
+
+@pytest.fixture(autouse=True)
+def _no_scratch_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's temporary folder is the test's own."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.fixture(params=["folder", "remote"])
+def kept(request: pytest.FixtureRequest, _database: LedgerWorld, tmp_path: Path) -> Kept:
+    url = str(tmp_path / "store") if request.param == "folder" else f"memory://{new_id('store')}"
+    return _empty(_database, url)
+
+
+@pytest.fixture
+def local(_database: LedgerWorld, tmp_path: Path) -> Kept:
+    return _empty(_database, str(tmp_path / "store"))
+
+
+def _empty(world: LedgerWorld, url: str) -> Kept:
+    with world.engine.begin() as connection:
+        connection.execute(text("TRUNCATE selection_jobs, worker_processes CASCADE"))
+        connection.execute(text("DELETE FROM datasets WHERE id <> :id"), {"id": world.owner["pool_id"]})
+    return Kept(world, ArtifactStore(url))
+
+
+def files_of(artifact: str) -> set[str]:
+    """All that stands beside an artifact."""
+    stem = artifact.partition(".")[0]
+    return {artifact, f"{artifact}.json", f"{stem}.optimizer.safetensors"}
+
+
+def test_what_none_used_for_so_long_goes_with_all_that_stands_beside_it(kept: Kept) -> None:
+    old, young = kept.artifact(days=31), kept.artifact(days=29)
+    for key in (files_of(old) | files_of(young)) - {old, young}:
+        kept.put(key, days=31)
+    used = kept.artifact("embeddings", days=31)
+    kept.put(f"{used}.json", days=1)
+    done = kept.put(f"prepare/{new_id('job')}.json", days=31)
+    found = kept.collect()
+    assert kept.keys() == files_of(young) | {used, f"{used}.json"}
+    assert {kind: (tally.files, tally.bytes) for kind, tally in found.removed.items()} == {
+        "gradients": (3, 30),
+        "prepare": (1, 10),
+    }
+    assert not kept.store.exists(done)
+
+
+def test_nothing_is_too_old_where_it_is_kept_for_ever(kept: Kept) -> None:
+    key = kept.artifact(days=4000)
+    assert not kept.collect(RetentionSettings(artifacts_days=0)).removed
+    assert kept.keys() == {key}
+
+
+def test_beyond_the_bound_the_oldest_go_and_never_the_young(kept: Kept) -> None:
+    third, first, second = (kept.artifact(days=days, size=100) for days in (1, 3, 2))
+    young = kept.artifact(days=0.5 * HOUR / DAY, size=1000)
+    kept.collect(RetentionSettings(artifacts_bytes=1150))
+    assert kept.keys() == {third, young}
+    assert not kept.store.exists(first)
+    assert not kept.store.exists(second)
+    kept.collect(RetentionSettings(artifacts_bytes=1))
+    assert kept.keys() == {young}
+
+
+def test_the_bound_counts_what_is_in_use_and_takes_what_is_not(kept: Kept) -> None:
+    oldest, other = kept.artifact(days=3, size=100), kept.artifact(days=2, size=100)
+    kept.job(key=oldest)
+    kept.collect(RetentionSettings(artifacts_bytes=150))
+    assert kept.keys() == {oldest}
+    assert not kept.store.exists(other)
+
+
+@pytest.mark.parametrize("status", ["queued", "running", "cancelling"])
+def test_what_a_job_that_is_not_finished_refers_to_stays(kept: Kept, status: str) -> None:
+    own, spec, result = kept.artifact(), kept.artifact("embeddings"), kept.artifact("tokens")
+    other = kept.artifact()
+    prepared = f"prepare/{new_id('job')}"
+    beside = {kept.put(key) for key in (*files_of(own), *files_of(spec), *files_of(result), f"{prepared}.json")}
+    job_id = kept.ledger.job(
+        UnitSpec(stage=Stage.EMBED, shard=0, artifact_key=prepared, spec={}, total=1),
+        UnitSpec(stage=Stage.SELECT, shard=0, artifact_key=own, spec={"of": [{"gradients": [spec]}]}, total=1),
+        UnitSpec(stage=Stage.VALIDATE, shard=0, artifact_key="validations", spec={}, total=1),
+    )
+    if status != "queued":
+        kept.ledger.finish(kept.ledger.claim(), {"found": {"tokens": result}, "operations": 1.5})
+        kept.ledger.claim()
+    else:
+        beside -= files_of(result)
+    if status == "cancelling":
+        kept.ledger.cancel(job_id)
+    assert kept.ledger.status(job_id) == status
+    for retention in (MONTH, RetentionSettings(artifacts_bytes=1)):
+        kept.collect(retention)
+        assert kept.keys() == beside
+    assert not kept.store.exists(other)
+
+
+def test_what_a_finished_job_refers_to_goes(kept: Kept) -> None:
+    key = kept.artifact()
+    job_id = kept.job(key=key)
+    kept.collect()
+    assert kept.keys() == {key}
+    kept.end(job_id)
+    kept.collect()
+    assert kept.keys() == set()
+
+
+INTERMEDIATE = {"tokens", "orders", "embeddings"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "staying"),
+    [
+        (Stage.PREPARE, {"tokens", "orders"}),
+        (Stage.PROPAGATE, {"tokens"}),
+        (Stage.SELECT, set()),
+    ],
+)
+def test_what_a_stage_may_just_have_found_stays_until_its_result_says_what_it_was(
+    local: Kept, stage: Stage, staying: set[str]
+) -> None:
+    """Found by `store.exists`, used, and named by no row until the unit ends."""
+    keys = {kind: local.artifact(kind) for kind in INTERMEDIATE}
+    job_id = local.job(stage)
+    for _ in range(2):  # pending, running
+        local.collect()
+        assert local.keys() == {keys[kind] for kind in staying}
+        claim = local.ledger.try_claim()
+    assert claim is None
+    (unit,) = local.ledger.units(job_id)
+    with local.ledger.sessions.begin() as session:
+        running = session.merge(unit)
+        running.state, running.lease_expires_at = "succeeded", None  # type: ignore[assignment]
+        running.result = {"tokens": keys["tokens"]}
+    local.collect()
+    assert local.keys() == {keys[kind] for kind in staying & {"tokens"}}
+
+
+def test_every_search_of_the_store_by_a_stage_is_known_to_the_collection() -> None:
+    """A stage that goes by what it finds must stand in `FINDS`: prepare by itself, and who calls `rows_artifact`."""
+    worker = Path(__file__).parents[2] / "worker"
+    stages = {path.relative_to(worker).as_posix(): path.read_text() for path in worker.rglob("*.py")}
+    assert {name for name, code in stages.items() if "store.exists(" in code} == {
+        "stages/prepare.py",
+        "data.py",  # rows_artifact
+        "reuse.py",  # of the unit itself, which is in use
+        "units.py",  # an estimate
+        "inprocess.py",  # a store without jobs
+    }
+    assert {name for name, code in stages.items() if "rows_artifact(" in code} == {
+        "stages/prepare.py",
+        "stages/propagate.py",
+        "data.py",
+    }
+    assert set(repository.FINDS) == {Stage.PREPARE, Stage.PROPAGATE}
+
+
+def before_each_batch(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    hold = repository.hold_artifacts
+
+    def acting(session: Any) -> None:
+        act()
+        hold(session)
+
+    monkeypatch.setattr(repository, "hold_artifacts", acting)
+
+
+def test_a_job_that_came_after_the_listing_has_what_it_needs(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, other = kept.artifact(), kept.artifact()
+    before_each_batch(monkeypatch, lambda: kept.job(key=key))
+    kept.collect()
+    assert kept.keys() == {key}
+    assert not kept.store.exists(other)
+
+
+def test_what_was_used_after_the_listing_stays(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, other = kept.artifact(), kept.artifact()
+    before_each_batch(monkeypatch, lambda: kept.put(key, days=0))
+    kept.collect()
+    assert kept.keys() == {key}
+    assert not kept.store.exists(other)
+
+
+def test_units_that_are_created_in_the_midst_of_a_batch_wait_for_its_end(
+    local: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = local.artifact()
+    found_by_job: list[bool] = []
+
+    def post() -> None:
+        local.job(key=key)
+        found_by_job.append(local.store.exists(key))
+
+    poster = threading.Thread(target=post)
+    delete = local.store.delete
+
+    def deleting(key: str) -> None:
+        poster.start()
+        wait_until(lambda: waiting_locks(local) == 1, PATIENCE, "the job waits")
+        delete(key)
+
+    monkeypatch.setattr(local.store, "delete", deleting)
+    local.collect()
+    poster.join(PATIENCE)
+    assert found_by_job == [False]  # it will be computed again
+
+
+def waiting_locks(kept: Kept) -> int:
+    with kept.ledger.engine.connect() as connection:
+        query = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE NOT granted"
+        return int(connection.scalar(text(f"{query} AND locktype = 'advisory' AND datname = current_database()")) or 0)
+
+
+def test_whatever_jobs_come_while_batches_run_what_one_has_found_stays(
+    local: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collection, "_BATCH", 1)
+    keys = [local.artifact() for _ in range(48)]
+    found: dict[str, bool] = {}
+
+    def post(mine: list[str]) -> None:
+        for key in mine:
+            local.job(key=key)
+            found[key] = local.store.exists(key)
+
+    outcomes = at_once([local.collect, *(lambda mine=keys[i::3]: post(mine) for i in range(2))])
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    assert {key: local.store.exists(key) for key in found} == found
+    assert len(found) == 32
+    assert not any(local.store.exists(key) for key in keys[2::3])
+
+
+def test_a_creation_that_does_not_end_stops_the_pass_and_not_the_other_way_round(local: Kept) -> None:
+    key = local.artifact()
+    with local.ledger.sessions() as session:
+        job = SelectionJob(
+            id=new_id("job"),
+            status="queued",
+            model={},
+            budget=1,
+            parameters={},
+            request={},
+            job_metadata={},
+            **local.ledger.owner,
+        )
+        unit = UnitSpec(stage=Stage.SELECT, shard=0, artifact_key="selections", spec={}, total=1)
+        ledger.create_job(session, job, [unit])
+        with pytest.raises(OperationalError, match="lock timeout"):
+            local.collect()
+        session.rollback()
+    assert local.keys() == {key}
+    local.collect()
+    assert local.keys() == set()
+
+
+def test_the_result_goes_before_the_artifact(local: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short between them, a result without its artifact would be taken for done."""
+    key = local.artifact()
+    local.put(f"{key}.json")
+    deleted: list[str] = []
+    monkeypatch.setattr(local.store, "delete", deleted.append)
+    local.collect()
+    assert deleted == [f"{key}.json", key]
+
+
+def test_a_file_that_cannot_be_removed_does_not_stop_the_others(local: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck, other = local.artifact(days=50), local.artifact(days=40)
+    delete = local.store.delete
+
+    def refusing(key: str) -> None:
+        if key == stuck:
+            raise PermissionError(key)
+        delete(key)
+
+    monkeypatch.setattr(local.store, "delete", refusing)
+    found = local.collect()
+    assert local.keys() == {stuck}
+    assert found.removed["gradients"].files == 1
+    assert not local.store.exists(other)
+
+
+def content(kept: Kept, *, live: bool, days: float = 2) -> Dataset:
+    """A dataset, or what is left of one."""
+    fingerprint = new_id("x").removeprefix("x_") * 2
+    for key in (rows_key(fingerprint), ids_key(fingerprint)):
+        kept.put(key, days=days)
+    dataset = Dataset(
+        id=new_id("ds"),
+        tenant_id=kept.ledger.owner["tenant_id"],
+        name="",
+        fingerprint=fingerprint,
+        row_count=1,
+        byte_count=1,
+        sources={},
+    )
+    with kept.ledger.sessions.begin() as session:
+        datasets.add(session, dataset)
+        if not live:
+            session.execute(text("UPDATE datasets SET deleted_at = now() WHERE id = :id"), {"id": dataset.id})
+    return dataset
+
+
+def content_files(kept: Kept, dataset: Dataset) -> set[str]:
+    return {key.rpartition("/")[2] for key in list(kept.keys()) if dataset.fingerprint in key}
+
+
+def test_content_goes_when_no_dataset_has_it_and_ids_when_no_job_names_them(kept: Kept) -> None:
+    live, orphan, young = (
+        content(kept, live=True, days=400),
+        content(kept, live=False),
+        content(kept, live=False, days=0.5),
+    )
+    named, unnamed = content(kept, live=True), content(kept, live=True)
+    for dataset in (named, unnamed):
+        owner = {**kept.ledger.owner, "pool_id": dataset.id}
+        LedgerWorld(kept.ledger.url, kept.ledger.engine, kept.ledger.sessions, owner).job()
+    with kept.ledger.engine.begin() as connection:
+        connection.execute(text("UPDATE selection_jobs SET status = 'cancelled', finished_at = now()"))
+        connection.execute(
+            text("UPDATE datasets SET deleted_at = now() WHERE id IN (:a, :b)"), {"a": named.id, "b": unnamed.id}
+        )
+        connection.execute(text("UPDATE selection_jobs SET deleted_at = now() WHERE pool_id = :id"), {"id": unnamed.id})
+    found = kept.collect(RetentionSettings(artifacts_bytes=1))
+    both = {"rows.parquet", "ids.parquet"}
+    assert content_files(kept, live) == both
+    assert content_files(kept, young) == both
+    assert content_files(kept, named) == {"ids.parquet"}
+    assert content_files(kept, unnamed) == content_files(kept, orphan) == set()
+    assert found.removed["datasets"].files == 5
+
+
+def test_content_that_is_being_published_stays(local: Kept) -> None:
+    """Its files are there, and may be old; its row is not yet."""
+    orphan = content(local, live=False)
+    with local.ledger.sessions() as session:
+        datasets.lock_content(session, orphan.fingerprint)
+        local.collect()
+        assert len(content_files(local, orphan)) == 2
+    local.collect()
+    assert content_files(local, orphan) == set()
+
+
+def test_what_is_not_ours_is_left_alone_and_counted(local: Kept) -> None:
+    digest = "ab" * 32
+    foreign = {
+        "notes.txt",
+        "lost+found/x",
+        f"gradients/ff/{digest}.safetensors/x",
+        f"gradients/ab/{digest[:-1]}.npy",
+        f"datasets/ff/{digest}/rows.parquet",
+        f"datasets/ab/{digest}/other.parquet",
+        "prepare/other.json",
+    }
+    for key in foreign:
+        local.put(key, days=4000)
+    with local.store.writing(content_key("gradients", {}, "")) as path:
+        path.write_bytes(b"half")
+        found = local.collect(RetentionSettings(artifacts_bytes=1))
+        assert path.exists()
+    assert foreign <= local.keys()
+    assert (found.unknown.files, found.unknown.bytes) == (len(foreign), 10 * len(foreign))
+    assert not found.removed
+
+
+def test_jobs_are_deleted_when_their_time_is_over(local: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collection, "_JOBS", 2)
+    old = [local.job() for _ in range(5)]
+    recent, running = local.job(), local.job()
+    for job_id in (*old, recent):
+        local.end(job_id)
+    with local.ledger.engine.begin() as connection:
+        connection.execute(text("UPDATE selection_jobs SET created_at = now() - interval '99 days'"))
+        past = "UPDATE selection_jobs SET finished_at = now() - interval '11 days' WHERE id = ANY(:ids)"
+        connection.execute(text("ALTER TABLE selection_jobs DISABLE TRIGGER USER"))
+        connection.execute(text(past), {"ids": old})
+        connection.execute(text("ALTER TABLE selection_jobs ENABLE TRIGGER USER"))
+    assert local.collect(RetentionSettings(results_days=0)).jobs == []
+    retention = RetentionSettings(results_days=10)
+    assert local.collect(retention, dry_run=True).jobs == old
+    assert [local.ledger.row(job_id).deleted_at for job_id in old] == [None] * 5
+    assert local.collect(retention).jobs == old
+    assert all(local.ledger.row(job_id).deleted_at for job_id in old)
+    assert not any(local.ledger.units(job_id) for job_id in old)
+    for job_id in (recent, running):
+        assert local.ledger.row(job_id).deleted_at is None
+        assert local.ledger.units(job_id)
+    assert local.collect(retention).jobs == []
+
+
+def test_workers_that_were_not_seen_for_a_day_are_forgotten(local: Kept) -> None:
+    with local.ledger.sessions.begin() as session:
+        for worker in ("gone:1", "here:2"):
+            jobs.record_presence(session, worker, "v", stopped=False)
+        past = "UPDATE worker_processes SET seen_at = now() - interval '25 hours' WHERE worker_id = 'gone:1'"
+        session.execute(text(past))
+    assert local.collect(dry_run=True).workers == ["gone:1"]
+    assert local.collect().workers == ["gone:1"]
+    assert local.collect().workers == []
+    with local.ledger.engine.connect() as connection:
+        assert connection.scalars(text("SELECT worker_id FROM worker_processes")).all() == ["here:2"]
+
+
+def test_scratch_is_swept(local: Kept) -> None:
+    with local.store.writing("x") as path:
+        left = path.parent.with_name(path.parent.name.replace(f".{os.getpid()}.", ".999999999."))
+        left.mkdir()
+        path.write_bytes(b"")
+        assert local.collect(dry_run=True).scratch == 1
+        assert local.collect().scratch == 1
+        assert path.exists()
+    assert not left.exists()
+
+
+def test_a_dry_run_says_what_the_next_pass_removes_and_removes_nothing(kept: Kept) -> None:
+    gone = {kept.artifact(), kept.artifact("tokens")}
+    content(kept, live=False)
+    kept.job(key=kept.artifact())
+    before = kept.keys()
+    said = kept.collect(dry_run=True)
+    assert kept.keys() == before
+    assert kept.collect() == said
+    assert said.removed["datasets"].files == 2
+    assert len(before) - len(kept.keys()) == 4
+    assert not gone & kept.keys()
+
+
+def test_it_ends_in_the_midst_of_a_listing(local: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = local.artifact()
+    stopping = threading.Event()
+    (file,) = local.store.files()
+
+    def endless() -> Iterator[Any]:
+        yield file
+        stopping.set()
+        while True:
+            yield file
+
+    monkeypatch.setattr(local.store, "files", endless)
+    assert not local.collect(stopping=stopping).removed
+    assert local.store.exists(key)
+
+
+SOON = RetentionSettings(sweep_minutes=0.0005)
+LOCK = f"SELECT pg_try_advisory_lock({sweeper._LEADER_LOCK})"
+
+
+@contextmanager
+def sweeping(kept: Kept, retention: RetentionSettings = SOON) -> Iterator[Sweeper]:
+    settings = ApiSettings(
+        database=DatabaseSettings(url=kept.ledger.url),
+        broker=BrokerSettings(url="redis://127.0.0.1:1/0"),
+        artifacts=ArtifactSettings(url=kept.store.url),
+        models=ModelSettings(folder=Path()),
+        secret_key=SecretStr("x" * 32),
+        retention=retention,
+    )
+    started = Sweeper(settings, kept.store)
+    started.start()
+    try:
+        yield started
+    finally:
+        started.stop()
+        assert not started._thread.is_alive()
+
+
+def test_the_sweeper_collects_again_and_again(local: Kept) -> None:
+    with sweeping(local):
+        for _ in range(2):
+            local.artifact()
+            wait_until(lambda: not local.keys(), PATIENCE, "it is collected")
+
+
+def test_one_sweeper_leads_and_another_takes_over(local: Kept) -> None:
+    with psycopg.connect(local.ledger.url, autocommit=True) as leader:
+        assert leader.execute(LOCK).fetchone() == (True,)
+        with sweeping(local):
+            local.artifact()
+            wait_until(lambda: tried(local) > 2, PATIENCE, "it tries to lead")
+            assert len(local.keys()) == 1
+            leader.close()
+            wait_until(lambda: not local.keys(), PATIENCE, "it leads")
+
+
+def tried(kept: Kept) -> int:
+    """How often a session has ended in the database: one that does not lead tries in a session of its own each time."""
+    with kept.ledger.engine.connect() as connection:
+        connection.execute(text("SELECT pg_stat_clear_snapshot()"))
+        return int(
+            connection.scalar(text("SELECT sessions FROM pg_stat_database WHERE datname = current_database()")) or 0
+        )
+
+
+def test_the_lock_goes_with_the_sweeper(local: Kept) -> None:
+    with sweeping(local), psycopg.connect(local.ledger.url, autocommit=True) as other:
+        wait_until(lambda: not is_free(other), PATIENCE, "it leads")
+    with psycopg.connect(local.ledger.url, autocommit=True) as other:
+        wait_until(lambda: is_free(other), PATIENCE, "the lock is given back")
+
+
+def is_free(connection: psycopg.Connection) -> bool:
+    free = connection.execute(LOCK).fetchone() == (True,)
+    connection.execute("SELECT pg_advisory_unlock_all()")
+    return free
+
+
+def test_a_pass_that_fails_is_tried_again(
+    local: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = local.store.files
+    failures = iter([OSError("the store is away"), RuntimeError("a fault of ours")])
+
+    def failing() -> Iterator[Any]:
+        if error := next(failures, None):
+            raise error
+        return files()
+
+    monkeypatch.setattr(local.store, "files", failing)
+    key = local.artifact()
+    with sweeping(local):
+        wait_until(lambda: not local.store.exists(key), PATIENCE, "it is collected")
+    assert caplog.text.count("the pass failed") == 2
+
+
+def test_a_lost_connection_is_found_out_and_made_anew(local: Kept) -> None:
+    with sweeping(local):
+        local.artifact()
+        wait_until(lambda: not local.keys(), PATIENCE, "it is collected")
+        with psycopg.connect(local.ledger.url, autocommit=True) as other:
+            ended = (
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
+            )
+            other.execute(ended)
+        local.artifact()
+        wait_until(lambda: not local.keys(), PATIENCE, "it is collected again")
+
+
+def test_the_sweeper_stops_in_the_midst_of_a_listing(local: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    local.artifact()
+    (file,) = local.store.files()
+    listing = threading.Event()
+
+    def endless() -> Iterator[Any]:
+        while True:
+            listing.set()
+            yield file
+
+    monkeypatch.setattr(local.store, "files", endless)
+    with sweeping(local):
+        assert listing.wait(PATIENCE)
+
+
+def winnow_collect(kept: Kept, *options: str) -> str:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")},
+        "TMPDIR": tempfile.gettempdir(),
+        "WINNOW_DATABASE__URL": kept.ledger.url,
+        "WINNOW_BROKER__URL": "redis://127.0.0.1:1/0",
+        "WINNOW_ARTIFACTS__URL": kept.store.url,
+        "WINNOW_MODELS__FOLDER": kept.store.url,
+    }
+    command = [sys.executable, "-c", "from service.cli import main; main()", "collect", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_says_what_goes_and_what_went(local: Kept) -> None:
+    local.artifact(size=1234)
+    local.put("notes.txt", size=7)
+    said = json.loads(winnow_collect(local, "--dry-run", "--json"))
+    assert said == {
+        "dry_run": True,
+        "removed": {"gradients": {"files": 1, "bytes": 1234}},
+        "jobs": [],
+        "workers": [],
+        "scratch": 0,
+        "unknown": {"files": 1, "bytes": 7},
+    }
+    assert len(local.keys()) == 2
+    told = winnow_collect(local)
+    assert re.search(r"gradients +1 files +1,234 bytes", told)
+    assert "1 files of 7 bytes" in told
+    assert local.keys() == {"notes.txt"}
