@@ -3,17 +3,22 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 
 import pytest
-from ledger_world import LedgerWorld, at_once, ledger_world, unit
+from ledger_world import LedgerWorld, at_once, ledger_world, unit, wait_until
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
+from service.database import make_engine, make_sessions
 from service.ids import new_id
 from service.jobs import ledger
-from service.jobs.ledger import Claim, LeaseLost, Retries, claims
+from service.jobs.ledger import Claim, LeaseLost, NotTerminal, Retries, claims
 from service.jobs.state import JOB_TRANSITIONS, TERMINAL, JobStatus, Stage
+from service.jobs.tables import SelectionJob
+from service.settings import DatabaseSettings
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +82,7 @@ def test_an_artifact_is_made_by_one_unit_at_a_time_and_the_next_waits_for_its_en
     claim = world.claim()
     assert claim.job_id == jobs[0]
     assert world.try_claim() is None
-    with world.sessions() as session:
-        assert ledger.claimable_count(session) == 0
+    assert world.claimable_count() == 0
     world.finish(claim)
     claim = world.claim()
     assert claim.job_id == jobs[1]
@@ -112,7 +116,7 @@ def test_a_missed_claim_keeps_no_job_locked(world: LedgerWorld) -> None:
     """Two claims that each kept the job they missed would wait for each other's."""
     first, second = world.job(unit(Stage.EMBED, key="embed/shared")), world.job()
     with world.sessions.begin() as holder, world.sessions.begin() as session:
-        missed = claims._claimable_unit(session)
+        missed = claims._claimable_unit(session, None, 60)
         assert missed is not None
         assert missed[1] == first
         ledger.claim_unit(holder, worker_id="a", lease_seconds=60)
@@ -121,7 +125,7 @@ def test_a_missed_claim_keeps_no_job_locked(world: LedgerWorld) -> None:
         candidates = iter([missed])
         real = claims._claimable_unit
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(claims, "_claimable_unit", lambda s: next(candidates, None) or real(s))
+            patch.setattr(claims, "_claimable_unit", lambda s, *more: next(candidates, None) or real(s, *more))
             claim = ledger.claim_unit(session, worker_id="b", lease_seconds=60)
         assert claim is not None
         assert claim.job_id == second
@@ -396,6 +400,131 @@ def test_progress_starts_anew_with_each_attempt(world: LedgerWorld) -> None:
     assert world.unit(world.claim()).progress_done == 0
 
 
+# Waiting before the next attempt
+
+
+def test_the_delay_grows_with_each_failure() -> None:
+    retries = Retries(max_attempts=4, seconds=10)
+    assert [retries.delay(failures) for failures in (1, 2, 3)] == [10, 60, 360]
+    assert Retries(max_attempts=4, seconds=0).delay(3) == 0
+
+
+def test_a_unit_that_failed_is_not_claimed_before_its_time(world: LedgerWorld) -> None:
+    job_id = world.job()
+    retries = Retries(max_attempts=3, seconds=600)
+    for failures in (1, 2):
+        claim = world.claim()
+        assert world.unit(claim).not_before is None
+        with world.engine.connect() as connection:
+            before = connection.scalar(text("SELECT clock_timestamp()"))
+            assert world.fail(claim, retryable=True, retries=retries) is True
+            after = connection.scalar(text("SELECT clock_timestamp()"))
+        until = world.unit(claim).not_before
+        assert until is not None
+        delay = timedelta(seconds=retries.delay(failures))
+        assert before + delay <= until <= after + delay
+        assert world.claimable_count() == 0
+        assert world.try_claim() is None
+        assert world.status(job_id) == "running"
+        world.end_delay(claim.unit_id)
+        assert world.claimable_count() == 1
+    world.release(world.claim())
+    assert world.claimable_count() == 1, "a unit that was given back waits for nothing"
+
+
+def test_a_unit_that_waits_for_its_time_holds_up_no_other(world: LedgerWorld) -> None:
+    job_id = world.job(unit(Stage.EMBED, 0), unit(Stage.EMBED, 1))
+    world.fail(world.claim(), retryable=True, retries=Retries(max_attempts=3, seconds=600))
+    assert world.claimable_count() == 1
+    assert world.claim().shard == 1
+    world.cancel(job_id)
+    assert world.states(job_id) == ["cancelled", "running"]
+
+
+def test_an_expired_lease_is_tried_again_at_once(world: LedgerWorld) -> None:
+    world.job()
+    world.lose_lease(world.claim())
+    assert world.expire(Retries(max_attempts=3, seconds=600)) == 1
+    assert world.claim().attempt == 2
+
+
+def test_the_error_of_a_job_tells_why_each_attempt_of_its_unit_failed(world: LedgerWorld) -> None:
+    job_id = world.job(unit(Stage.EMBED, 0), unit(Stage.EMBED, 1))
+    other, claim = world.claim(), world.claim()
+    world.fail(other, retryable=True, code="of_another_unit")
+    world.finish(world.claim())
+    world.fail(claim, retryable=True, code="out_of_memory")
+    world.release(world.claim())
+    world.lose_lease(world.claim("host:1"))
+    world.expire()
+    world.fail(world.claim(), retryable=True, code="storage_full")
+    error = world.row(job_id).error
+    assert error is not None
+    assert (error["code"], error["attempts"]) == ("storage_full", 4)
+    assert error["history"] == [
+        {"attempt": 1, "code": "out_of_memory", "detail": "It is out_of_memory."},
+        {
+            "attempt": 3,
+            "code": "lease_expired",
+            "detail": "Worker host:1 stopped answering (killed, cut off, or out of memory).",
+        },
+        {"attempt": 4, "code": "storage_full", "detail": "It is storage_full."},
+    ]
+
+
+# Who stands still
+
+
+def test_a_job_whose_row_is_held_holds_up_no_sweep(world: LedgerWorld) -> None:
+    for _ in range(3):
+        world.job()
+    claims = [world.claim() for _ in range(3)]
+    for claim in claims:
+        world.lose_lease(claim)
+    with world.sessions() as stalled:
+        ledger.lock_claim(stalled, claims[0])
+        assert world.expire() == 2
+        assert [world.unit(claim).state for claim in claims] == ["running", "pending", "pending"]
+        stalled.rollback()
+    assert world.expire() == 1
+    assert world.unit(claims[0]).state == "pending"
+
+
+def test_a_beat_that_stands_still_holds_up_no_sweep(world: LedgerWorld) -> None:
+    world.job(unit(Stage.EMBED, 0), unit(Stage.EMBED, 1))
+    claims = [world.claim(), world.claim()]
+    for claim in claims:
+        world.lose_lease(claim)
+    with world.sessions() as stalled:
+        ledger.beat(stalled, claims[0], lease_seconds=60, done=1)
+        assert world.expire() == 1
+        stalled.rollback()
+    assert world.expire() == 1
+    assert [world.unit(claim).failures for claim in claims] == [1, 1]
+
+
+def test_a_transaction_that_stands_still_is_ended_and_the_row_is_free(world: LedgerWorld) -> None:
+    """As of a worker that was stopped in the midst of a write."""
+    world.job()
+    claim = world.claim()
+    engine = make_engine(DatabaseSettings(url=world.url, pool_size=1), idle_in_transaction_seconds=1)
+    lock = text("SELECT id FROM selection_jobs WHERE id = :id FOR UPDATE SKIP LOCKED")
+
+    def is_free() -> bool:
+        with world.engine.begin() as connection:
+            return connection.scalar(lock, {"id": claim.job_id}) is not None
+
+    with make_sessions(engine)() as stalled:
+        job = ledger.lock_claim(stalled, claim)
+        assert not is_free()
+        wait_until(is_free, 60, "the held row is free")
+        with pytest.raises(DBAPIError) as caught:
+            ledger.finish_unit(stalled, job, claim, {})
+        assert caught.value.connection_invalidated
+    engine.dispose()
+    assert world.unit(claim).state == "running"
+
+
 # Cancels
 
 
@@ -474,6 +603,47 @@ def test_a_cancel_changes_nothing_where_it_can_no_longer(world: LedgerWorld, sta
     assert world.image() == before
 
 
+def test_a_cancel_that_is_overdue_is_carried_through_without_its_workers(world: LedgerWorld) -> None:
+    job_id = world.job(*(unit(Stage.EMBED, shard) for shard in range(3)))
+    running, done = [world.claim(), world.claim()], world.claim()
+    world.finish(done)
+    world.cancel(job_id)
+    assert world.expire_cancels() == 0, "its workers have their time yet"
+    world.age_cancel(job_id)
+    assert world.expire_cancels() == 1
+    assert world.expire_cancels() == 0
+    job = world.row(job_id)
+    assert job.status is JobStatus.CANCELLED
+    assert job.finished_at is not None
+    assert world.states(job_id) == ["cancelled", "cancelled", "succeeded"]
+    assert world.events(job_id)[-2:] == [
+        ("units.cancelled", {"stages": ["embed"], "units": 2, "reason": "the workers did not stop in time"}),
+        ("job.cancelled", {}),
+    ]
+    before = world.image()
+    for claim in running:
+        for late in LATE.values():
+            with pytest.raises(LeaseLost):
+                late(world, claim)
+    assert world.image() == before
+
+
+def test_only_cancels_that_are_overdue_and_free_are_carried_through(world: LedgerWorld) -> None:
+    for _ in range(4):
+        world.job()
+    overdue, held, in_time, at_work = claims = [world.claim() for _ in range(4)]
+    for claim in (overdue, held, in_time):
+        world.cancel(claim.job_id)
+    for claim in (overdue, held):
+        world.age_cancel(claim.job_id)
+    with world.sessions() as stalled:
+        ledger.lock_claim(stalled, held)
+        assert world.expire_cancels() == 1
+        stalled.rollback()
+    assert [world.status(claim.job_id) for claim in claims] == ["cancelled", "cancelling", "cancelling", "running"]
+    assert world.unit(at_work).state == "running"
+
+
 def _supervise(world: LedgerWorld, claim: Claim) -> None:
     """A worker whose unit is done: it publishes, or sees the cancel and gives the unit back."""
     with world.sessions.begin() as session:
@@ -526,6 +696,63 @@ def test_cancels_claims_and_ends_at_once_leave_a_ledger_that_makes_sense(world: 
             if status is JobStatus.CANCELLING:
                 assert "running" in states
                 assert "pending" not in states
+
+
+# Deletion
+
+
+@pytest.mark.parametrize("status", ["queued", "running", "cancelling"])
+def test_a_job_that_has_not_ended_is_not_deleted(world: LedgerWorld, status: str) -> None:
+    job_id = world.job()
+    if status != "queued":
+        world.claim()
+    if status == "cancelling":
+        world.cancel(job_id)
+    assert world.status(job_id) == status
+    before = world.image()
+    with pytest.raises(NotTerminal):
+        world.delete(job_id)
+    assert world.image() == before
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled"])
+def test_of_a_deleted_job_only_its_row_is_left(world: LedgerWorld, status: str) -> None:
+    job_id, other = world.job(unit(Stage.PUBLISH)), world.job(unit(Stage.PUBLISH))
+    ends = {"succeeded": world.finish, "failed": partial(world.fail, retryable=False), "cancelled": world.release}
+    claim = world.claim()
+    if status == "cancelled":
+        world.cancel(job_id)
+    ends[status](claim)
+    with world.sessions.begin() as session:
+        session.get_one(SelectionJob, job_id).job_metadata = {"of": "the tenant"}
+    ended = world.row(job_id)
+    world.delete(job_id)
+    job = world.row(job_id)
+    assert job.deleted_at is not None
+    assert (job.status, job.finished_at, job.error) == (ended.status, ended.finished_at, ended.error)
+    assert (job.job_metadata, world.units(job_id), world.events(job_id)) == ({}, [], [])
+    assert len(world.units(other)) == len(world.events(other)) == 1
+    before = world.image()
+    world.delete(job_id)
+    world.cancel(job_id)
+    for late in LATE.values():
+        with pytest.raises(LeaseLost):
+            late(world, claim)
+    assert world.image() == before
+
+
+def test_a_deletion_that_races_the_end_comes_before_or_after_it(world: LedgerWorld) -> None:
+    for _ in range(8):
+        world.empty()
+        job_id = world.job(unit(Stage.PUBLISH))
+        claim = world.claim()
+        refused, *outcomes = at_once([partial(world.delete, job_id), partial(world.finish, claim)])
+        assert outcomes == [True]
+        if refused is None:
+            assert world.event_types(job_id) == []
+        else:
+            assert isinstance(refused, NotTerminal)
+            assert world.event_types(job_id)[-1] == "job.succeeded"
 
 
 # Events

@@ -22,7 +22,7 @@ from service.jobs import ledger
 from service.jobs.ledger import Claim, LeaseLost, NotTerminal, Retries, UnitSpec, claims, sweeps
 from service.jobs.state import TERMINAL, JobStatus, Stage, UnitState
 
-EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "80"))
 STEPS = 40
 TOTAL = 100
 AT_ONCE = Retries(max_attempts=2, seconds=0)
@@ -74,11 +74,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def live(self) -> list[Held]:
         return [held for held in self.claims if held.is_live and not held.forgotten]
 
-    def lapsed(self) -> list[Held]:
-        return [held for held in self.live() if held.unit.lapsed]
-
     def lost(self) -> list[Held]:
-        return [held for held in self.claims if not held.is_live]
+        """Those first whose unit runs under another claim now."""
+        lost = [held for held in self.claims if not held.is_live]
+        return sorted(lost, key=lambda held: held.unit.state is not UnitState.RUNNING)
 
     # Jobs
 
@@ -130,14 +129,19 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.claimable())
     @rule()
     def redeliver(self) -> None:
-        """The same message to both workers: the second looked for a unit before the first had taken it."""
-        with self.world.sessions.begin() as slower:
-            seen = iter([claims._claimable_unit(slower)])
-            self._claimed(self.world.try_claim("a"), "a")
-            real = claims._claimable_unit
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(claims, "_claimable_unit", lambda session: next(seen, None) or real(session))
-                claim = ledger.claim_unit(slower, worker_id="b", lease_seconds=60)
+        """The same message to both workers: one has looked for a unit, and the other takes it before the first one does."""
+        real, overtaken = claims._claimable_unit, []
+
+        def look(*arguments: Any) -> Any:
+            found = real(*arguments)
+            if not overtaken:
+                overtaken.append(True)
+                self._claimed(self.world.try_claim("a"), "a")
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(claims, "_claimable_unit", look)
+            claim = self.world.try_claim("b")
         self._claimed(claim, "b")
 
     @precondition(lambda self: self.live())
@@ -181,7 +185,7 @@ class LedgerMachine(RuleBasedStateMachine):
             held.forgotten |= held.worker == worker
 
     @precondition(lambda self: self.lost())
-    @rule(pick=st.integers(0, 99))
+    @rule(pick=picks)
     def act_on_a_lost_claim(self, pick: int) -> None:
         claim = self.lost()[pick % len(self.lost())].claim
         late: list[Callable[[], object]] = [
@@ -206,8 +210,11 @@ class LedgerMachine(RuleBasedStateMachine):
         for _ in range(min(times, len(self.model.running(lapsed=False)))):
             running = self.model.running(lapsed=False)
             _, unit = running[pick % len(running)]
-            unit.lapsed = True
-            self.world.lose_lease(next(h.claim for h in self.claims if h.unit is unit and h.is_live))
+            self._lapse(next(held for held in self.claims if held.unit is unit and held.is_live))
+
+    def _lapse(self, held: Held) -> None:
+        held.unit.lapsed = True
+        self.world.lose_lease(held.claim)
 
     @precondition(lambda self: any(unit.waits for _, unit in self.model.units()))
     @rule(pick=picks)
@@ -254,6 +261,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def sweep_beside_a_worker_that_stands_still(self, pick: int) -> None:
         """It holds its job's row in the midst of a write, and dies there."""
         held = self.live()[pick % len(self.live())]
+        self._lapse(held)
         with self.world.sessions() as stalled:
             job = ledger.lock_claim(stalled, held.claim)
             ledger.finish_unit(stalled, job, held.claim, {})
@@ -261,24 +269,26 @@ class LedgerMachine(RuleBasedStateMachine):
             self._sweep(held=[held.job])
             stalled.rollback()
 
-    @precondition(lambda self: self.lapsed())
+    @precondition(lambda self: self.live())
     @rule(pick=picks)
     def sweep_during_a_beat(self, pick: int) -> None:
         """A beat holds its unit's row alone. The sweep leaves that unit, unless the job ends: then it waits for the beat."""
-        held = self.lapsed()[pick % len(self.lapsed())]
+        held = self.live()[pick % len(self.live())]
         siblings = [unit for unit in held.job.running if unit is not held.unit and unit.lapsed]
         if held.job.overdue or any(unit.failures + 1 >= AT_ONCE.max_attempts for unit in siblings):
             return
+        self._lapse(held)
         with self.world.sessions.begin() as beating:
             ledger.beat(beating, held.claim, lease_seconds=60, done=TOTAL)
             self._sweep(but=[held.unit])
         self.model.beat(held.unit, TOTAL)
 
-    @precondition(lambda self: self.lapsed())
+    @precondition(lambda self: self.live())
     @rule(pick=picks, act=st.sampled_from(["beat", "finish", "release"]))
     def sweep_comes_late(self, pick: int, act: str) -> None:
         """The worker writes after the sweep has looked for expired leases and before it has locked the first job."""
-        held = self.lapsed()[pick % len(self.lapsed())]
+        held = self.live()[pick % len(self.live())]
+        self._lapse(held)
         real, acted = sweeps.lock_job_if_free, []
 
         def lock(*arguments: Any) -> Any:
