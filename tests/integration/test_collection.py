@@ -1,32 +1,20 @@
 """What is collected and what never is, on a real PostgreSQL and a real store: a file that must go beside one that must stay."""
 
-import json
 import os
-import re
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
+from collection_world import DAY, HOUR, MONTH, PATIENCE, Kept, empty
 from ledger_world import LedgerWorld, at_once, ledger_world, wait_until
-from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from service import sweeper
-from service.artifacts import ArtifactStore, content_key
+from service.artifacts import content_key
 from service.collection import repository
 from service.collection import service as collection
-from service.collection.service import Collected, collect
 from service.datasets import repository as datasets
 from service.datasets.storage import ids_key, rows_key
 from service.datasets.tables import Dataset
@@ -37,63 +25,14 @@ from service.jobs.ledger import UnitSpec
 from service.jobs.state import Stage
 from service.jobs.tables import SelectionJob
 from service.settings import (
-    ApiSettings,
-    ArtifactSettings,
-    BrokerSettings,
-    DatabaseSettings,
-    ModelSettings,
     RetentionSettings,
 )
-from service.sweeper import Sweeper
-
-HOUR, DAY = 3_600, 86_400
-MONTH = RetentionSettings(artifacts_days=30)
-PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
 def _database(postgres_url: str) -> Iterator[LedgerWorld]:
     with ledger_world(postgres_url) as world:
         yield world
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A ledger, and a store whose files are of any age."""
-
-    ledger: LedgerWorld
-    store: ArtifactStore
-
-    def put(self, key: str, *, days: float = 40, size: int = 10) -> str:
-        with self.store.writing(key) as path:
-            path.write_bytes(b"x" * size)
-        self.age(key, days)
-        return key
-
-    def age(self, key: str, days: float) -> None:
-        then = time.time() - days * DAY
-        if "file" in self.store.fs.protocol:
-            os.utime(f"{self.store.root}/{key}", (then, then))
-        else:
-            file = self.store.fs.store[f"{self.store.root}/{key}"]
-            file.modified -= timedelta(days=days)
-
-    def artifact(self, kind: str = "gradients", *, days: float = 40, size: int = 10) -> str:
-        return self.put(content_key(kind, {"id": new_id("x")}, ".safetensors"), days=days, size=size)
-
-    def collect(self, retention: RetentionSettings = MONTH, **options: Any) -> Collected:
-        return collect(self.ledger.sessions, self.store, retention, **options)
-
-    def keys(self) -> set[str]:
-        return {file.key for file in self.store.files()}
-
-    def job(self, stage: Stage = Stage.SELECT, *, key: str | None = None, spec: dict[str, Any] | None = None) -> str:
-        key = key or content_key("selections", {"id": new_id("x")}, ".safetensors")
-        return self.ledger.job(UnitSpec(stage=stage, shard=0, artifact_key=key, spec=spec or {}, total=1))
-
-    def end(self, job_id: str) -> None:
-        self.ledger.cancel(job_id)
-        assert self.ledger.status(job_id) == "cancelled"
 
 
 @pytest.fixture(autouse=True)
@@ -105,19 +44,12 @@ def _no_scratch_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(params=["folder", "remote"])
 def kept(request: pytest.FixtureRequest, _database: LedgerWorld, tmp_path: Path) -> Kept:
     url = str(tmp_path / "store") if request.param == "folder" else f"memory://{new_id('store')}"
-    return _empty(_database, url)
+    return empty(_database, url)
 
 
 @pytest.fixture
 def local(_database: LedgerWorld, tmp_path: Path) -> Kept:
-    return _empty(_database, str(tmp_path / "store"))
-
-
-def _empty(world: LedgerWorld, url: str) -> Kept:
-    with world.engine.begin() as connection:
-        connection.execute(text("TRUNCATE selection_jobs, worker_processes CASCADE"))
-        connection.execute(text("DELETE FROM datasets WHERE id <> :id"), {"id": world.owner["pool_id"]})
-    return Kept(world, ArtifactStore(url))
+    return empty(_database, str(tmp_path / "store"))
 
 
 def files_of(artifact: str) -> set[str]:
@@ -535,146 +467,3 @@ def test_it_ends_in_the_midst_of_a_listing(local: Kept, monkeypatch: pytest.Monk
     monkeypatch.setattr(local.store, "files", endless)
     assert not local.collect(stopping=stopping).removed
     assert local.store.exists(key)
-
-
-SOON = RetentionSettings(sweep_minutes=0.0005)
-LOCK = f"SELECT pg_try_advisory_lock({sweeper._LEADER_LOCK})"
-
-
-@contextmanager
-def sweeping(kept: Kept, retention: RetentionSettings = SOON) -> Iterator[Sweeper]:
-    settings = ApiSettings(
-        database=DatabaseSettings(url=kept.ledger.url),
-        broker=BrokerSettings(url="redis://127.0.0.1:1/0"),
-        artifacts=ArtifactSettings(url=kept.store.url),
-        models=ModelSettings(folder=Path()),
-        secret_key=SecretStr("x" * 32),
-        retention=retention,
-    )
-    started = Sweeper(settings, kept.store)
-    started.start()
-    try:
-        yield started
-    finally:
-        started.stop()
-        assert not started._thread.is_alive()
-
-
-def test_the_sweeper_collects_again_and_again(local: Kept) -> None:
-    with sweeping(local):
-        for _ in range(2):
-            local.artifact()
-            wait_until(lambda: not local.keys(), PATIENCE, "it is collected")
-
-
-def test_one_sweeper_leads_and_another_takes_over(local: Kept) -> None:
-    with psycopg.connect(local.ledger.url, autocommit=True) as leader:
-        assert leader.execute(LOCK).fetchone() == (True,)
-        with sweeping(local):
-            local.artifact()
-            wait_until(lambda: tried(local) > 2, PATIENCE, "it tries to lead")
-            assert len(local.keys()) == 1
-            leader.close()
-            wait_until(lambda: not local.keys(), PATIENCE, "it leads")
-
-
-def tried(kept: Kept) -> int:
-    """How often a session has ended in the database: one that does not lead tries in a session of its own each time."""
-    with kept.ledger.engine.connect() as connection:
-        connection.execute(text("SELECT pg_stat_clear_snapshot()"))
-        return int(
-            connection.scalar(text("SELECT sessions FROM pg_stat_database WHERE datname = current_database()")) or 0
-        )
-
-
-def test_the_lock_goes_with_the_sweeper(local: Kept) -> None:
-    with sweeping(local), psycopg.connect(local.ledger.url, autocommit=True) as other:
-        wait_until(lambda: not is_free(other), PATIENCE, "it leads")
-    with psycopg.connect(local.ledger.url, autocommit=True) as other:
-        wait_until(lambda: is_free(other), PATIENCE, "the lock is given back")
-
-
-def is_free(connection: psycopg.Connection) -> bool:
-    free = connection.execute(LOCK).fetchone() == (True,)
-    connection.execute("SELECT pg_advisory_unlock_all()")
-    return free
-
-
-def test_a_pass_that_fails_is_tried_again(
-    local: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    files = local.store.files
-    failures = iter([OSError("the store is away"), RuntimeError("a fault of ours")])
-
-    def failing() -> Iterator[Any]:
-        if error := next(failures, None):
-            raise error
-        return files()
-
-    monkeypatch.setattr(local.store, "files", failing)
-    key = local.artifact()
-    with sweeping(local):
-        wait_until(lambda: not local.store.exists(key), PATIENCE, "it is collected")
-    assert caplog.text.count("the pass failed") == 2
-
-
-def test_a_lost_connection_is_found_out_and_made_anew(local: Kept) -> None:
-    with sweeping(local):
-        local.artifact()
-        wait_until(lambda: not local.keys(), PATIENCE, "it is collected")
-        with psycopg.connect(local.ledger.url, autocommit=True) as other:
-            ended = (
-                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
-            )
-            other.execute(ended)
-        local.artifact()
-        wait_until(lambda: not local.keys(), PATIENCE, "it is collected again")
-
-
-def test_the_sweeper_stops_in_the_midst_of_a_listing(local: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    local.artifact()
-    (file,) = local.store.files()
-    listing = threading.Event()
-
-    def endless() -> Iterator[Any]:
-        while True:
-            listing.set()
-            yield file
-
-    monkeypatch.setattr(local.store, "files", endless)
-    with sweeping(local):
-        assert listing.wait(PATIENCE)
-
-
-def winnow_collect(kept: Kept, *options: str) -> str:
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")},
-        "TMPDIR": tempfile.gettempdir(),
-        "WINNOW_DATABASE__URL": kept.ledger.url,
-        "WINNOW_BROKER__URL": "redis://127.0.0.1:1/0",
-        "WINNOW_ARTIFACTS__URL": kept.store.url,
-        "WINNOW_MODELS__FOLDER": kept.store.url,
-    }
-    command = [sys.executable, "-c", "from service.cli import main; main()", "collect", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_command_says_what_goes_and_what_went(local: Kept) -> None:
-    local.artifact(size=1234)
-    local.put("notes.txt", size=7)
-    said = json.loads(winnow_collect(local, "--dry-run", "--json"))
-    assert said == {
-        "dry_run": True,
-        "removed": {"gradients": {"files": 1, "bytes": 1234}},
-        "jobs": [],
-        "workers": [],
-        "scratch": 0,
-        "unknown": {"files": 1, "bytes": 7},
-    }
-    assert len(local.keys()) == 2
-    told = winnow_collect(local)
-    assert re.search(r"gradients +1 files +1,234 bytes", told)
-    assert "1 files of 7 bytes" in told
-    assert local.keys() == {"notes.txt"}

@@ -1,0 +1,101 @@
+"""Real jobs, on a store from which everything goes that may: what they select is the same."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny import pool_rows, target_rows
+from worker_world import MODEL, SMALL, TARGET, Json, World, post
+
+from service.collection.service import collect
+from service.settings import RetentionSettings
+
+PARAMETERS: Json = {"budget": 10, "landmarks": {"count": 12}, "embedding": {"kind": "hidden", "blocks": 2}}
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory, postgres_url: str, broker_url: str, tiny_llama: Path
+) -> Iterator[World]:
+    with World.made(tmp_path_factory.mktemp("world"), postgres_url, broker_url, number=9) as made:
+        shutil.copytree(tiny_llama, made.folder / "models" / MODEL)
+        with made.worker("worker"):
+            yield made
+
+
+@pytest.fixture(scope="module")
+def datasets(world: World) -> tuple[str, str]:
+    return world.upload(pool_rows(SMALL)), world.upload(target_rows(TARGET, "python_function"))
+
+
+@pytest.fixture(scope="module")
+def selected(world: World, datasets: tuple[str, str]) -> list[Json]:
+    """What the first job selects, from whose artifacts nothing was taken."""
+    job_id = post(world, *datasets, **PARAMETERS)
+    world.succeeded(job_id)
+    return world.selected(job_id)
+
+
+def age(world: World, *kinds: str) -> set[str]:
+    """The keys of all artifacts of the kinds, which nobody has used for long."""
+    keys = {file.key for file in world.store.files() if file.key.partition("/")[0] in kinds}
+    for key in keys:
+        os.utime(f"{world.store.root}/{key}", (1_000_000, 1_000_000))
+    return keys
+
+
+def test_a_job_on_what_a_collection_has_left_selects_the_same(
+    world: World, datasets: tuple[str, str], selected: list[Json]
+) -> None:
+    """The propagated influence is still there; the shortlist that its result names is not, nor the gradients of that."""
+    aged = age(world, "tokens", "gradients")
+    assert aged
+    found = collect(world.sessions, world.store, world.settings.retention)
+    assert found.removed["tokens"].files + found.removed["gradients"].files == len(aged)
+    job_id = post(world, *datasets, **PARAMETERS)
+    job = world.succeeded(job_id)
+    assert world.selected(job_id) == selected
+    reused = {stage["stage"]: stage["units_reused"] for stage in job["stages"]}
+    assert reused["embed"] == 1
+    assert reused["landmark_gradients"] == reused["propagate"] == 0
+
+
+@contextmanager
+def collecting(world: World) -> Iterator[list[int]]:
+    """Pass after pass, in which everything that is not needed at the moment goes, however young. How much each has taken."""
+    stopping, taken = threading.Event(), []
+    failures: list[Exception] = []
+    retention = RetentionSettings(artifacts_days=1e-9)
+
+    def run() -> None:
+        try:
+            while not stopping.is_set():
+                found = collect(world.sessions, world.store, retention, stopping=stopping)
+                taken.append(sum(tally.files for tally in found.removed.values()))
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        stopping.set()
+        thread.join()
+    assert not failures
+
+
+def test_a_job_lacks_nothing_while_all_goes_that_it_does_not_need(
+    world: World, datasets: tuple[str, str], selected: list[Json]
+) -> None:
+    with collecting(world) as taken:
+        job_id = post(world, *datasets, **PARAMETERS)
+        world.succeeded(job_id)
+    assert world.selected(job_id) == selected
+    assert world.events(job_id, "unit.attempt_failed") == []
+    assert taken[0] > 0
+    assert len(taken) > 10
