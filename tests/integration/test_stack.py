@@ -13,10 +13,12 @@ from pathlib import Path
 
 import httpx
 import psutil
+import psycopg
 import pytest
 from worker_world import is_running, until
 
 from service.local import Stack, running_stack
+from service.processes import Restarts
 
 
 class Started:
@@ -121,3 +123,69 @@ def test_it_ends_with_the_process_that_started_it(home: Path) -> None:
         parent.kill()
     until("every part is gone", lambda: not any(is_running(pid) for pid in pids.values()), 60)
     assert not (home / "stack.json").exists()
+
+
+def tells_of_itself(stack: Stack, pid: int) -> bool:
+    """Whether the worker of this process has said in the database that it runs."""
+    with psycopg.connect(stack.database_url.replace("postgresql+psycopg", "postgresql")) as connection:
+        rows = connection.execute("SELECT 1 FROM worker_processes WHERE worker_id LIKE %s", [f"%:{pid}"])
+        return rows.fetchone() is not None
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def test_a_worker_that_is_killed_is_started_again_and_down_waits_until_all_has_ended(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("WINNOW_WORKER__METRICS_PORT", str(port))
+    started = Started(home, "--workers", "2")
+    first = started.ready()
+    pids = [first.pids["worker1"]]
+    for pause in (1, 2):
+        until("the worker runs", lambda: tells_of_itself(first, pids[-1]))
+        os.kill(pids[-1], signal.SIGKILL)
+
+        def another() -> int | None:
+            stack = running_stack(home)
+            return stack.pids["worker1"] if stack is not None and stack.pids["worker1"] != pids[-1] else None
+
+        pids.append(until("another worker is there", another))
+        assert f"worker1 ended with status -9; starting it again in {pause} s" in started.log.read_text()
+    until("the last worker runs", lambda: tells_of_itself(first, pids[-1]))
+    for number in (0, 1):  # each worker at a port of its own
+        until("Prometheus could read it", lambda n=number: answers(f"http://127.0.0.1:{port + n}/metrics"))
+    assert httpx.get(f"{first.url}/readyz").is_success
+
+    ended = subprocess.run(
+        [Path(sys.executable).parent / "winnow", "down", "--home", home], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert not (home / "stack.json").exists()
+    parts = {**first.pids, "worker1": pids[-1]}
+    assert [name for name, pid in parts.items() if name != "stack" and is_running(pid)] == []
+    assert started.process.wait(timeout=30) == 0
+    assert started.left() == []
+
+
+def test_pauses_between_starts_grow_and_begin_anew_once_it_ran_well() -> None:
+    restarts = Restarts(now=0.0)
+    now, pauses = 0.0, []
+    for ran in (5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 100.0, 1.0):
+        now += ran
+        pause = restarts.ended(now)
+        assert pause is not None
+        assert restarts.ended(now) is None  # it is told once
+        assert not restarts.is_due(now + pause - 0.1)
+        now += pause
+        assert restarts.is_due(now)
+        assert not restarts.is_due(now + 100)  # it runs
+        pauses.append(pause)
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 1, 2]
