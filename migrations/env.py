@@ -1,18 +1,18 @@
 """Alembic's environment: online only, one transaction for each migration, under the lock that lets one run at a time."""
 
-import os
 from contextlib import nullcontext
 
 from alembic import context
 
 from service.schema import metadata, migrating
+from service.settings import database_settings
 
 given = context.config.attributes
-# `service.schema.upgrade` passes its connection, other callers the URL; Alembic's own command line takes it from the environment.
+# `service.schema.upgrade` passes its connection, other callers the URL; Alembic's own command line takes it from the settings.
 opened = (
     nullcontext(given["connection"])
     if "connection" in given
-    else migrating(given.get("url") or os.environ["WINNOW_DATABASE__URL"])
+    else migrating(given.get("url") or database_settings().url)
 )
 with opened as connection:
     context.configure(

@@ -1,9 +1,9 @@
 """The commands of `winnow` for who runs the service. They read the settings of the environment, as API and workers do."""
 
 import json
-import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -15,6 +15,7 @@ keys = typer.Typer(help="API keys (needs the API's settings in the environment).
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
     app.command()(migrate)
+    app.command()(doctor)
     app.command()(collect)
     app.add_typer(keys, name="keys")
 
@@ -24,15 +25,23 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
+def settings_problem(error: ValueError) -> str:
+    """What is wrong with which variable; never what it was set to."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    wrong = [("__".join(str(part) for part in e["loc"]).upper(), e["msg"]) for e in error.errors()]
+    return "; ".join(f"WINNOW_{name}: {message.removeprefix('Value error, ')}" for name, message in wrong)
+
+
 def migrate() -> None:
     """Bring the database (WINNOW_DATABASE__URL) to this version."""
     from service.schema import MigrationError, upgrade
-    from service.settings import DatabaseSettings
+    from service.settings import database_settings
 
     try:
-        settings = DatabaseSettings(url=os.environ.get("WINNOW_DATABASE__URL", ""))
-    except ValidationError as error:
-        fail(f"WINNOW_DATABASE__URL {error.errors()[0]['msg'].removeprefix('Value error, ')}")
+        settings = database_settings()
+    except ValueError as error:
+        fail(settings_problem(error))
     try:
         before = upgrade(settings.url, tell=lambda message: print(f"winnow: {message}", file=sys.stderr, flush=True))
     except MigrationError as error:
@@ -82,6 +91,19 @@ def collect(
         print(
             f"Left alone: {found.unknown.files:,} files of {found.unknown.bytes:,} bytes in the store that are not ours."
         )
+
+
+def doctor(
+    home: Annotated[Path | None, typer.Option(help="Look at the embedded stack that runs from this folder")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Look at every part that the service needs, and say what is wrong, why, and what to do. Exit status 1 if any fails."""
+    from service.doctor import examine
+
+    findings = examine(home)
+    print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else "\n".join(map(str, findings)))
+    if any(finding.level == "FAIL" for finding in findings):
+        raise typer.Exit(1)
 
 
 @keys.command("create")

@@ -11,6 +11,7 @@ from service import ids
 from service.datasets.tables import Dataset
 from service.jobs.state import JobStatus, UnitState
 from service.jobs.tables import JobEvent, JobUnit, SelectionJob, Worker, WorkerProcess
+from service.settings import LedgerSettings
 
 
 def is_id(value: str) -> bool:
@@ -137,3 +138,54 @@ def record_worker(
     }
     written = insert(Worker).values(worker_id=worker_id, **measured)
     session.execute(written.on_conflict_do_update(index_elements=[Worker.worker_id], set_=measured))
+
+
+_DIAGNOSIS = text("""
+    WITH open_jobs AS (
+        SELECT j.id, j.status, j.cancel_requested_at,
+            greatest(j.created_at, (SELECT max(created_at) FROM job_events WHERE job_id = j.id)) AS moved_at
+        FROM selection_jobs j WHERE j.status IN ('queued', 'running', 'cancelling')
+    ), open_units AS (
+        SELECT * FROM job_units WHERE state IN ('pending', 'running') AND job_id IN (SELECT id FROM open_jobs)
+    ), counted AS (
+        SELECT count(*) FILTER (WHERE state = 'pending') AS pending,
+            count(*) FILTER (WHERE not_before > clock_timestamp()) AS delayed,
+            count(*) FILTER (WHERE lease_expires_at >= clock_timestamp()) AS running,
+            count(*) FILTER (WHERE lease_expires_at < clock_timestamp() - make_interval(secs => :sweeps)) AS expired
+        FROM open_units
+    )
+    SELECT counted.*, (SELECT count(*) FROM open_jobs) AS open,
+        (SELECT count(*) FROM open_jobs WHERE status = 'cancelling'
+            AND cancel_requested_at < clock_timestamp() - make_interval(secs => :cancel)) AS overdue,
+        ARRAY(SELECT id FROM open_jobs j
+            WHERE status <> 'cancelling' AND moved_at < clock_timestamp() - make_interval(secs => :still)
+                AND NOT EXISTS (SELECT FROM open_units WHERE job_id = j.id AND not_before > clock_timestamp())
+                AND (running = 0 OR NOT EXISTS (SELECT FROM open_units WHERE job_id = j.id))
+            ORDER BY id) AS still
+    FROM counted
+""")
+
+
+def diagnosis(session: Session, ledger: LedgerSettings) -> Row[Any]:
+    """One row on the open jobs and their units: open, pending, delayed, running (their lease holds), expired (three sweeps ago or
+    more), overdue (cancels), still (ids).
+
+    A job stands still where nothing has happened to it for ten leases and no unit runs that it could be waiting for, or none is
+    left that could bring it on.
+    """
+    sweeps = 3 * ledger.sweep_seconds
+    seconds = {"sweeps": sweeps, "cancel": ledger.cancel_seconds + sweeps, "still": 10 * ledger.lease_seconds}
+    return session.execute(_DIAGNOSIS, seconds).one()
+
+
+_RECENT_WORKERS = text("""
+    SELECT worker_id, version, seen_at >= clock_timestamp() - make_interval(secs => :silent_seconds) AS is_alive
+    FROM worker_processes
+    WHERE stopped_at IS NULL AND seen_at > clock_timestamp() - greatest(interval '1 day', make_interval(secs => :silent_seconds))
+    ORDER BY worker_id
+""")
+
+
+def recent_workers(session: Session, *, silent_seconds: float) -> Sequence[Row[Any]]:
+    """(worker_id, version, is_alive) of those that have not said that they ended, and were alive within a day."""
+    return session.execute(_RECENT_WORKERS, {"silent_seconds": silent_seconds}).all()
