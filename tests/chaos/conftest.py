@@ -71,6 +71,24 @@ def undisturbed(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> 
     return pytestconfig.stash[_UNDISTURBED]
 
 
+@pytest.fixture(scope="session")
+def two_workers(servers: Servers) -> Iterator[World]:
+    with World.made(servers) as made:
+        made.add_worker()
+        made.add_worker()
+        yield made
+
+
+@pytest.fixture
+def pair(two_workers: World) -> Iterator[World]:
+    """The world with two workers that many scenarios share; each begins with nothing stored."""
+    two_workers.revive()
+    two_workers.clear()
+    yield two_workers
+    two_workers.faults.disarm()
+    two_workers.faults.release()
+
+
 @pytest.fixture
 def world(servers: Servers) -> Iterator[World]:
     """A world of the test's own: an API, and no worker yet."""

@@ -3,7 +3,9 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 INJECT = Path(__file__).parent / "inject"
 
@@ -29,17 +31,45 @@ class Faults:
     def forget(self) -> None:
         (self._folder / "trace").unlink(missing_ok=True)
 
-    def arm(self, point: str, passing: int = 1) -> None:
-        """From now on the process that passes the point for the n-th time is killed, once."""
+    def arm(self, point: str, passing: int = 1, *, action: str = "kill") -> None:
+        """From now on the process that passes the point for the n-th time is killed, once; or it does another `action`: `stop`
+        (SIGSTOP), or `hold`, which stands still until `release`."""
+        self._plan("plan", point=point, passing=passing, action=action)
+
+    def tear(self, kind: str, suffix: str) -> None:
+        """From now on who writes an artifact of the kind leaves half of it, as if it were killed meanwhile, once."""
+        self._plan("tear", kind=kind, suffix=suffix)
+
+    def weigh_batches(self, bytes_per_token: int = 0, *, touch: bool = False, poison: Sequence[int] = ()) -> None:
+        """From now on batches take so much memory, for which `touch` asks really, and the compute child aborts of the poison."""
+        self._plan("batches", bytes_per_token=bytes_per_token, touch=touch, poison=list(poison))
+
+    def batch_sizes(self) -> list[int]:
+        """Padded tokens of each batch since `weigh_batches`."""
+        sizes = self._folder / "sizes"
+        return [int(size) for size in sizes.read_text().split()] if sizes.exists() else []
+
+    def _plan(self, name: str, **plan: Any) -> None:
         self._armed += 1
-        plan = {"point": point, "passing": passing, "token": f"token-{self._armed}"}
-        written = self._folder / "plan.new"
-        written.write_text(json.dumps(plan))
-        os.replace(written, self._folder / "plan")
+        written = self._folder / f"{name}.new"
+        written.write_text(json.dumps({**plan, "token": f"token-{self._armed}"}))
+        os.replace(written, self._folder / name)
+
+    def release(self, *, but_latest: bool = False) -> None:
+        """Whoever stands still goes on; or all but the process that the latest plan has struck."""
+        for number in range(1, self._armed + (not but_latest)):
+            (self._folder / f"token-{number}.go").touch()
 
     def disarm(self) -> None:
-        (self._folder / "plan").unlink(missing_ok=True)
+        for name in ("plan", "tear", "batches", "sizes"):
+            (self._folder / name).unlink(missing_ok=True)
 
     @property
     def has_struck(self) -> bool:
-        return (self._folder / f"token-{self._armed}").exists()
+        return self.struck is not None
+
+    @property
+    def struck(self) -> int | None:
+        """The process that the latest plan has struck."""
+        token = self._folder / f"token-{self._armed}"
+        return int(token.read_text()) if token.exists() and token.stat().st_size else None

@@ -1,6 +1,7 @@
 """A PostgreSQL server and a broker whose processes a test may stop, kill and start again."""
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,15 @@ class Postgres:
     def start(self) -> None:
         self._server.ensure_postgres_running()
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Its processes have ended as in a crash."""
+        self.stop("immediate")
+        try:
+            yield
+        finally:
+            self.start()
+
     def close(self) -> None:
         self._server.cleanup()
 
@@ -61,11 +71,31 @@ class Broker:
     def start(self) -> None:
         self._server = ValkeyServer(port=self.port, config={"save": ""})
         self._server.start()
+        assert self._server.port == self.port, "another process has taken the broker's port"
 
     def stop(self) -> None:
         if self._server is not None:
             self._server.terminate()
         self._server = None
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It neither answers nor refuses."""
+        assert self._server is not None
+        process: Any = self._server._process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
 
 
 @dataclass

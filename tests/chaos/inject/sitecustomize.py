@@ -3,8 +3,12 @@ its folder is on PYTHONPATH and PYTHON_FAULTS names a folder.
 
 A crash point is a moment at which what other processes see is about to change, or has just changed: a commit, a rename in
 the artifact store, the rows of a result, a message to the broker. Every passing is appended to `trace` in the folder. A
-`plan` there ({"point", "passing", "token"}) has the process that passes the point for the n-th time kill itself; the token
-is a file that is made first, so that it happens once.
+`plan` there ({"point", "passing", "token", "action"}) has the process that passes the point for the n-th time kill itself,
+stop itself, or stand still until `token.go` is there; the token is a file that is made first, so that it happens once.
+
+Two more plans are no matter of a point. `tear` ({"kind", "suffix", "token"}) has the writer of such an artifact cut it to half
+and die before it is published. `batches` ({"bytes_per_token", "touch", "poison"}) has every batch of the compute child take
+memory as if the model were larger, and those that hold the poison's tokens abort; each tells its size in `sizes`.
 """
 
 import functools
@@ -17,9 +21,10 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +32,25 @@ from typing import Any
 FOLDER = Path(os.environ.get("PYTHON_FAULTS", ""))
 _COMMANDS = {"uvicorn": "api", "celery": "worker", "worker.compute": "compute"}
 _ID = re.compile(r"[0-9a-f]{32,}|(?<=job_)\w+")
+
+
+def _take(token: str) -> None:
+    """Makes the token's file, which says who strikes.
+
+    Raises:
+        FileExistsError: another did.
+    """
+    file = os.open(FOLDER / token, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    os.write(file, str(os.getpid()).encode())
+    os.close(file)
+
+
+def _plan(name: str) -> dict[str, Any] | None:
+    try:
+        plan: dict[str, Any] = json.loads((FOLDER / name).read_bytes())
+    except FileNotFoundError:
+        return None
+    return plan
 
 
 class Points:
@@ -44,20 +68,24 @@ class Points:
             self._kill_if_planned(point)
 
     def _kill_if_planned(self, point: str) -> None:
-        try:
-            plan = json.loads((FOLDER / "plan").read_bytes())
-        except FileNotFoundError:
-            return
-        if plan["point"] != point:
+        plan = _plan("plan")
+        if plan is None or plan["point"] != point:
             return
         self._passed[point, plan["token"]] += 1
         if self._passed[point, plan["token"]] != plan["passing"]:
             return
         try:
-            os.close(os.open(FOLDER / plan["token"], os.O_CREAT | os.O_EXCL))
+            _take(plan["token"])
         except FileExistsError:
             return
-        os.kill(os.getpid(), signal.SIGKILL)
+        match plan.get("action", "kill"):
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hold":
+                while not (FOLDER / f"{plan['token']}.go").exists():
+                    time.sleep(0.02)
 
     @contextmanager
     def around(self, name: str) -> Iterator[None]:
@@ -175,8 +203,57 @@ def _of_store(points: Points, artifacts: ModuleType) -> None:
         with points.around(f"rename to {path.parts[0]}/{_ID.sub('*', path.name)}"):
             replace(source, target, **options)
 
+    writing = artifacts.ArtifactStore.writing
+
+    @contextmanager
+    def written(store: Any, key: str) -> Iterator[Path]:
+        with writing(store, key) as path:
+            yield path
+            _tear_if_planned(key, path)
+
     artifacts.ArtifactStore.__init__ = remember
+    artifacts.ArtifactStore.writing = written
     os.replace = replaced
+
+
+def _tear_if_planned(key: str, path: Path) -> None:
+    plan = _plan("tear")
+    if plan is None or not (key.startswith(f"{plan['kind']}/") and key.endswith(plan["suffix"])):
+        return
+    with suppress(FileExistsError):
+        _take(plan["token"])
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _of_batches(_: Points, batching: ModuleType) -> None:
+    padded = batching.padded
+
+    def weighed(samples: Any, indices: Any, lengths: Any, device: Any) -> Any:
+        batch = padded(samples, indices, lengths, device)
+        plan = _plan("batches")
+        if plan is not None:
+            _weigh(plan, batch)
+        return batch
+
+    batching.padded = weighed
+
+
+def _weigh(plan: dict[str, Any], batch: Any) -> None:
+    import torch
+
+    with (FOLDER / "sizes").open("ab", buffering=0) as file:
+        file.write(f"{batch.numel()}\n".encode())
+    poison = plan["poison"]
+    if poison and any(window == poison for row in batch.tolist() for window in _windows(row, len(poison))):
+        os.abort()
+    memory = torch.empty(batch.numel() * plan["bytes_per_token"], dtype=torch.uint8)
+    if plan["touch"]:
+        memory.fill_(1)
+
+
+def _windows(row: list[int], length: int) -> Iterator[list[int]]:
+    return (row[start : start + length] for start in range(len(row) - length + 1))
 
 
 def _of_broker(points: Points, celery: ModuleType) -> None:
@@ -196,6 +273,7 @@ _WRAPPERS: dict[str, Callable[[Points, ModuleType], None]] = {
     "service.results.service": _of_results,
     "service.artifacts": _of_store,
     "celery.app.base": _of_broker,
+    "worker.influence.batching": _of_batches,
 }
 
 
