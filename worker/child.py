@@ -119,7 +119,7 @@ def _environment() -> dict[str, str]:
 def _cause(code: int) -> str:
     if code == -signal.SIGKILL:
         return (
-            "The compute process was killed (signal 9): out of memory, most likely. Each further attempt halves its batches;"
+            "The compute process was killed (signal 9): out of memory, most likely. If killed again, its batches are halved;"
             " where that does not help, lower max_length, landmarks.count or gradient.projection_dim, or use quantization."
         )
     if code < 0:

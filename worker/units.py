@@ -20,21 +20,25 @@ from worker.stages.plan import Done, JobInputs
 
 _LOOKED_UP = 8  # units of a stage whose artifacts are asked for; in a remote store, each is a request
 _COUNTED_BY_THE_PLAN = (Stage.WARMUP, Stage.CURVATURE, Stage.CHOOSE_EMBEDDING, Stage.VALIDATE)
-_OUT_OF_MEMORY = (ComputeDied.code, OutOfMemory.code)
 
 
 def unit_message(session: Session, claim: Claim) -> dict[str, Any]:
-    """What the compute child needs to do the unit. After a death by memory its batches are halved."""
+    """What the compute child needs to do the unit. Where memory ran out its batches are halved.
+
+    A child that was killed may have been killed by anyone: it is tried once more as it was, so that a kill changes no bit of
+    what is computed, and is taken for out of memory from the second time on.
+    """
     job = session.get_one(SelectionJob, claim.job_id)
     unit = session.get_one(JobUnit, claim.unit_id)
-    ran_out = unit.error is not None and unit.error["code"] in _OUT_OF_MEMORY
+    code = "" if unit.error is None else unit.error["code"]
+    halvings = {OutOfMemory.code: unit.failures, ComputeDied.code: unit.failures - 1}.get(code, 0)
     return {
         "stage": claim.stage,
         "artifact_key": claim.artifact_key,
         "spec": claim.spec,
         "job": job_inputs(session, job).as_dict(),
         "prepared": {} if claim.stage == Stage.PREPARE else prepared_result(session, job.id),
-        "halvings": unit.failures if ran_out else 0,
+        "halvings": halvings,
     }
 
 
