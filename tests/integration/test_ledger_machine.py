@@ -22,7 +22,7 @@ from service.jobs import ledger
 from service.jobs.ledger import Claim, LeaseLost, NotTerminal, Retries, UnitSpec, claims, sweeps
 from service.jobs.state import TERMINAL, JobStatus, Stage, UnitState
 
-EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "40"))
 STEPS = 40
 TOTAL = 100
 AT_ONCE = Retries(max_attempts=2, seconds=0)
