@@ -6,7 +6,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +17,9 @@ from service.datasets.router import router as datasets
 from service.dispatch import Dispatcher
 from service.jobs.router import router as jobs
 from service.models import router as models
+from service.observability import exposition, logs
+from service.observability.middleware import Observe, note_caller
+from service.observability.traces import Traces
 from service.results.router import router as results
 from service.settings import ApiSettings, api_settings
 from service.sweeper import Sweeper
@@ -54,17 +57,19 @@ class RequestId:
 
 
 def create_app(settings: ApiSettings | None = None) -> FastAPI:
-    """Makes the application; reads its settings from the environment where none are given.
+    """Makes the application. Where no settings are given it reads them from the environment, and takes over the process's logs.
 
     Raises:
         pydantic.ValidationError: a setting is missing or wrong; it names the variable.
     """
-    settings = settings or api_settings()
+    if settings is None:
+        settings = api_settings()
+        logs.configure(settings.log, service="api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.store.sweep_scratch()
-        dispatcher = Dispatcher(settings)
+        dispatcher = Dispatcher(settings, metrics.dispatch)
         dispatcher.start()
         sweeper = Sweeper(settings, app.state.store)
         sweeper.start()
@@ -73,17 +78,24 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         sweeper.stop()
         dispatcher.stop()
         engine.dispose()
+        metrics.close()
+        traces.close()
 
     engine = make_engine(settings.database)
+    metrics, traces = exposition.ApiMetrics(settings), Traces(settings.telemetry, "winnow-api")
     app = FastAPI(title="Winnow", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
     app.state.settings = settings
     app.state.engine = engine
     app.state.sessions = make_sessions(engine)
     app.state.store = ArtifactStore(settings.artifacts.url)
+    app.state.metrics = metrics
+    app.add_middleware(Observe, metrics=metrics.http)
     app.add_middleware(RequestId)
+    traces.instrument(app, engine)
     errors.install(app)
-    app.include_router(health.router)
+    for router in (health.router, exposition.router):
+        app.include_router(router)
     for router in (models, datasets, jobs, results):
-        app.include_router(router, prefix="/v1")
+        app.include_router(router, prefix="/v1", dependencies=[Depends(note_caller)])
     openapi.install(app)
     return app

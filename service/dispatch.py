@@ -11,11 +11,13 @@ import threading
 import psycopg
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
+from prometheus_client import CollectorRegistry
 from redis import RedisError
 from sqlalchemy.engine import make_url
 
 from service.database import make_engine, make_sessions
 from service.jobs import ledger
+from service.observability.metrics import DispatchMetrics
 from service.settings import ApiSettings, DatabaseSettings
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,9 @@ def make_producer(broker_url: str) -> Celery:
 class Dispatcher:
     """A thread; `start` and `stop` it once."""
 
-    def __init__(self, settings: ApiSettings) -> None:
+    def __init__(self, settings: ApiSettings, metrics: DispatchMetrics | None = None) -> None:
         self._settings = settings
+        self._metrics = metrics or DispatchMetrics(CollectorRegistry())
         self._retries = ledger.Retries(max_attempts=settings.ledger.max_attempts, seconds=settings.ledger.retry_seconds)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
@@ -65,6 +68,7 @@ class Dispatcher:
             try:
                 self._lead()
             except psycopg.Error as error:
+                self._metrics.failed_passes.inc()
                 log.warning("dispatcher: the database is away (%s); trying again", type(error).__name__)
                 self._stopping.wait(self._settings.ledger.sweep_seconds)
 
@@ -74,10 +78,11 @@ class Dispatcher:
             while connection.execute("SELECT pg_try_advisory_lock(%s)", [_LEADER_LOCK]).fetchone() != (True,):
                 if self._stopping.wait(self._settings.ledger.sweep_seconds):
                     return
-            connection.execute(f"LISTEN {CHANNEL}")
-            while not self._stopping.is_set():
-                self._dispatch()
-                self._wait_for_notification(connection)
+            with self._metrics.leading.track_inprogress():
+                connection.execute(f"LISTEN {CHANNEL}")
+                while not self._stopping.is_set():
+                    self._dispatch()
+                    self._wait_for_notification(connection)
 
     def _wait_for_notification(self, connection: psycopg.Connection) -> None:
         """Returns on a notification, after one sweep interval, or soon after `stop`."""
@@ -92,13 +97,18 @@ class Dispatcher:
         """One pass: expired leases back, then as many messages as there are pending units that none waits for yet."""
         try:
             with self._sessions.begin() as session:
-                ledger.expire_leases(session, retries=self._retries)
-                ledger.expire_cancels(session, after_seconds=self._settings.ledger.cancel_seconds)
+                leases = ledger.expire_leases(session, retries=self._retries)
+                cancels = ledger.expire_cancels(session, after_seconds=self._settings.ledger.cancel_seconds)
                 waiting = ledger.claimable_count(session)
         except Exception:
             # One bad pass (a deadlock, a failover) must not end the dispatcher: the next sweep looks again.
             log.exception("dispatcher: the pass over the ledger failed; the next sweep tries again")
+            self._metrics.failed_passes.inc()
             return
+        self._metrics.leases.inc(leases)
+        self._metrics.cancels.inc(cancels)
+        if leases or cancels:
+            log.warning("dispatcher: took %d units back from silent workers, forced %d cancels", leases, cancels)
         if waiting:
             self._wake(min(waiting, _MOST_MESSAGES))
 
@@ -109,7 +119,9 @@ class Dispatcher:
                 queued = _queue_length(connection)
                 for _ in range(wanted - queued):
                     self._producer.send_task(TASK, queue=QUEUE, connection=connection, retry=False)
+                    self._metrics.messages.inc()
         except (BrokerError, RedisError, OSError) as error:
+            self._metrics.broker_failures.inc()
             log.warning("dispatcher: the broker is away (%s); units wait for the next sweep", error)
 
 

@@ -1,14 +1,21 @@
 """The Celery application. A message says only "there may be work": it carries no state, and losing or repeating one changes
 nothing, so it is acknowledged early and leaves no result."""
 
+import logging
+import os
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from celery.exceptions import WorkerShutdown
+from celery.signals import celeryd_init, setup_logging, worker_ready, worker_shutdown, worker_shutting_down
 
 from service.dispatch import QUEUE, TASK
+from service.observability import logs
 from service.settings import worker_settings
+from worker.metrics import PortTaken
 from worker.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
 
 settings = worker_settings()
 app = Celery("winnow", broker=settings.broker.url)
@@ -35,9 +42,25 @@ def work() -> None:
     supervisor.drain()
 
 
+@celeryd_init.connect
+def _log(instance: Any, **_: Any) -> None:
+    """Before Celery has anything to say: its records come in our format, at our level."""
+    logs.configure(settings.log, service="worker", worker_id=supervisor.worker_id)
+    instance.quiet = instance.quiet or settings.log.format == "json"  # of the banner
+
+
+@setup_logging.connect
+def _keep_logs(**_: Any) -> None:
+    """That this is connected keeps Celery from setting up the root logger again, its own way."""
+
+
 @worker_ready.connect
 def _start(**_: Any) -> None:
-    supervisor.start()
+    try:
+        supervisor.start()
+    except PortTaken as error:
+        log.critical("%s", error)
+        raise WorkerShutdown(os.EX_CONFIG) from error
 
 
 @worker_shutting_down.connect

@@ -51,6 +51,7 @@ class Child:
             artifacts=settings.artifacts.url,
             models=str(settings.models.folder),
             worker=settings.worker.model_dump(mode="json"),
+            log=settings.log.model_dump(mode="json"),
         )
 
     @property
@@ -60,6 +61,14 @@ class Child:
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def death(self) -> str | None:
+        """What it ended by: `exit` or the name of a signal; None while it lives."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        return signal.Signals(-code).name if code < 0 else "exit"
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -3,8 +3,9 @@
 A fresh process without database credentials: it sees the artifact store, the models and nothing else. It ends when its
 stdin closes, so it never outlives its supervisor, whatever killed that.
 
-    <- {"type": "start", "artifacts": url, "models": folder, "worker": {...}}
-    <- {"type": "run", "stage": ..., "artifact_key": ..., "spec": ..., "job": ..., "prepared": ..., "halvings": 0}
+    <- {"type": "start", "artifacts": url, "models": folder, "worker": {...}, "log": {...}}
+    <- {"type": "run", "stage": ..., "artifact_key": ..., "spec": ..., "job": ..., "prepared": ..., "halvings": 0,
+        "log": {"job_id": ..., ...}}             fields of every line that is logged meanwhile
     -> {"type": "ready", "device": ..., "memory_bytes": ..., "matmul_rates": {"float32": 9.7e10, ...}}     once
     -> {"type": "progress", "done": 128}          any number of times
     -> {"type": "event", "kind": "warmup.step", "data": {...}}       any number of times
@@ -32,7 +33,8 @@ from transformers.utils import logging as transformers_logging
 
 from service.artifacts import ArtifactStore
 from service.jobs.state import Stage
-from service.settings import WorkerSettings
+from service.observability import logs
+from service.settings import LogSettings, WorkerSettings
 from worker.errors import ArtifactMissing, Cancelled, OutOfMemory, ParameterError, StorageFull, UnitError
 from worker.influence import default_token_budget, measured_matmul_rate
 from worker.models import choose_device
@@ -216,19 +218,21 @@ def _answer(compute: Compute, unit: Mapping[str, Any], conversation: _Conversati
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s compute %(levelname)s %(message)s")
     transformers_logging.disable_progress_bar()
     # The pipe keeps a descriptor of its own; whatever a library prints goes to stderr.
     outgoing = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     conversation = _Conversation(sys.stdin, outgoing)
     start = conversation.messages.get()
+    logs.configure(LogSettings(**start["log"]), service="compute")
     settings = WorkerSettings(**start["worker"])
     _limit_memory(settings.memory_bytes)
     compute = Compute(artifacts=start["artifacts"], models=Path(start["models"]), settings=settings)
     conversation.send(type="ready", **compute.capability())
     while True:
-        _answer(compute, conversation.messages.get(), conversation)
+        unit = conversation.messages.get()
+        with logs.bound(**unit.get("log", {})):
+            _answer(compute, unit, conversation)
 
 
 if __name__ == "__main__":

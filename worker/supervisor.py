@@ -22,10 +22,13 @@ from service.jobs import ledger, repository
 from service.jobs.ledger import Claim, LeaseLost, Retries
 from service.jobs.state import JobStatus, Stage
 from service.jobs.tables import SelectionJob
+from service.observability import logs
+from service.observability.traces import Traces
 from service.settings import Settings
 from worker import publish
 from worker.child import Child
 from worker.errors import ComputeDied, UnitError
+from worker.metrics import Outcome, WorkerMetrics
 from worker.presence import Presence
 from worker.reuse import known_result, mark_used
 from worker.units import exact_plan, next_units, unit_message, with_operations
@@ -61,10 +64,18 @@ class Supervisor:
         self._child: Child | None = None
         self._child_model: str | None = None
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}"
+        self._metrics = WorkerMetrics()
+        self._traces = Traces(settings.telemetry, "winnow-worker")
         self._presence = Presence(self._sessions, self.worker_id, settings.ledger.beat_seconds)
 
     def start(self) -> None:
-        """Tells of itself from now on, until `close`."""
+        """Tells of itself from now on, until `close`.
+
+        Raises:
+            PortTaken: there is to be a port for the metrics, and it cannot be had.
+        """
+        if self._settings.worker.metrics_port:
+            self._metrics.serve(self._settings.worker.metrics_port)
         self._store.sweep_scratch()
         self._presence.start()
 
@@ -79,6 +90,8 @@ class Supervisor:
             self._child = None
         self._presence.stop()
         self._engine.dispose()
+        self._metrics.close()
+        self._traces.close()
 
     def drain(self) -> int:
         """Does units until none may be claimed. Returns how many."""
@@ -95,31 +108,64 @@ class Supervisor:
         return count
 
     def _do(self, claim: Claim) -> None:
-        """Does one unit and writes its outcome; returns normally whatever the outcome is."""
-        log.info("%s/%d of %s, attempt %d", claim.stage, claim.shard, claim.job_id, claim.attempt)
+        """Does one unit, logged, counted and traced; returns normally whatever its outcome is."""
+        stage, what = claim.stage.value, f"{claim.stage}/{claim.shard} of {claim.job_id}"
+        unit = {"job_id": claim.job_id, "stage": stage, "shard": claim.shard, "attempt": claim.attempt}
+        traced = {f"winnow.{name}": value for name, value in unit.items()}
+        started = time.perf_counter()
+        with (
+            logs.bound(**unit),
+            self._metrics.running(claim.stage),
+            self._traces.span(f"unit {stage}", self._trace_of(claim), traced) as note,
+        ):
+            log.info("%s, attempt %d", what, claim.attempt)
+            outcome = self._attempt(claim)
+            seconds = time.perf_counter() - started
+            note({"winnow.outcome": outcome.name, **({"error.type": outcome.code} if outcome.code else {})})
+            told = {"outcome": outcome.name, "code": outcome.code, "seconds": round(seconds, 3)}
+            log.info("%s: %s after %.1f s", what, f"{outcome.name} {outcome.code}".strip(), seconds, extra=told)
+        self._metrics.unit_ended(claim.stage, outcome, seconds)
+
+    def _trace_of(self, claim: Claim) -> str | None:
+        """Where the unit's span belongs; None, which begins a trace of its own, where the database does not say."""
+        if not self._traces.are_made:
+            return None
+        try:
+            with self._sessions() as session:
+                return repository.trace(session, claim.job_id)
+        except DBAPIError as error:
+            log.warning("the trace of the job was not read (%s)", type(error).__name__)
+            return None
+
+    def _attempt(self, claim: Claim) -> Outcome:
+        """Does the unit and writes its outcome."""
         try:
             if claim.stage == Stage.PUBLISH:
                 self._write(claim, lambda session, job: self._publish(session, job, claim))
-            else:
-                result = self._compute(claim)
-                mark_used(self._store, claim.artifact_key, result)
-                self._write(claim, lambda session, job: self._finish(session, job, claim, result))
+                return Outcome("succeeded")
+            result = self._compute(claim)
+            mark_used(self._store, claim.artifact_key, result)
+            self._write(claim, lambda session, job: self._finish(session, job, claim, result))
+            return Outcome("reused" if result.get("reused") else "succeeded")
         except LeaseLost:
             log.warning("lost the lease on %s/%d of %s; its outcome is dropped", claim.stage, claim.shard, claim.job_id)
+            return Outcome("lease_lost")
         except _Stopped as stopped:
             reason = str(stopped)
             self._settle(lambda session: ledger.release_unit(session, claim, reason=reason))
+            return Outcome("released")
         except UnitError as error:
-            self._fail(claim, error.as_dict(), error.retryable)
+            return self._fail(claim, error.as_dict(), error.retryable)
         except ReportedError as error:
-            self._fail(claim, error.error, error.retryable)
+            return self._fail(claim, error.error, error.retryable)
         except Exception as error:
             log.exception("%s/%d of %s", claim.stage, claim.shard, claim.job_id)
-            self._fail(claim, {"code": "internal_error", "detail": f"{type(error).__name__}: {error}"}, True)
+            return self._fail(claim, {"code": "internal_error", "detail": f"{type(error).__name__}: {error}"}, True)
 
-    def _fail(self, claim: Claim, error: dict[str, Any], retryable: bool) -> None:
+    def _fail(self, claim: Claim, error: dict[str, Any], retryable: bool) -> Outcome:
         retries = Retries(max_attempts=self._settings.ledger.max_attempts, seconds=self._settings.ledger.retry_seconds)
         self._settle(lambda session: ledger.fail_unit(session, claim, error, retryable=retryable, retries=retries))
+        return Outcome("failed", str(error["code"]))
 
     def _settle(self, change: Callable[[Session], object]) -> None:
         """Writes the end of an attempt; where that cannot be, the lease runs out and the sweep does it."""
@@ -150,7 +196,7 @@ class Supervisor:
         with self._sessions() as session:
             message = unit_message(session, claim)
         child = self._child_for(repr(sorted(message["job"]["model"].items())))
-        child.send(type="run", **message)
+        child.send(type="run", log={**logs.context(), "worker_id": self.worker_id}, **message)
         try:
             return self._attend(claim, child)
         except (ReportedError, LeaseLost, _Stopped):
@@ -165,10 +211,12 @@ class Supervisor:
     def _child_for(self, model: str) -> Child:
         """The warm child, or a fresh one where there is none or it holds another model."""
         if self._child is not None and (not self._child.is_alive or self._child_model != model):
+            self._metrics.child_ended(self._child.death or "other_model")
             self._child.close(self._settings.worker.cancel_grace_seconds)
             self._child = None
         if self._child is None:
             self._child, self._child_model = Child(self._settings), model
+            self._metrics.child_starts.inc()
         return self._child
 
     def _attend(self, claim: Claim, child: Child) -> dict[str, Any]:
@@ -180,12 +228,14 @@ class Supervisor:
             if message is not None:
                 match message["type"]:
                     case "progress":
+                        self._metrics.samples_done(claim.stage, message["done"] - done)
                         done = message["done"]
                     case "event":
                         self._tell(claim, message["kind"], message["data"])
                     case "ready":
                         self._register(message)
                     case "done":
+                        self._metrics.samples_done(claim.stage, claim.total - done)
                         return dict(message["result"])
                     case "failed":
                         raise ReportedError(message["error"], message["retryable"])
@@ -239,6 +289,7 @@ class Supervisor:
             self._stop_child(child)
             raise
         except DBAPIError:
+            self._metrics.beats_missed.inc()
             log.warning("no heartbeat: the database is away")
             return False
         if beat.cancelling:
@@ -260,6 +311,7 @@ class Supervisor:
         self._drop(child)
 
     def _drop(self, child: Child) -> None:
+        self._metrics.child_ended(child.death or "stopped")
         child.stop(self._settings.worker.cancel_grace_seconds)
         self._child = None
         self._store.sweep_scratch()  # what it was writing

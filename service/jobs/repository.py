@@ -114,6 +114,42 @@ def stage_rates(session: Session) -> Sequence[Row[Any]]:
     return session.execute(_STAGE_RATES).all()
 
 
+_GAUGES = text("""
+    WITH open_jobs AS (
+        SELECT id, status FROM selection_jobs WHERE status IN ('queued', 'running', 'cancelling')
+    ), open_units AS (
+        SELECT u.*, j.status FROM job_units u JOIN open_jobs j ON j.id = u.job_id
+    ), claimable AS (
+        SELECT extract(epoch FROM clock_timestamp() - greatest(created_at, started_at, not_before)) AS seconds
+        FROM open_units u
+        WHERE status <> 'cancelling' AND state = 'pending' AND (not_before IS NULL OR not_before <= clock_timestamp())
+            AND NOT EXISTS (SELECT FROM job_units o WHERE o.artifact_key = u.artifact_key AND o.state = 'running')
+    )
+    SELECT 'jobs' AS gauge, status::text AS one, NULL AS two, count(*)::float8 AS value FROM open_jobs GROUP BY status
+    UNION ALL SELECT 'units', stage::text, state::text, count(*) FROM open_units GROUP BY stage, state
+    UNION ALL SELECT 'units_claimable', NULL, NULL, count(*) FROM claimable
+    UNION ALL SELECT 'oldest_claimable_unit_seconds', NULL, NULL, coalesce(max(seconds), 0)::float8 FROM claimable
+    UNION ALL SELECT 'leases_expired', NULL, NULL, count(*) FROM job_units
+        WHERE state = 'running' AND lease_expires_at < clock_timestamp()
+    UNION ALL SELECT 'workers_alive', NULL, NULL, count(*) FROM worker_processes
+        WHERE stopped_at IS NULL AND seen_at > clock_timestamp() - make_interval(secs => :alive_seconds)
+""")
+
+
+def gauges(session: Session, *, alive_seconds: float, timeout_seconds: float) -> Sequence[Row[Any]]:
+    """(gauge, one, two, value): what the metrics tell of open jobs (by status), their units (by stage and state) and workers.
+
+    A worker that has not told of itself for `alive_seconds` is not counted. What is claimable is `claim_unit`'s matter.
+    """
+    session.execute(func.set_config("statement_timeout", f"{round(timeout_seconds * 1000)}ms", True).select())
+    return session.execute(_GAUGES, {"alive_seconds": alive_seconds}).all()
+
+
+def trace(session: Session, job_id: str) -> str | None:
+    """The traceparent of the request that posted the job."""
+    return session.scalar(select(SelectionJob.trace).where(SelectionJob.id == job_id))
+
+
 def newest_worker(session: Session) -> Worker | None:
     return session.scalar(select(Worker).order_by(Worker.seen_at.desc()).limit(1))
 

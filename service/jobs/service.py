@@ -18,6 +18,7 @@ from service.jobs.parameters import JobParameters
 from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
 from service.jobs.state import TERMINAL, JobStatus, Stage
 from service.jobs.tables import SelectionJob
+from service.observability.traces import traceparent
 from service.results import repository as results
 from service.settings import ModelSettings
 from service.tenants.service import Caller
@@ -33,6 +34,7 @@ def create(
         Unprocessable: names the field that cannot be honoured.
     """
     job, pool, target = _make(session, caller, request, settings)
+    job.trace = traceparent()
     planned = planning.plan(session, store, settings, job, pool, target)
     prepare = ledger.UnitSpec(
         stage=Stage.PREPARE,
