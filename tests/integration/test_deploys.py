@@ -1,0 +1,234 @@
+"""An upgrade while the service is used: the API of the version before serves on during the migration, and after it."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from ledger_world import new_database, wait_until
+from pydantic import SecretStr
+from sqlalchemy import create_engine, text
+
+from service.app import create_app
+from service.processes import free_port
+from service.schema import upgrade
+from service.settings import ApiSettings, ArtifactSettings, BrokerSettings, DatabaseSettings, ModelSettings
+
+ROOT = Path(__file__).parents[2]
+SECRET = "integration-tests-only-0123456789abcdef"
+PREVIOUS, ITS_HEAD, HEAD = "b1697ab", "0002", "0003"
+
+# What the previous version runs, by its own code.
+PREPARE = """
+import sys
+from service.database import make_engine, make_sessions
+from service.schema import upgrade
+from service.settings import DatabaseSettings
+from service.tenants.service import create_key
+
+url, secret = sys.argv[1:]
+upgrade(url)
+with make_sessions(make_engine(DatabaseSettings(url=url))).begin() as session:
+    print(create_key(session, tenant_name="deploys", key_name="test", secret_key=secret))
+"""
+WORK = """
+import sys
+import service.schema
+from service.database import make_engine, make_sessions
+from service.jobs import ledger
+from service.settings import DatabaseSettings
+
+sessions = make_sessions(make_engine(DatabaseSettings(url=sys.argv[1])))
+with sessions.begin() as session:
+    claim = ledger.claim_unit(session, worker_id="previous", lease_seconds=60)
+with sessions.begin() as session:
+    ledger.beat(session, claim, lease_seconds=60, done=1)
+with sessions.begin() as session:
+    ledger.release_unit(session, claim, reason="the worker shuts down")
+print(claim.job_id)
+"""
+
+
+@pytest.fixture(scope="module")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code of the previous version."""
+    if shutil.which("git") is None:
+        pytest.skip("there is no git to get the previous version with")
+    parts = ["service", "migrations", "worker", "pyproject.toml"]
+    made = subprocess.run(["git", "-C", ROOT, "archive", PREVIOUS, *parts], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"the commit {PREVIOUS} of the previous version is not there: {made.stderr.decode().strip()}")
+    folder = tmp_path_factory.mktemp("previous")
+    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def run_previous(folder: Path, program: str, *arguments: str) -> str:
+    """What the program prints, run by the code in the folder."""
+    command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@contextmanager
+def serving(folder: Path, settings: ApiSettings, log: Path) -> Iterator[str]:
+    """The URL of the API that the code in the folder is, in a process of its own."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", "--port", str(port)]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")},
+        "PYTHONPATH": str(folder),
+        "WINNOW_DATABASE__URL": settings.database.url,
+        "WINNOW_BROKER__URL": settings.broker.url,
+        "WINNOW_ARTIFACTS__URL": settings.artifacts.url,
+        "WINNOW_MODELS__FOLDER": str(settings.models.folder),
+        "WINNOW_LEDGER__SWEEP_SECONDS": "0.2",
+        "WINNOW_SECRET_KEY": SECRET,
+    }
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
+    url = f"http://127.0.0.1:{port}"
+
+    def is_ready() -> bool:
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            return httpx.get(f"{url}/readyz").is_success
+        except httpx.HTTPError:
+            return False
+
+    try:
+        wait_until(is_ready, 120, "the previous API is ready")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@dataclass
+class Traffic:
+    """A client that uploads, posts, polls, lists and cancels without a pause, and keeps what was answered."""
+
+    client: httpx.Client
+    answers: list[tuple[str, str, int]] = field(default_factory=list)
+    jobs: list[str] = field(default_factory=list)
+    rounds: int = 0
+    error: BaseException | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        answer = self.client.request(method, f"/v1/{path}", **options)
+        self.answers.append((method, path, answer.status_code))
+        return answer.json()
+
+    def round(self) -> None:
+        rows = "".join(json.dumps({"text": f"sample {self.rounds} {i}"}) + "\n" for i in range(4))
+        dataset = self.call("POST", "datasets", params={"name": "rows"}, content=rows)["id"]
+        request = {"model": "tiny", "pool": dataset, "target": dataset, "budget": 2, "landmarks": {"count": 2}}
+        request |= {"embedding": {"blocks": 1}}
+        job_id = self.call("POST", "selection-jobs", json=request)["id"]
+        self.jobs.append(job_id)
+        assert self.call("GET", f"selection-jobs/{job_id}")["id"] == job_id
+        assert job_id in [job["id"] for job in self.call("GET", "selection-jobs")["data"]]
+        assert self.call("GET", f"selection-jobs/{job_id}/events")["data"][0]["type"] == "job.queued"
+        if self.rounds % 2:
+            assert self.call("POST", f"selection-jobs/{job_id}/cancel")["status"] == "cancelled"
+        self.rounds += 1
+
+    def run(self) -> None:
+        try:
+            while not self.stopping.is_set():
+                self.round()
+        except BaseException as error:  # told in the test, not in the thread
+            self.error = error
+
+    def more(self, rounds: int) -> None:
+        """Waits until so many rounds more are through."""
+        wanted = self.rounds + rounds
+        wait_until(lambda: self.rounds >= wanted or self.error, 120, f"{rounds} rounds of requests")
+        assert self.error is None, (self.error, self.answers[-3:])
+
+
+@contextmanager
+def traffic(url: str, key: str) -> Iterator[Traffic]:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
+        made = Traffic(client)
+        thread = threading.Thread(target=made.run)
+        thread.start()
+        try:
+            yield made
+        finally:
+            made.stopping.set()
+            thread.join()
+
+
+def test_the_previous_version_serves_on_while_the_database_is_migrated(
+    postgres_url: str, broker_url: str, previous: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.schema._LOCK_SECONDS", 1.5)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    config = {"model_type": "llama", "num_hidden_layers": 2}
+    (tmp_path / "models" / "tiny" / "config.json").write_text(json.dumps(config))
+    with new_database(postgres_url, migrated=False) as database:
+        settings = ApiSettings(
+            database=DatabaseSettings(url=database, pool_size=2),
+            broker=BrokerSettings(url=urlsplit(broker_url)._replace(path="/8").geturl()),
+            artifacts=ArtifactSettings(url=str(tmp_path / "store")),
+            models=ModelSettings(folder=tmp_path / "models", hub=False),
+            secret_key=SecretStr(SECRET),
+        )
+        key = run_previous(previous, PREPARE, database, SECRET)
+        engine = create_engine(settings.database.url)
+        told: list[str] = []
+        with serving(previous, settings, tmp_path / "api.log") as url, traffic(url, key) as users:
+            users.more(3)
+            before = len(users.jobs)
+            with engine.connect() as report:
+                # A long query on the jobs: the migration waits behind it, all others behind the migration.
+                report.execute(text("SELECT count(*) FROM selection_jobs"))
+
+                def tell(message: str) -> None:
+                    told.append(message)
+                    users.more(2)  # it has given way: all that had queued behind it go on
+                    if len(told) == 2:
+                        report.rollback()
+
+                standing = upgrade(database, tell=tell)
+            during = len(users.jobs)
+            users.more(3)
+            ready = httpx.get(f"{url}/readyz")
+            released = run_previous(previous, WORK, database)
+        engine.dispose()
+        assert (standing.current, standing.newest, len(told)) == (ITS_HEAD, HEAD, 2)
+        assert users.error is None
+        assert [answer for answer in users.answers if answer[2] not in (200, 201, 202)] == []
+        assert 0 < before < during < len(users.jobs)
+        # The previous version takes any other revision than its own for one that it cannot work on; this one no longer does.
+        assert (ready.status_code, ready.json()["errors"][0]["param"]) == (503, "migrations")
+
+        app = create_app(settings)
+        client = TestClient(app, headers={"Authorization": f"Bearer {key}"})
+        listed = client.get("/v1/selection-jobs", params={"limit": 100}).json()
+        assert {job["id"] for job in listed["data"]} >= set(users.jobs[-100:])
+        for number, job_id in enumerate(users.jobs):
+            job = client.get(f"/v1/selection-jobs/{job_id}")
+            assert job.status_code == 200, job.text
+            ran = "running" if job_id == released else "queued"
+            assert job.json()["status"] == ("cancelled" if number % 2 else ran)
+        client.close()
+        app.state.engine.dispose()
