@@ -91,7 +91,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.jobs)
     @rule(pick=picks)
     def cancel(self, pick: int) -> None:
-        job = self.model.jobs[pick % len(self.model.jobs)]
+        by_work = sorted(self.model.jobs, key=lambda job: -len(job.running))
+        job = by_work[pick % len(by_work)]
         self.world.cancel(job.id)
         self.model.cancel(job)
 
@@ -178,6 +179,14 @@ class LedgerMachine(RuleBasedStateMachine):
         self._release(self.live()[pick % len(self.live())])
 
     @precondition(lambda self: self.live())
+    @rule(pick=picks, end=st.sampled_from(["finish", "release"]))
+    def end_while_cancelling(self, pick: int, end: str) -> None:
+        held = self.live()[pick % len(self.live())]
+        self.world.cancel(held.job.id)
+        self.model.cancel(held.job)
+        {"finish": self._finish, "release": self._release}[end](held)
+
+    @precondition(lambda self: self.live())
     @rule(worker=workers)
     def crash(self, worker: str) -> None:
         """The worker is killed: it writes nothing, and its leases run out."""
@@ -187,7 +196,19 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.lost())
     @rule(pick=picks)
     def act_on_a_lost_claim(self, pick: int) -> None:
-        claim = self.lost()[pick % len(self.lost())].claim
+        self._act_late(self.lost()[pick % len(self.lost())].claim)
+
+    @precondition(lambda self: self.live())
+    @rule(pick=picks)
+    def come_back_too_late(self, pick: int) -> None:
+        """The lease is lost, another claims, and then the worker that had stood still goes on."""
+        held = self.live()[pick % len(self.live())]
+        self._lapse(held)
+        self._sweep()
+        self._claimed(self.world.try_claim("b"), "b")
+        self._act_late(held.claim)
+
+    def _act_late(self, claim: Claim) -> None:
         late: list[Callable[[], object]] = [
             lambda: self.world.beat(claim, done=TOTAL),
             lambda: self.world.finish(claim, {"mine": True}),
