@@ -53,7 +53,8 @@ class ArtifactStore:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        fs, self.root = fsspec.core.url_to_fs(url)
+        # What another process has removed must not be found in a list of before.
+        fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         self.fs = cast(fsspec.AbstractFileSystem, fs)
         self._is_local = isinstance(self.fs, LocalFileSystem)
 
@@ -95,16 +96,13 @@ class ArtifactStore:
         """All files but those that are being written, listed a folder at a time."""
         if not self.fs.exists(self.root):
             return
-        try:
-            for folder, folders, files in self.fs.walk(self.root, detail=True, on_error="raise"):
-                if self._is_local and folder == self.root:
-                    folders.pop(self.scratch_folder.name, None)
-                for info in files.values():
-                    path = info["name"]
-                    key = path.removeprefix(f"{self.root}/")
-                    yield Stored(key, int(info["size"]), self._modified(path, info))
-        finally:
-            self.fs.invalidate_cache()  # else `exists` would go on answering by what was there now
+        for folder, folders, files in self.fs.walk(self.root, detail=True, on_error="raise"):
+            if self._is_local and folder == self.root:
+                folders.pop(self.scratch_folder.name, None)
+            for info in files.values():
+                path = info["name"]
+                key = path.removeprefix(f"{self.root}/")
+                yield Stored(key, int(info["size"]), self._modified(path, info))
 
     def _modified(self, path: str, info: Mapping[str, Any]) -> float:
         found = next((info[name] for name in _MODIFIED if name in info), None)

@@ -46,7 +46,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 def abandoned(folder: Path) -> list[Path]:
     """What processes of this host that are gone have left in `folder`, and what other hosts have not touched for a day."""
     found = []
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with suppress(FileNotFoundError, PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             name = _NAME.fullmatch(entry.name)
             if name and _is_abandoned(Path(entry.path), name["host"], int(name["pid"]), int(name["start"])):

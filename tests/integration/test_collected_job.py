@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 from tiny import pool_rows, target_rows
 from worker_world import MODEL, SMALL, TARGET, Json, World, post
 
@@ -72,12 +73,15 @@ def collecting(world: World) -> Iterator[list[int]]:
     retention = RetentionSettings(artifacts_days=1e-9)
 
     def run() -> None:
-        try:
-            while not stopping.is_set():
+        while not stopping.is_set():
+            try:
                 found = collect(world.sessions, world.store, retention, stopping=stopping)
                 taken.append(sum(tally.files for tally in found.removed.values()))
-        except Exception as error:
-            failures.append(error)
+            except OperationalError:
+                continue  # the lock was not to be had in time on a busy machine: the next pass
+            except Exception as error:
+                failures.append(error)
+                return
 
     thread = threading.Thread(target=run)
     thread.start()

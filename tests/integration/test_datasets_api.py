@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +14,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
 from service.database import Sessions
-from service.datasets import service, storage
+from service.datasets import router, service, storage
+from service.datasets.convert import convert
 from service.datasets.tables import Dataset
 from service.errors import Unprocessable
 from service.ids import new_id
@@ -242,3 +245,25 @@ def test_a_job_requires_a_live_dataset_of_its_tenant_and_keeps_it(api: "Api") ->
         assert deletion.is_alive(), "a job is being created on the dataset: deletion must wait"
     deletion.join()
     assert api.client.get(f"/v1/datasets/{dataset_id}").status_code == 404
+
+
+def test_what_an_upload_is_converted_in_says_whose_it_is_and_goes_with_it(
+    api: "Api", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it goes too where the process is killed meanwhile: see `service.scratch`."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    seen: list[str] = []
+
+    def converting(file: Any, form: Any, limits: Any, into: Path) -> storage.Content:
+        seen.extend(entry.name for entry in folder.iterdir())
+        assert into.parent == folder
+        return convert(file, form, limits, into)
+
+    monkeypatch.setattr(router, "convert", converting)
+    upload(api.client, unique_rows())
+    assert api.client.post("/v1/datasets?name=x", content=b"{}").status_code == 422
+    assert len(seen) == 2
+    assert all(name.startswith("winnow.") and f".{os.getpid()}." in name for name in seen)
+    assert list(folder.iterdir()) == []
