@@ -118,7 +118,8 @@ _GAUGES = text("""
     WITH open_jobs AS (
         SELECT id, status FROM selection_jobs WHERE status IN ('queued', 'running', 'cancelling')
     ), open_units AS (
-        SELECT u.*, j.status FROM job_units u JOIN open_jobs j ON j.id = u.job_id
+        SELECT u.stage, u.state, u.artifact_key, u.created_at, u.started_at, u.not_before, j.status
+        FROM job_units u JOIN open_jobs j ON j.id = u.job_id
     ), claimable AS (
         SELECT extract(epoch FROM clock_timestamp() - greatest(created_at, started_at, not_before)) AS seconds
         FROM open_units u

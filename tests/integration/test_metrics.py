@@ -1,7 +1,9 @@
 """What Prometheus reads of the API and of a worker; and that dashboard and alerts ask for nothing else."""
 
 import json
+import os
 import re
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from pydantic import SecretStr
 from sqlalchemy import text
+from worker_world import Worker
 
 from service.artifacts import ArtifactStore
 from service.dispatch import CHANNEL, QUEUE, Dispatcher
@@ -249,7 +252,8 @@ def test_the_dispatcher_counts_what_it_does(world: LedgerWorld, of_world: ApiSet
     def count(name: str) -> float:
         return value(read(registry), name) or 0
 
-    world.lose_lease(world.claim()) if world.job() else None
+    world.job()
+    world.lose_lease(world.claim())
     cancelled = world.job(unit(Stage.EMBED))
     dispatcher.start()
     try:
@@ -307,7 +311,6 @@ def test_units_are_counted_by_how_they_ended(world: LedgerWorld, of_world: ApiSe
 
 
 def test_a_child_that_dies_is_counted_by_its_cause(world: LedgerWorld, of_world: ApiSettings) -> None:
-    """A child that is killed while it starts; and a second one that ends in good order."""
     world.job(unit(Stage.PREPARE, total=1))
     with supervising(of_world) as supervisor:
         thread = threading.Thread(target=supervisor.drain)
@@ -374,10 +377,20 @@ def test_the_worker_answers_on_its_port_and_two_cannot_share_one(of_world: ApiSe
             WorkerMetrics().serve(unused_port)
 
 
+def test_a_worker_whose_port_is_taken_ends_and_says_which_setting_it_is(of_world: ApiSettings, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        worker = Worker(of_world, tmp_path / "worker.log", metrics_port=str(other.getsockname()[1]))
+        try:
+            assert worker._process.wait(SOON) == os.EX_CONFIG
+        finally:
+            worker.close()
+    assert "WINNOW_WORKER__METRICS_PORT: port" in worker.log.read_text()
+
+
 @pytest.fixture
 def unused_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -472,5 +485,10 @@ def test_every_alert_says_what_to_do() -> None:
 
 def test_prometheus_reads_api_workers_and_alerts() -> None:
     found = yaml.safe_load((OPS / "prometheus.yml").read_text())
-    assert {job["job_name"] for job in found["scrape_configs"]} == {"winnow-api", "winnow-worker"}
     assert all((OPS / name).is_file() for name in found["rule_files"])
+    jobs = {job["job_name"]: job["dns_sd_configs"][0] for job in found["scrape_configs"]}
+    assert jobs.keys() == {"winnow-api", "winnow-worker"}
+    services = yaml.safe_load((OPS.parent / "docker-compose.yml").read_text())["services"]
+    assert {name for job in jobs.values() for name in job["names"]} <= services.keys()
+    for name in jobs["winnow-worker"]["names"]:
+        assert services[name]["environment"]["WINNOW_WORKER__METRICS_PORT"] == str(jobs["winnow-worker"]["port"])
