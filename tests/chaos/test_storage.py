@@ -94,7 +94,9 @@ def test_a_full_disk_ends_an_attempt_and_no_job(
         survived(pair, undisturbed, job_id)
         told = [data["error"] for data in pair.events(job_id, "unit.attempt_failed")]
         assert {error["code"] for error in told} == {"storage_full"}
-        assert all("No space left on device" in error["detail"] and "Free some room" in error["detail"] for error in told)
+        assert all(
+            "No space left on device" in error["detail"] and "Free some room" in error["detail"] for error in told
+        )
     record_property("fault", "disk full")  # last: what is expected to fail does not count
 
 
