@@ -26,7 +26,7 @@ TASK = "winnow.work"
 QUEUE = "winnow"
 CHANNEL = "winnow_units"
 
-_LEADER_LOCK = 0x77696E6E6F77  # "winnow"
+LEADER_LOCK = 0x77696E6E6F77  # "winnow"
 _MOST_MESSAGES = 64
 
 
@@ -75,7 +75,7 @@ class Dispatcher:
     def _lead(self) -> None:
         """Waits to become the leader, then dispatches until the connection that holds the lock is lost or we stop."""
         with psycopg.connect(_libpq_url(self._settings.database.url), autocommit=True) as connection:
-            while connection.execute("SELECT pg_try_advisory_lock(%s)", [_LEADER_LOCK]).fetchone() != (True,):
+            while connection.execute("SELECT pg_try_advisory_lock(%s)", [LEADER_LOCK]).fetchone() != (True,):
                 if self._stopping.wait(self._settings.ledger.sweep_seconds):
                     return
             with self._metrics.leading.track_inprogress():

@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from service import models
 from service.artifacts import ArtifactStore
 from service.database import make_engine
-from service.dispatch import _LEADER_LOCK, QUEUE
+from service.dispatch import LEADER_LOCK, QUEUE
 from service.jobs import repository
 from service.local import running_stack
 from service.operate import settings_problem
@@ -179,7 +179,7 @@ def _migrations(patient: _Patient) -> Told:
 
 def _leader(patient: _Patient) -> Told:
     with patient.engine.connect() as connection:
-        holder = lock_holder(connection, _LEADER_LOCK)
+        holder = lock_holder(connection, LEADER_LOCK)
     if holder is None:
         why = "no API process leads: nothing wakes workers, nothing takes back the units of dead ones"
         return "FAIL", why, "start the API; where it runs, look for `dispatcher` in its log"

