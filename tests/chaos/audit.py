@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from service.jobs.state import TERMINAL
 from service.results.merkle import chunk_sha256, merkle_root
+from service.scratch import abandoned
 
 Row = dict[str, Any]
 
@@ -146,7 +147,10 @@ def _of_results(connection: psycopg.Connection[Row], job: Row) -> Iterator[str]:
 
 
 def _of_store(store: Path) -> Iterator[str]:
+    swept = abandoned(store / "tmp")  # of a process that is gone: what starts next removes it
     for path in leftovers(store):
+        if path in swept:
+            continue
         yield f"the store holds the temporary file {path.name}"
     for path in store.rglob("*"):
         if not path.is_file() or path.is_relative_to(store / "tmp"):

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import transformers
 from servers import Servers
 from undisturbed import Undisturbed, run_undisturbed
 from world import World
@@ -35,7 +36,8 @@ class Count:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.write_line(f"faults injected: {self.injected}, survived: {self.survived}")
+        if self.injected:
+            terminalreporter.write_line(f"faults injected: {self.injected}, survived: {self.survived}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if given is not None:
         config.stash[_UNDISTURBED] = given["undisturbed"]
         return
+    transformers.logging.disable_progress_bar()
     with TemporaryDirectory(prefix="chaos-") as folder, Servers.started(Path(folder)) as servers:
         config.stash[_UNDISTURBED] = run_undisturbed(servers)
 

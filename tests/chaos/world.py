@@ -286,7 +286,8 @@ class World:
         return [event["data"] for event in found if event["type"] == kind]
 
     def clear(self) -> None:
-        """Deletes all jobs, datasets and artifacts, so that the same job computes everything again."""
+        """Deletes all jobs, datasets and artifacts, so that the same job computes everything again; not what killed writers have
+        left, which is the sweepers' to remove."""
         self.faults.disarm()
         for job_id in self.job_ids():
             if self.get(job_id)["status"] not in TERMINAL:
@@ -295,21 +296,29 @@ class World:
             self.call("DELETE", f"/v1/selection-jobs/{job_id}")
         for dataset in self.call("GET", "/v1/datasets", params={"limit": 100}).json()["data"]:
             self.call("DELETE", f"/v1/datasets/{dataset['id']}")
-        shutil.rmtree(self.store, ignore_errors=True)
+        for folder in self.store.glob("*"):
+            if folder.name != "tmp":
+                shutil.rmtree(folder, ignore_errors=True)  # the API is removing the datasets
         self.faults.forget()
 
-    def audit(self) -> None:
-        """Everything that must hold once all jobs have ended, whatever was killed meanwhile."""
+    def audit(self, *, swept: bool = True) -> None:
+        """Everything that must hold once all jobs have ended, whatever was killed meanwhile. With `swept` the store is also rid
+        of what killed writers have left."""
+        if swept:
+            self.sweep()
+        self.until("only what should run runs", lambda: not self.orphans(), 30)
+        audit(self.database_url, self.store, self.marker, alive=self.pids())
+
+    def sweep(self) -> None:
+        """Has what killed writers have left in the store swept, by starting again what runs, if there is any."""
         if leftovers(self.store):
-            # Of a process that was killed. What starts on the host sweeps it; a compute child starts with the next unit only.
             self.restart()
             self.until("the store's temporary files are swept", lambda: not leftovers(self.store), 30)
-        self.until("only what should run runs", lambda: not self.orphans(), 30)
-        audit(self.database_url, self.store, self.marker, alive=self._pids())
 
     def orphans(self) -> list[int]:
-        expected = self._pids()
+        expected = self.pids()
         return [pid for pid in marked(self.marker) if pid not in expected]
 
-    def _pids(self) -> set[int]:
+    def pids(self) -> set[int]:
+        """Of the processes that should run: those started here, and their children."""
         return {pid for process in self.processes for pid in (process.pid, *process.children())}
