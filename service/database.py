@@ -46,6 +46,7 @@ def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: floa
         pool_size=settings.pool_size,
         max_overflow=settings.pool_size,
         pool_pre_ping=True,
+        hide_parameters=True,  # an error is logged and traced, and values may be of a user's data
         connect_args={"connect_timeout": 10, "options": options, **_KEEPALIVE},
     )
 

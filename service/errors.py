@@ -61,6 +61,10 @@ class Conflict(ApiError):
     status, code, title = 409, "conflict", "Conflict"
 
 
+class Gone(ApiError):
+    status, code, title = 410, "gone", "Gone"
+
+
 class TooLarge(ApiError):
     status, code, title = 413, "too_large", "Content too large"
 
@@ -153,6 +157,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(OSError)
     async def _storage(request: Request, error: OSError) -> JSONResponse:
+        if isinstance(error, FileNotFoundError):
+            log.error("%s %s: %s is gone", request.method, request.url.path, error.filename or error)
+            detail = "The files of this dataset are gone from the artifact store. Upload the dataset again and post a new job."
+            return problem_response(request, Gone(detail, code="files_missing"))
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return await _unforeseen(request, error)
         log.error("%s %s: no room left on %s", request.method, request.url.path, error.filename)

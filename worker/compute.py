@@ -152,7 +152,7 @@ def _of_storage(error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFull(f"{error.strerror}: {error.filename or 'the artifact store'}. Free some room, or add to it.")
     if isinstance(error, FileNotFoundError):
-        return ArtifactMissing(f"{error.filename or error} is gone from the artifact store; post the job again.")
+        return ArtifactMissing.named(error)
     return error
 
 

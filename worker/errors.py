@@ -1,6 +1,6 @@
 """What can go wrong in a unit, told apart: the user's data, the user's model, the machine, and our own code."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class UnitError(Exception):
@@ -51,6 +51,10 @@ class ArtifactMissing(UnitError):
     """What an earlier stage has written is gone: someone deleted it, or the store was exchanged."""
 
     code, retryable = "artifact_missing", False
+
+    @classmethod
+    def named(cls, error: FileNotFoundError) -> Self:
+        return cls(f"{error.filename or error} is gone from the artifact store; post the job again.")
 
 
 class ComputeDied(UnitError):

@@ -27,7 +27,7 @@ from service.observability.traces import Traces
 from service.settings import Settings
 from worker import publish
 from worker.child import Child
-from worker.errors import ComputeDied, UnitError
+from worker.errors import ArtifactMissing, ComputeDied, UnitError
 from worker.metrics import Outcome, WorkerMetrics
 from worker.presence import Presence
 from worker.reuse import known_result, mark_used
@@ -162,6 +162,9 @@ class Supervisor:
             return self._fail(claim, error.as_dict(), error.retryable)
         except ReportedError as error:
             return self._fail(claim, error.error, error.retryable)
+        except FileNotFoundError as error:
+            missing = ArtifactMissing.named(error)
+            return self._fail(claim, missing.as_dict(), missing.retryable)
         except Exception as error:
             log.exception("%s/%d of %s", claim.stage, claim.shard, claim.job_id)
             return self._fail(claim, {"code": "internal_error", "detail": f"{type(error).__name__}: {error}"}, True)

@@ -14,7 +14,7 @@ from service.datasets.convert import convert
 from service.datasets.formats import Form
 from service.datasets.schemas import DatasetObject, DatasetPage, DatasetRow, FormQuery, Name, RowLimit, RowPage, Start
 from service.datasets.upload import received
-from service.errors import BadRequest, Conflict, NotFound, TooLarge, Unauthorized, Unprocessable, responses
+from service.errors import BadRequest, Conflict, Gone, NotFound, TooLarge, Unauthorized, Unprocessable, responses
 from service.pages import After, Limit
 from service.scratch import scratch, temporary_folder
 from service.settings import ApiSettings
@@ -107,7 +107,7 @@ def get_dataset(dataset_id: str, caller: CallerDep, session: SessionDep) -> Data
 @router.get(
     "/{dataset_id}/rows",
     summary="Rows of a dataset, in its order",
-    responses=responses(Unauthorized, NotFound, Unprocessable),
+    responses=responses(Unauthorized, NotFound, Gone, Unprocessable),
 )
 def list_rows(
     request: Request,

@@ -7,12 +7,12 @@ from starlette.responses import StreamingResponse
 
 from service.database import SessionDep
 from service.datasets import storage
-from service.errors import Conflict, NotFound, Unauthorized, Unprocessable, responses
+from service.errors import Conflict, Gone, NotFound, Unauthorized, Unprocessable, responses
 from service.results import repository
 from service.results.export import ResultStream, Rows, weight_columns
 from service.results.formats import ENCODERS, MEDIA_TYPES, Format, jsonl
 from service.results.schemas import ProvenanceOut, SelectedOut, SelectedPage, SelectionResult, WeightOut, WeightsPage
-from service.results.service import Gone, finished_job
+from service.results.service import finished_job
 from service.tenants.service import CallerDep
 
 router = APIRouter(
@@ -37,7 +37,8 @@ def get_results(job_id: str, session: SessionDep, caller: CallerDep) -> Selectio
     summary="One weight a sample, in pool order",
     response_model=WeightsPage,
     responses={
-        200: {"content": {MEDIA_TYPES[Format.JSONL]: {}}, "description": "A page, or with `stream` all as lines"}
+        200: {"content": {MEDIA_TYPES[Format.JSONL]: {}}, "description": "A page, or with `stream` all as lines"},
+        **responses(Gone),
     },
 )
 def get_weights(

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy.orm import Session
 
-from service.errors import ApiError, Conflict, NotFound
+from service.errors import Conflict, NotFound
 from service.jobs.state import TERMINAL, JobStatus
 from service.results import repository
 from service.results.merkle import chunk_sha256, merkle_root
@@ -39,10 +39,6 @@ _SELECTED_COLUMNS = {
     "weight": "float4",
     "exact": "bool",
 }
-
-
-class Gone(ApiError):
-    status, code, title = 410, "gone", "Gone"
 
 
 def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> repository.Job:

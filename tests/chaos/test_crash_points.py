@@ -46,13 +46,16 @@ def _run(world: World, point: str) -> None:
 def test_a_kill_at_a_crash_point_changes_nothing(
     world: World, undisturbed: Undisturbed, point: str, record_property: Callable[[str, object], None]
 ) -> None:
-    _run(world, point)
-    if not world.faults.has_struck:  # processes that have just started pass it only
-        world.clear()
-        world.restart(*world.workers)
+    try:
         _run(world, point)
+        if not world.faults.has_struck:  # processes that have just started pass it only
+            world.clear()
+            world.restart(*world.workers)
+            _run(world, point)
+    finally:
+        if world.faults.has_struck:
+            record_property("fault", point)
     assert world.faults.has_struck, f"{point} was not passed"
-    record_property("fault", point)
     for job_id in world.job_ids():  # two, where a client had no answer to its POST
         job = world.ended(job_id)
         assert job["status"] == "succeeded", job["error"]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,3 +133,10 @@ def test_a_store_without_room_keeps_nothing_of_an_upload(
         assert response.headers["retry-after"] == "60"
     assert api.client.get("/v1/datasets").json()["data"] == []
     assert api.client.post("/v1/datasets", params={"name": "pool"}, content=rows).status_code == 201
+
+
+def test_a_store_that_has_lost_its_files_is_not_a_fault_of_ours(api: Api) -> None:
+    rows = json.dumps({"text": new_id("t")}).encode()
+    dataset = api.client.post("/v1/datasets", params={"name": "pool"}, content=rows).json()["id"]
+    shutil.rmtree(api.store.root)
+    problem(api.client.get(f"/v1/datasets/{dataset}/rows"), 410, "files_missing")

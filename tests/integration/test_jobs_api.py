@@ -620,6 +620,7 @@ def test_a_failed_job_says_why_and_need_not_be_polled(api: Api, body: dict[str, 
         "stage": "embed",
         "shard": 2,
         "attempts": None,
+        "history": [],
     }
     assert "retry-after" not in response.headers
 
@@ -716,6 +717,7 @@ def test_a_cancel_leaves_an_ended_job_as_it_is(api: Api, body: dict[str, Any], s
 
 ROUTES = [
     ("GET", ""),
+    ("DELETE", ""),
     ("POST", "/cancel"),
     ("GET", "/events"),
     ("GET", "/results"),

@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service import errors
+from service.errors import Gone
 from service.results.export import ResultStream
 from service.results.formats import ByteStream, Columns, comma_separated, jsonl, parquet
-from service.results.service import Gone
 
 
 def batches() -> Iterator[Columns]:
