@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from service.settings import Settings
-from worker.errors import ComputeDied
+from worker.errors import ComputeDied, KernelKilled
 
 # What the child may see of the environment: no database, no broker, no secret of ours. The store's and the hub's own
 # credentials (AWS_*, HF_*) are needed to read and write there.
@@ -32,6 +33,11 @@ _ENVIRONMENT_PREFIXES = (
 )
 
 
+_LESS_MEMORY = (
+    "Where that does not help, lower max_length, landmarks.count or gradient.projection_dim, or use quantization."
+)
+
+
 class Child:
     """A running compute child. Not shared between threads, but for its reader."""
 
@@ -44,6 +50,7 @@ class Child:
             env=_environment(),
             start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
         )
+        self._oom_kills = _oom_kills()
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="compute-reader", daemon=True).start()
         self.send(
@@ -96,8 +103,16 @@ class Child:
         except queue.Empty:
             return None
         if message is None:
-            raise ComputeDied(_cause(self._process.wait()))
+            raise self._death()
         return message
+
+    def _death(self) -> ComputeDied:
+        code = self._process.wait()
+        if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
+            return KernelKilled(
+                f"The kernel killed the compute process: the machine's memory is used up. {_LESS_MEMORY}"
+            )
+        return ComputeDied(_cause(code))
 
     def close(self, grace_seconds: float) -> None:
         """Ends the child: its stdin closes, then SIGTERM, then SIGKILL."""
@@ -125,11 +140,21 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory: of this container, or else of this machine."""
+    for file in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with contextlib.suppress(OSError):
+            counts = dict(line.split() for line in Path(file).read_text().splitlines())
+            if "oom_kill" in counts:
+                return int(counts["oom_kill"])
+    return 0
+
+
 def _cause(code: int) -> str:
     if code == -signal.SIGKILL:
         return (
-            "The compute process was killed (signal 9): out of memory, most likely. If killed again, its batches are halved;"
-            " where that does not help, lower max_length, landmarks.count or gradient.projection_dim, or use quantization."
+            "The compute process was killed (signal 9), by someone or for want of memory. If it is killed again, its batches"
+            f" are halved. {_LESS_MEMORY}"
         )
     if code < 0:
         return f"The compute process died of signal {-code} ({signal.Signals(-code).name})."

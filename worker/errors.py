@@ -54,13 +54,19 @@ class ArtifactMissing(UnitError):
 
     @classmethod
     def named(cls, error: FileNotFoundError) -> Self:
-        return cls(f"{error.filename or error} is gone from the artifact store; post the job again.")
+        return cls(f"A file is gone from the artifact store: {error.filename or error}. Post the job again.")
 
 
 class ComputeDied(UnitError):
-    """The compute child was killed (by the kernel's out-of-memory killer, most likely) or crashed."""
+    """The compute child was killed or crashed."""
 
     code, retryable = "compute_died", True
+
+
+class KernelKilled(ComputeDied):
+    """The compute child was killed by the kernel, for want of memory."""
+
+    code = OutOfMemory.code
 
 
 class Cancelled(Exception):

@@ -210,7 +210,7 @@ class Supervisor:
             raise  # the child has answered or was stopped
         except ComputeDied as error:
             self._drop(child)
-            raise ComputeDied(f"{error.detail} {_place_of(claim)}") from error
+            raise type(error)(f"{error.detail} {_place_of(claim)}") from error
         except Exception:  # it still works on what nobody waits for: its answer must not meet the next unit
             self._drop(child)
             raise

@@ -29,7 +29,7 @@ from service.settings import (
     WorkerSettings,
 )
 from worker import data, models
-from worker.child import Child
+from worker.child import Child, _oom_kills
 from worker.errors import ComputeDied
 from worker.stages.plan import JobInputs
 from worker.supervisor import Supervisor
@@ -188,7 +188,7 @@ def test_a_warm_up_tells_its_steps_and_is_cancelled_between_batches(
             {"spec": {**SPEC, "tokens": "absent"}},
             "artifact_missing",
             False,
-            r"absent is gone from the artifact store",
+            r"gone from the artifact store: .*absent",
         ),
         ({"prepared": {"dtype": "float32", "model_fingerprint": "old"}}, "model_not_usable", False, "files changed"),
         ({"stage": "publish"}, "internal_error", True, r"RuntimeError: publish .*\(compute.py:\d+\)"),
@@ -216,12 +216,37 @@ def test_arguments_that_do_not_fit_are_the_jobs_fault(child: Child, unit: dict[s
 def test_a_killed_child_is_told_as_such(settings: Settings) -> None:
     child = Child(settings)
     os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(ComputeDied, match=r"killed \(signal 9\): out of memory") as caught:
+    with pytest.raises(ComputeDied, match=r"killed \(signal 9\), by someone or for want of memory") as caught:
         answer(child)
     assert (caught.value.code, caught.value.retryable) == ("compute_died", True)
     assert not child.is_alive
     child.send(type="cancel")  # to a child that is gone: no error
     child.close(grace_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("counted", "code"), [([4, 5], "out_of_memory"), ([4, 4], "compute_died")], ids=["by the kernel", "by someone"]
+)
+def test_a_kill_by_the_kernel_is_told_from_one_by_someone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, counted: list[int], code: str
+) -> None:
+    """The kernel's count of its own kills, which no test may raise on a machine that it shares, says which it was."""
+    counts = iter(counted)
+    monkeypatch.setattr("worker.child._oom_kills", lambda: next(counts))
+    child = Child(settings)
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(ComputeDied) as caught:
+        answer(child)
+    assert caught.value.code == code
+    child.close(grace_seconds=5)
+
+
+def test_the_kernels_count_is_read_where_there_is_one() -> None:
+    places = [Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")]
+    told = [
+        line for place in places if place.exists() for line in place.read_text().splitlines() if "oom_kill " in line
+    ]
+    assert _oom_kills() == (int(told[0].split()[1]) if told else 0)
 
 
 def test_a_child_that_ends_by_itself_is_told_as_such(settings: Settings, unit: dict[str, Any]) -> None:
