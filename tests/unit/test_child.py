@@ -88,6 +88,7 @@ def child(settings: Settings) -> Iterator[Child]:
         patch.setenv("DATABASE_URL", "postgresql://hidden")
         patch.setenv("HF_TOKEN", "needed")
         started = Child(settings)
+    assert answer(started)["type"] == "ready"
     yield started
     started.close(grace_seconds=5)
     assert not started.is_alive
@@ -108,19 +109,6 @@ def wait_until_gone(pid: int) -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.05)
-
-
-def test_a_cancel_right_behind_its_unit_counts(child: Child, unit: dict[str, Any]) -> None:
-    """The first test: the child is still starting when both have been written."""
-    child.send(type="run", **unit)
-    child.send(type="cancel")
-    ready = answer(child)
-    assert ready["type"] == "ready"
-    assert ready["device"].startswith("cpu")
-    assert ready["memory_bytes"] > 2**30
-    assert set(ready["matmul_rates"]) == {"float32", "bfloat16"}
-    assert min(ready["matmul_rates"].values()) > 1e6
-    assert answer(child) == {"type": "cancelled"}
 
 
 def test_the_environment_holds_no_credentials_of_ours(child: Child) -> None:
@@ -284,33 +272,41 @@ def test_it_ends_with_its_supervisor_whatever_killed_that(settings: Settings) ->
 @pytest.fixture
 def limited(settings: Settings) -> Iterator[Child]:
     """A child of the test's own, under a limit on its memory."""
-    worker = settings.worker.model_copy(update={"memory_bytes": 4 * 2**30, "stall_seconds": 5.0})
+    worker = settings.worker.model_copy(update={"memory_bytes": 4 * 2**30})
     started = Child(settings.model_copy(update={"worker": worker}))
     yield started
     started.stop(grace_seconds=2)
     assert not started.is_alive
 
 
-def test_it_says_that_it_is_alive_while_it_has_nothing_else_to_say(limited: Child) -> None:
-    assert answer(limited)["type"] == "ready"
-    deadline = time.monotonic() + _PATIENCE
-    heard = 0
-    while heard < 2:
-        assert time.monotonic() < deadline
-        heard += limited.receive(1) == {"type": "alive"}
+def test_a_cancel_right_behind_its_unit_counts(limited: Child, unit: dict[str, Any]) -> None:
+    """The child is still starting when both have been written."""
+    limited.send(type="run", **unit)
+    limited.send(type="cancel")
+    ready = answer(limited)
+    assert ready["type"] == "ready"
+    assert ready["device"].startswith("cpu")
+    assert ready["memory_bytes"] > 2**30
+    assert set(ready["matmul_rates"]) == {"float32", "bfloat16"}
+    assert min(ready["matmul_rates"].values()) > 1e6
+    assert answer(limited) == {"type": "cancelled"}
+    _is_held_to(limited, 4 * 2**30)
 
 
-def test_its_memory_is_limited_and_the_kernel_takes_it_before_its_supervisor(limited: Child) -> None:
-    assert answer(limited)["type"] == "ready"
-    process = Path(f"/proc/{limited.pid}")
+def _is_held_to(child: Child, memory_bytes: int) -> None:
+    """Its memory is limited, and the kernel takes it before its supervisor."""
+    process = Path(f"/proc/{child.pid}")
     limit = next(line for line in (process / "limits").read_text().splitlines() if line.startswith("Max data size"))
-    assert limit.split()[3] == str(4 * 2**30)
+    assert limit.split()[3] == str(memory_bytes)
     assert int((process / "oom_score_adj").read_text()) > int(Path("/proc/self/oom_score_adj").read_text())
 
 
 def test_one_that_stands_still_is_given_up(settings: Settings, limited: Child) -> None:
-    """Its supervisor goes on beating: the lease alone would never end it."""
+    """While it runs it says so, with nothing else to say. Its supervisor goes on beating: the lease alone would never end it."""
     assert answer(limited)["type"] == "ready"
+    deadline = time.monotonic() + _PATIENCE
+    while limited.receive(1) != {"type": "alive"}:
+        assert time.monotonic() < deadline
     worker = settings.worker.model_copy(update={"stall_seconds": 5.0})
     supervisor = Supervisor(settings.model_copy(update={"worker": worker}))
     claim = Claim(unit_id=1, job_id="job", attempt=1, stage=Stage.EMBED, shard=0, artifact_key="a", spec={}, total=1)
