@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from sqlalchemy import DateTime, Engine, MetaData, create_engine, func
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from service.settings import DatabaseSettings
@@ -53,6 +54,19 @@ def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: floa
 
 def make_sessions(engine: Engine) -> Sessions:
     return sessionmaker(engine, expire_on_commit=False)
+
+
+def is_away(error: DBAPIError) -> bool:
+    """Whether the database does not answer; any other error is a fault of what was asked of it.
+
+    Class 08 is a lost connection, 57P a server that stops or starts; a connection that was not made has no state.
+    """
+    if error.connection_invalidated:
+        return True
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:
+        return isinstance(error, OperationalError | InterfaceError)
+    return bool(state.startswith(("08", "57P")))
 
 
 def _request_session(request: Request) -> Iterator[Session]:

@@ -13,8 +13,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+
+from service.database import is_away
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +151,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(DBAPIError)
     async def _database(request: Request, error: DBAPIError) -> JSONResponse:
-        if not _is_away(error):
+        if not is_away(error):
             return await _unforeseen(request, error)
         log.warning("%s %s: the database is away (%s)", request.method, request.url.path, error.orig)
         detail = "The database does not answer. Try again soon; what you sent may have been kept: look before you post it again."
@@ -173,16 +175,6 @@ def install(app: FastAPI) -> None:
         return problem_response(
             request, ApiError("Something went wrong on our side; it is logged under this request_id.")
         )
-
-
-def _is_away(error: DBAPIError) -> bool:
-    """Class 08 is a lost connection, 57P a server that stops or starts; a connection that was not made has no state."""
-    if error.connection_invalidated:
-        return True
-    state = getattr(error.orig, "sqlstate", None)
-    if state is None:
-        return isinstance(error, OperationalError | InterfaceError)
-    return bool(state.startswith(("08", "57P")))
 
 
 def responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]:

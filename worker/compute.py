@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import queue
+import re
 import resource
 import sys
 import threading
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from service.artifacts import ArtifactStore
@@ -100,17 +102,17 @@ class Compute:
         started = time.perf_counter()
         try:
             result = self._stage(context, unit)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            result |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak}
+            self.store.write_json(result_key(unit["artifact_key"]), result)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise OutOfMemory(str(error) or "The processor's memory is used up.") from error
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise _of_storage(error) from error
         except ValueError as error:  # the numerical core's word for arguments that do not fit together
             raise ParameterError(str(error)) from error
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        result |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak}
-        self.store.write_json(result_key(unit["artifact_key"]), result)
         return result
 
     def _stage(self, context: StageContext, unit: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,8 +149,11 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _of_storage(error: OSError) -> Exception:
+def _of_storage(error: OSError | SafetensorError) -> Exception:
     """What the operator has to see to, told apart from a fault of ours; any other error as it is."""
+    if isinstance(error, SafetensorError):  # of the system's error it keeps the words
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        error = OSError(int(told[1]), os.strerror(int(told[1]))) if told else OSError(str(error))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFull(f"{error.strerror}: {error.filename or 'the artifact store'}. Free some room, or add to it.")
     if isinstance(error, FileNotFoundError):

@@ -10,14 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import service.schema  # noqa: F401  # every table must be known before one is mapped to its foreign keys
 from service.artifacts import ArtifactStore
-from service.database import make_engine, make_sessions
+from service.database import is_away, make_engine, make_sessions
 from service.jobs import ledger, repository
 from service.jobs.ledger import Claim, LeaseLost, Retries
 from service.jobs.state import JobStatus, Stage
@@ -35,6 +35,8 @@ from worker.stages.keys import worker_version
 from worker.units import exact_plan, next_units, unit_message, with_operations
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _POLL_SECONDS = 0.25
 _PROGRESS_SECONDS = 1.0
@@ -98,18 +100,24 @@ class Supervisor:
         """Does units until none may be claimed. Returns how many."""
         count = 0
         while not self._stopping.is_set():
-            with self._sessions.begin() as session:
-                claim = ledger.claim_unit(
-                    session,
-                    worker_id=self.worker_id,
-                    lease_seconds=self._settings.ledger.lease_seconds,
-                    code=worker_version(),
-                )
+            claim = self._claim()
             if claim is None:
                 break
             self._do(claim)
             count += 1
         return count
+
+    def _claim(self) -> Claim | None:
+        """None also where the database is away: the dispatcher sends word once it is back."""
+        lease = self._settings.ledger.lease_seconds
+        try:
+            with self._sessions.begin() as session:
+                return ledger.claim_unit(session, worker_id=self.worker_id, lease_seconds=lease, code=worker_version())
+        except DBAPIError as error:
+            if not is_away(error):
+                raise
+            log.warning("nothing is claimed: the database is away (%s)", type(error).__name__)
+            return None
 
     def _do(self, claim: Claim) -> None:
         """Does one unit, logged, counted and traced; returns normally whatever its outcome is."""
@@ -183,25 +191,32 @@ class Supervisor:
             log.warning("the end of an attempt was not written (%s); the sweep will see to it", type(error).__name__)
 
     def _write(self, claim: Claim, change: Callable[[Session, SelectionJob], None]) -> None:
-        """Writes a finished unit in one fenced transaction; tries again while the lease holds and the database is away."""
+        """Writes a finished unit in one fenced transaction."""
+        self._patiently(lambda session: change(session, ledger.lock_claim(session, claim)))
+
+    def _patiently(self, work: Callable[[Session], _T]) -> _T:
+        """The work in one transaction; tried again while the database is away and the lease may hold.
+
+        Raises:
+            LeaseLost: it was away for too long, or the worker is to end.
+        """
         deadline = time.monotonic() + self._settings.ledger.lease_seconds
         while True:
             try:
                 with self._sessions.begin() as session:
-                    change(session, ledger.lock_claim(session, claim))
-                return
+                    return work(session)
             except DBAPIError as error:
-                if not error.connection_invalidated or time.monotonic() > deadline:
+                if not is_away(error):
                     raise
+                if time.monotonic() > deadline or self._stopping.wait(_PROGRESS_SECONDS):
+                    raise LeaseLost from error
                 log.warning("the database is away; trying again")
-                time.sleep(_PROGRESS_SECONDS)
 
     def _compute(self, claim: Claim) -> dict[str, Any]:
         """The unit's result: the one that stands beside its artifact already, or that of the child's work."""
         if (known := known_result(self._store, claim.artifact_key)) is not None:
             return {**known, "reused": True}
-        with self._sessions() as session:
-            message = unit_message(session, claim)
+        message = self._patiently(lambda session: unit_message(session, claim))
         child = self._child_for(repr(sorted(message["job"]["model"].items())))
         child.send(type="run", log={**logs.context(), "worker_id": self.worker_id}, **message)
         try:

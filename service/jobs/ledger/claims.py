@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, exists, func, or_, select, update
-from sqlalchemy.exc import IntegrityError
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import ColumnElement, exists, func, or_, select, text, update
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, aliased
 
 from service.jobs.ledger.rows import (
@@ -49,14 +50,23 @@ def claim_unit(session: Session, *, worker_id: str, lease_seconds: float, code: 
 
     A unit whose artifact is being made by another unit waits for that one. Where workers of two versions run, as in an upgrade,
     each does the units that its own version (`code`) has planned; those of a version that no live worker has are anyone's.
-    Commit at once: the claim holds a job's row.
+    A job whose row is held for longer than a moment is passed over. Commit at once: the claim holds a job's row.
     """
-    while (candidate := _claimable_unit(session, code, lease_seconds)) is not None:
+    held_up: list[str] = []
+    while (candidate := _claimable_unit(session, code, lease_seconds, held_up)) is not None:
         unit_id, job_id = candidate
         # Rolled back where another was first: two claims that each kept the row of a job they missed could deadlock.
         attempt = session.begin_nested()
-        job = lock_job(session, job_id)
-        claim = _take(session, unit_id, worker_id, lease_seconds) if job.status in OPEN else None
+        try:
+            session.execute(text("SET LOCAL lock_timeout = '1s'"))
+            job = lock_job(session, job_id)
+            claim = _take(session, unit_id, worker_id, lease_seconds) if job.status in OPEN else None
+        except OperationalError as error:  # a worker that stands still in the midst of a write holds the row
+            if not isinstance(error.orig, LockNotAvailable):
+                raise
+            attempt.rollback()
+            held_up.append(job_id)
+            continue
         if claim is None:
             attempt.rollback()
             continue
@@ -78,7 +88,9 @@ def _is_claimable() -> tuple[ColumnElement[bool], ...]:
     return SelectionJob.status.in_(OPEN), JobUnit.state == UnitState.PENDING, is_due, ~being_made
 
 
-def _claimable_unit(session: Session, code: str | None, lease_seconds: float) -> tuple[int, str] | None:
+def _claimable_unit(
+    session: Session, code: str | None, lease_seconds: float, held_up: Sequence[str] = ()
+) -> tuple[int, str] | None:
     seen_after = func.clock_timestamp() - timedelta(seconds=lease_seconds)
     another = exists().where(
         WorkerProcess.version == JobUnit.code,
@@ -89,7 +101,7 @@ def _claimable_unit(session: Session, code: str | None, lease_seconds: float) ->
     row = session.execute(
         select(JobUnit.id, JobUnit.job_id)
         .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
-        .where(*_is_claimable(), ~another)
+        .where(*_is_claimable(), ~another, SelectionJob.id.not_in(held_up))
         .order_by(SelectionJob.created_at, SelectionJob.id, JobUnit.stage, JobUnit.shard)
         .limit(1)
     ).one_or_none()
