@@ -197,8 +197,11 @@ class LedgerWorld:
 
 
 @contextmanager
-def ledger_world(postgres_url: str) -> Iterator[LedgerWorld]:
+def ledger_world(postgres_url: str, *, lock_timeout: str = "0") -> Iterator[LedgerWorld]:
+    """With a `lock_timeout` a lock that is waited for so long is an error, and no test that hangs."""
     with new_database(postgres_url) as url:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f"ALTER DATABASE {connection.info.dbname} SET lock_timeout = '{lock_timeout}'")
         engine = make_engine(DatabaseSettings(url=url, pool_size=10))
         sessions = make_sessions(engine)
         tenant_id, key_id, dataset_id = new_id("tnt"), new_id("key"), new_id("ds")

@@ -23,7 +23,7 @@ from service.settings import DatabaseSettings
 
 @pytest.fixture(scope="module")
 def _database(postgres_url: str) -> Iterator[LedgerWorld]:
-    with ledger_world(postgres_url) as world:
+    with ledger_world(postgres_url, lock_timeout="20s") as world:
         yield world
 
 
@@ -739,6 +739,22 @@ def test_of_a_deleted_job_only_its_row_is_left(world: LedgerWorld, status: str) 
         with pytest.raises(LeaseLost):
             late(world, claim)
     assert world.image() == before
+
+
+def test_a_deletion_goes_by_the_job_as_it_is_and_not_as_it_was_read(world: LedgerWorld) -> None:
+    """Two requests have read a job that runs; it ends, one deletes it, and then the other does."""
+    job_id = world.job(unit(Stage.PUBLISH))
+    claim = world.claim()
+    with world.sessions() as first, world.sessions() as second:
+        requests = [(session, session.get_one(SelectionJob, job_id)) for session in (first, second)]
+        world.finish(claim)
+        images = []
+        for session, job in requests:
+            ledger.delete_job(session, job)
+            session.commit()
+            images.append(world.image())
+    assert world.row(job_id).deleted_at is not None
+    assert images[0] == images[1]
 
 
 def test_a_deletion_that_races_the_end_comes_before_or_after_it(world: LedgerWorld) -> None:

@@ -404,10 +404,7 @@ _EVENTS = text("SELECT job_id, type, data FROM job_events ORDER BY id")
 @pytest.fixture(scope="module")
 def world(postgres_url: str) -> Iterator[LedgerWorld]:
     """In it a lock is waited for a moment only: a wrong order of locks is an error here and no test that hangs."""
-    with ledger_world(postgres_url) as world:
-        with world.engine.begin() as connection:
-            connection.execute(text(f"ALTER DATABASE {world.engine.url.database} SET lock_timeout = '500ms'"))
-        world.engine.dispose()
+    with ledger_world(postgres_url, lock_timeout="500ms") as world:
         yield world
 
 
