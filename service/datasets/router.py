@@ -2,6 +2,7 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import IO, Any
 
@@ -70,7 +71,10 @@ async def upload(
     state = request.app.state
     settings: ApiSettings = state.settings
     async with received(request, settings.uploads.max_bytes) as file:
-        keep = partial(_keep, file, state.sessions, state.store, settings, caller.tenant_id, name, form)
+        # What is logged and traced there is of this request.
+        keep = partial(
+            copy_context().run, _keep, file, state.sessions, state.store, settings, caller.tenant_id, name, form
+        )
         dataset = await asyncio.get_running_loop().run_in_executor(_converters, keep)
     response.headers["Location"] = f"{request.url.path}/{dataset.id}"
     return dataset

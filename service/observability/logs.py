@@ -49,8 +49,9 @@ class _WithoutValues(logging.Formatter):
     """Tells of an error of the database what failed, not with which row: that may be a user's sample, or a key's digest."""
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
-        error = ei[1]
-        while error is not None:
+        error, seen = ei[1], set()
+        while error is not None and id(error) not in seen:  # `raise error from error` makes a circle
+            seen.add(id(error))
             if isinstance(error, StatementError):
                 error.hide_parameters = True
             error = error.__cause__ or error.__context__

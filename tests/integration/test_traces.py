@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +24,10 @@ from tiny import pool_rows
 
 from service.app import create_app
 from service.database import make_engine, make_sessions
+from service.datasets.convert import convert
 from service.ids import new_id
 from service.jobs import repository
+from service.observability import logs
 from service.settings import (
     ApiSettings,
     DatabaseSettings,
@@ -36,6 +39,8 @@ from service.settings import (
 )
 from service.tenants.service import create_key
 from worker.supervisor import Supervisor
+
+PATIENCE = 120.0
 
 Json = dict[str, Any]
 
@@ -133,9 +138,7 @@ def attributes(span: Span) -> Json:
     }
 
 
-def test_a_request_and_the_units_of_its_job_are_one_trace(
-    settings: ApiSettings, collector: Collector, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_request_and_the_units_of_its_job_are_one_trace(settings: ApiSettings, collector: Collector) -> None:
     settings = traced(settings, collector.endpoint)
     callers = "0af7651916cd43dd8448eb211c80319c"
     with client_of(settings) as client:
@@ -169,24 +172,47 @@ def test_a_request_and_the_units_of_its_job_are_one_trace(
         assert (f"unit {found['winnow.stage']}", found["winnow.outcome"]) == (span.name, "succeeded")
         assert span.status.code != Status.STATUS_CODE_ERROR
 
-    # What the compute child logs carries the unit and its trace, which came to it through the pipe.
-    for line in capfd.readouterr().err.splitlines():
-        record = json.loads(line) if line.startswith("{") else {}
-        if record.get("service") == "compute" and "stage" in record:
-            assert (record["job_id"], record["trace_id"]) == (job_id, callers)
 
-
-def test_a_unit_that_fails_says_so_in_its_span(settings: ApiSettings, collector: Collector) -> None:
+def test_a_unit_that_fails_says_so_in_its_span_and_the_child_in_its_log(
+    settings: ApiSettings, collector: Collector, capfd: pytest.CaptureFixture[str]
+) -> None:
     settings = traced(settings, collector.endpoint)
     with client_of(settings) as client:
         job_id = post(client)
-        client.app.state.store.write_json(f"prepare/{job_id}.json", {})  # the result of nothing
+        Path(settings.artifacts.url, "tokens").write_text("where a folder should be")
         supervisor = Supervisor(settings)
         assert supervisor.drain() == 1
         supervisor.close()
     [span] = collector.spans("winnow-worker")
     assert (attributes(span)["winnow.outcome"], attributes(span)["error.type"]) == ("failed", "internal_error")
     assert span.status.code == Status.STATUS_CODE_ERROR
+
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    [line] = [line for line in lines if line["service"] == "compute" and "unit failed" in line["message"]]
+    unit = {"job_id": job_id, "stage": "prepare", "shard": 0, "attempt": 1, "worker_id": supervisor.worker_id}
+    # It came to the child through the pipe.
+    assert {name: line.get(name) for name in (*unit, "trace_id")} == {**unit, "trace_id": span.trace_id.hex()}
+
+
+def test_what_an_upload_does_in_its_thread_is_of_its_request(
+    settings: ApiSettings, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = []
+
+    def noting(*arguments: Any) -> Any:
+        logged.append(logs.context())
+        return convert(*arguments)
+
+    monkeypatch.setattr("service.datasets.router.convert", noting)
+    with client_of(traced(settings, collector.endpoint)) as client:
+        content = json.dumps({"text": "Seven."})
+        answer = client.post("/v1/datasets", params={"name": "pool"}, content=content, headers={"X-Request-Id": "mine"})
+        assert answer.status_code == 201, answer.text
+    spans = collector.spans("winnow-api")
+    [request] = [span for span in spans if span.name == "POST /v1/datasets"]
+    assert logged == [{"request_id": "mine", "trace_id": request.trace_id.hex()}]
+    [kept] = [span for span in spans if attributes(span).get("db.statement", "").startswith("INSERT INTO datasets")]
+    assert (kept.trace_id, kept.parent_span_id) == (request.trace_id, request.span_id)
 
 
 @pytest.mark.parametrize("listening", [False, True], ids=["refuses", "never answers"])
@@ -196,8 +222,11 @@ def test_a_collector_that_is_away_breaks_nothing(settings: ApiSettings, listenin
         if listening:
             silent.listen()
         with client_of(traced(settings, f"http://127.0.0.1:{silent.getsockname()[1]}")) as client:
-            job_id = post(client)
-            for _ in range(600):  # more than a batch, which is sent at once
+            job_id, deadline = post(client), time.monotonic() + PATIENCE
+            for _ in range(
+                600
+            ):  # more than a batch, which is sent at once; were each sent in its request, it took half an hour
+                assert time.monotonic() < deadline, "requests wait for the collector"
                 assert client.get("/v1/selection-jobs/none").status_code == 404
             assert client.get(f"/v1/selection-jobs/{job_id}").json()["status"] == "queued"
 

@@ -131,6 +131,19 @@ def test_an_error_of_the_database_is_told_without_its_values(configured: Callabl
     assert form == "text" or len(lines()) == 1
 
 
+@pytest.mark.timeout(60)
+def test_an_error_that_is_its_own_cause_is_told(configured: Callable[..., Lines]) -> None:
+    lines = configured(format="json")
+    try:
+        try:
+            raise OSError("broken")
+        except OSError as error:
+            raise error from error
+    except OSError:
+        logging.getLogger("worker.x").exception("the unit failed")
+    assert "OSError: broken" in json.loads(lines()[0])["exc_info"]
+
+
 def test_warnings_and_the_error_that_ends_a_process_are_records_too(configured: Callable[..., Lines]) -> None:
     lines = configured(format="json")
     with warnings.catch_warnings():
