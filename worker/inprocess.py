@@ -6,7 +6,6 @@ winnow select --model DIR --pool pool.jsonl --target dev.jsonl --budget 1000 --o
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +32,7 @@ from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
 from service.models import ADAPTER_CONFIG, resolve
 from service.results import formats
+from service.scratch import scratch, temporary_folder
 from service.settings import ModelSettings, UploadSettings, WorkerSettings
 from worker import summary
 from worker.compute import Compute
@@ -94,8 +94,8 @@ class LocalJob:
 
 
 def _register(store: ArtifactStore, file: Path) -> storage.Content:
-    with tempfile.TemporaryDirectory(prefix="winnow-") as folder, file.open("rb") as source:
-        content = convert(source, Form.AUTO, UploadSettings(), Path(folder))
+    with scratch(temporary_folder()) as folder, file.open("rb") as source:
+        content = convert(source, Form.AUTO, UploadSettings(), folder)
         storage.publish(store, content)
         return content
 
@@ -187,8 +187,8 @@ def _store(cache: Path | None) -> Iterator[ArtifactStore]:
     if cache is not None:
         yield ArtifactStore(str(cache.resolve()))
         return
-    with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
-        yield ArtifactStore(folder)
+    with scratch(temporary_folder()) as folder:
+        yield ArtifactStore(str(folder))
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
@@ -202,6 +202,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     model = resolve(ModelSettings(folder=folder.parent), folder.name, parameters)
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with _store(arguments.cache) as store, Progress(*columns, console=console) as progress:
+        store.sweep_scratch()
         pool, target = _register(store, arguments.pool), _register(store, arguments.target)
         try:
             settings = WorkerSettings(device=arguments.device)

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +238,36 @@ class TestCommand:
         monkeypatch.setattr("worker.stages.gradients.run", lambda *_, **__: pytest.fail("gradients again"))
         select(tmp_path / "two.jsonl", *cache)
         assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+    def test_what_a_killed_run_left_is_removed_and_nothing_is_left(
+        self, select: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "temporary"
+        folder.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        killed = "from service.scratch import *\nwith scratch(temporary_folder()):\n    os.kill(os.getpid(), 9)"
+        ended = subprocess.run([sys.executable, "-c", killed], env={**os.environ, "TMPDIR": str(folder)})
+        assert ended.returncode == -signal.SIGKILL
+        assert len(list(folder.iterdir())) == 1
+        with pytest.raises(SystemExit, match="the pool has 40 samples"):  # found out once the pool is read
+            select(tmp_path / "out.jsonl", budget="41")
+        assert list(folder.iterdir()) == []
+
+    def test_its_temporary_folders_name_their_owner(
+        self, select: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        used: list[str] = []
+
+        def fail(*_: Any, **__: Any) -> None:
+            used.extend(path.name for path in tmp_path.iterdir())
+            raise ParameterError("half-way")
+
+        monkeypatch.setattr("worker.inprocess.convert", fail)
+        with pytest.raises(SystemExit, match="half-way"):
+            select(tmp_path / "out.jsonl")
+        assert len(used) == 2, "the store's and the conversion's"
+        assert all(name.startswith("winnow.") and f".{os.getpid()}." in name for name in used)
 
     def test_json_output(self, select: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         select(tmp_path / "out.jsonl", "--json")
