@@ -1,8 +1,7 @@
-"""Jobs whose workers are cancelled, killed, told to end, or many: what is computed is the same."""
+"""Jobs that are cancelled or whose workers are told to end, killed in a warm-up, or many: what is computed is the same. Kills at
+every other point are in tests/chaos."""
 
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +23,6 @@ from worker_world import (
     post,
     reference,
     same_selection,
-    stage,
     until,
 )
 
@@ -151,39 +149,6 @@ class TestInterruptions:
                 world.forget(job["id"])
         assert found[0][:2] == found[1][:2] == found[2][:2]
         assert found[2][2] > 1
-
-    def test_a_killed_child_is_an_attempt_that_failed(
-        self, world: World, worker: Worker, pool: str, target: str
-    ) -> None:
-        job_id = post(world, pool, target, seed=2, **LASTING)
-
-        def child_at_work() -> int | None:
-            job = world.get(job_id)
-            return worker.child() if stage(job, "embed") is not None and job["phase"] == "embed" else None
-
-        os.kill(until("a child at work", child_at_work), signal.SIGKILL)
-        world.succeeded(job_id)
-        failures = [e["data"] for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
-        assert [(f["error"]["code"], f["retried"]) for f in failures] == [("compute_died", True)]
-
-    def test_a_killed_worker_is_replaced_and_two_share_a_job(
-        self, world: World, shared: Shared, pool: str, target: str, tmp_path: Path
-    ) -> None:
-        shared.stop()
-        with world.worker("killed", **SLOW) as killed:
-            job_id = post(world, pool, target, seed=3, **LASTING)
-            world.computing(job_id)
-            orphan = killed.child()
-            assert orphan is not None
-            killed.kill()
-        until("the child is gone with its worker", lambda: not is_running(orphan), 30)
-        with world.worker("first", **SLOW), world.worker("second", **SLOW):
-            world.succeeded(job_id)
-        same_selection(world, job_id, reference(world, job_id, tmp_path))
-        failures = [e["data"]["error"]["code"] for e in world.events(job_id) if e["type"] == "unit.attempt_failed"]
-        assert failures == ["lease_expired"]
-        workers = {unit["worker"] for unit in world.get(f"{job_id}/provenance")["record"]["units"]}
-        assert len(workers) >= 2
 
     def test_a_worker_that_is_to_end_gives_its_unit_back(
         self, world: World, shared: Shared, pool: str, target: str, tmp_path: Path
