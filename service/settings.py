@@ -138,6 +138,9 @@ class WorkerSettings(_Group):
     memory_bytes: int = Field(
         default=0, ge=0, description="Most data of the compute process (RLIMIT_DATA); 0: no limit"
     )
+    metrics_host: str = Field(
+        default="127.0.0.1", description="The address that it is read at; 0.0.0.0: any of the host's"
+    )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Where Prometheus reads the worker; 0: nowhere")
 
 

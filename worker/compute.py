@@ -110,7 +110,9 @@ class Compute:
                 raise
             raise OutOfMemory(str(error) or "The processor's memory is used up.") from error
         except (OSError, SafetensorError) as error:
-            raise _of_storage(error) from error
+            if (known := _of_storage(error)) is None:
+                raise
+            raise known from error
         except ValueError as error:  # the numerical core's word for arguments that do not fit together
             raise ParameterError(str(error)) from error
         return result
@@ -149,8 +151,8 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _of_storage(error: OSError | SafetensorError) -> Exception:
-    """What the operator has to see to, told apart from a fault of ours; any other error as it is."""
+def _of_storage(error: OSError | SafetensorError) -> UnitError | None:
+    """What the operator has to see to, told apart from a fault of ours, which is None."""
     if isinstance(error, SafetensorError):  # of the system's error it keeps the words
         told = re.search(r"\(os error (\d+)\)", str(error))
         error = OSError(int(told[1]), os.strerror(int(told[1]))) if told else OSError(str(error))
@@ -158,7 +160,7 @@ def _of_storage(error: OSError | SafetensorError) -> Exception:
         return StorageFull(f"{error.strerror}: {error.filename or 'the artifact store'}. Free some room, or add to it.")
     if isinstance(error, FileNotFoundError):
         return ArtifactMissing.named(error)
-    return error
+    return None
 
 
 def _limit_memory(limit: int) -> None:

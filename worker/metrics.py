@@ -59,17 +59,18 @@ class WorkerMetrics:
         GCCollector(registry=self.registry)
         self._stop_serving: Callable[[], None] = lambda: None
 
-    def serve(self, port: int) -> None:
+    def serve(self, host: str, port: int) -> None:
         """Answers Prometheus from now on, until `close`.
 
         Raises:
             PortTaken: the port cannot be had.
         """
         try:
-            server, thread = start_http_server(port, registry=self.registry)
+            server, thread = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
             raise PortTaken(
-                f"WINNOW_WORKER__METRICS_PORT: port {port} cannot be had ({error.strerror}); each worker of a host needs its own."
+                f"WINNOW_WORKER__METRICS_PORT: port {port} of {host} cannot be had ({error.strerror}); each worker of a host"
+                " needs its own."
             ) from error
 
         def stop() -> None:

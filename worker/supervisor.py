@@ -78,7 +78,7 @@ class Supervisor:
             PortTaken: there is to be a port for the metrics, and it cannot be had.
         """
         if self._settings.worker.metrics_port:
-            self._metrics.serve(self._settings.worker.metrics_port)
+            self._metrics.serve(self._settings.worker.metrics_host, self._settings.worker.metrics_port)
         self._store.sweep_scratch()
         self._presence.start()
 

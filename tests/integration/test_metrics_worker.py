@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ledger_world import LedgerWorld, ledger_world, unit, wait_until
 from metrics_world import SOON, Samples, emptied, read, samples, settings_of, value
@@ -143,8 +144,10 @@ def test_the_worker_answers_on_its_port_and_two_cannot_share_one(of_world: ApiSe
     with supervising(settings) as supervisor:
         supervisor.start()
         assert value(scraped(unused_port), "worker_child_starts_total") == 0
-        with pytest.raises(PortTaken, match=r"WINNOW_WORKER__METRICS_PORT: port \d+ cannot be had"):
-            WorkerMetrics().serve(unused_port)
+        listening = {c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        assert {address.ip for address in listening if address.port == unused_port} == {"127.0.0.1"}
+        with pytest.raises(PortTaken, match=r"WINNOW_WORKER__METRICS_PORT: port \d+ of 127.0.0.1 cannot be had"):
+            WorkerMetrics().serve("127.0.0.1", unused_port)
 
 
 def test_what_a_worker_gives_back_and_beats_that_the_database_missed_are_counted(
@@ -206,7 +209,7 @@ def test_a_job_is_read_at_the_port_of_its_worker_which_no_other_can_have(
             job = made.succeeded(made.post(**ids, model=MODEL, budget=3, method="random", max_length=64))
             with made.worker("second", metrics_port=port) as second:
                 assert second._process.wait(SOON) == os.EX_CONFIG
-            assert f"WINNOW_WORKER__METRICS_PORT: port {port} cannot be had" in second.log.read_text()
+            assert f"WINNOW_WORKER__METRICS_PORT: port {port} of 127.0.0.1 cannot be had" in second.log.read_text()
 
             def all_counted() -> Samples | None:  # the last is counted after the job has ended
                 found = scraped(unused_port)

@@ -1,5 +1,6 @@
 """The compute child as its supervisor meets it: a real process, its environment, its answers and its ends."""
 
+import errno
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tiny import make_tokenizer, turns
 
@@ -30,7 +32,8 @@ from service.settings import (
 )
 from worker import data, models
 from worker.child import Child, _oom_kills
-from worker.errors import ComputeDied
+from worker.compute import Compute
+from worker.errors import ArtifactMissing, ComputeDied, OutOfMemory, StorageFull
 from worker.stages.plan import JobInputs
 from worker.supervisor import Supervisor
 
@@ -314,3 +317,44 @@ def test_one_that_stands_still_is_given_up(settings: Settings, limited: Child) -
     with pytest.raises(ComputeDied, match=r"said nothing for \d+ seconds"):
         supervisor._attend(claim, limited)
     supervisor.close()
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/store/x"),
+            StorageFull,
+            "No space left on device: /store/x",
+        ),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            StorageFull,
+            "No space left on device: the",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "/store/x"),
+            ArtifactMissing,
+            "gone from the artifact store: /store/x",
+        ),
+        (MemoryError(), OutOfMemory, "memory is used up"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemory, "can't allocate"),
+        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
+        (SafetensorError("header too large"), SafetensorError, "header too large"),
+        (RuntimeError("of ours"), RuntimeError, "of ours"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_machine_lacks_is_told_from_a_fault_of_ours(
+    tmp_path: Path, unit: dict[str, Any], monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type, told: str
+) -> None:
+    compute = Compute(artifacts=str(tmp_path), models=tmp_path, settings=WorkerSettings(device="cpu"))
+
+    def fail(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(compute, "_stage", fail)
+    with pytest.raises(kind, match=re.escape(told)) as caught:
+        compute.run(unit, lambda _: None, lambda *_: None)
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is (None if caught.value is raised else raised)

@@ -128,6 +128,7 @@ def test_prometheus_looks_where_the_services_answer() -> None:
     looked = {name: found["port"] for job in jobs for found in job["dns_sd_configs"] for name in found["names"]}
     workers = ("worker", "worker-gpu")
     own = {name: int(SERVICES[name]["environment"]["WINNOW_WORKER__METRICS_PORT"]) for name in workers}
+    assert {SERVICES[name]["environment"]["WINNOW_WORKER__METRICS_HOST"] for name in workers} == {"0.0.0.0"}
     assert looked == {"api": int(image_command()[image_command().index("--port") + 1]), **own}
 
 
