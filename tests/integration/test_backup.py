@@ -237,7 +237,7 @@ def test_a_store_that_lacks_artifacts_is_told_and_nothing_hangs(backup: Backup, 
         service.finish()
         job = service.get(backup.running).json()
         assert (job["status"], job["error"]["code"]) == ("failed", "artifact_missing")
-        assert "post the job again" in job["error"]["detail"]
+        assert "Post the job again" in job["error"]["detail"]
         # The datasets are there: posted again, all else is computed again.
         again = {**JOB, "pool": job["pool"], "target": job["target"]}
         posted = service.client.post("/v1/selection-jobs", json=again).json()["id"]

@@ -494,7 +494,7 @@ def test_the_command_says_from_where_to_where_and_what_went_wrong(postgres_url: 
     assert (status, stdout, stderr.count("\n")) == (1, "", 1)
     assert stderr.startswith("winnow: the database does not answer: ")
     assert "hunter2" not in stderr
-    assert migrate("mysql://x")[2].startswith("winnow: WINNOW_DATABASE__URL must be a postgresql:// URL")
+    assert migrate("mysql://x")[2].startswith("winnow: WINNOW_DATABASE__URL: must be a postgresql:// URL")
 
 
 def test_the_stages_of_the_database_are_in_the_order_of_the_table(world: LedgerWorld) -> None:
