@@ -97,7 +97,7 @@ def test_a_worker_that_stood_still_while_it_wrote_is_fenced(
             survived(pair, undisturbed, job_id, beside)
         finally:
             late.signal(signal.SIGCONT)
-        _until_told(pair, late, place, "LeaseLost")
+        _until_told(pair, late, place, LEASE_LOST)
         assert [code for _, code in errors(pair, job_id)] == ["lease_expired"]
         pair.audit()
 
