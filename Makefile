@@ -42,7 +42,7 @@ else
 	@$(PYTEST_SIDE_BY_SIDE) --ignore tests/integration/test_demo.py
 endif
 
-chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; about ten minutes
+chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; about thirteen minutes
 	@CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/chaos $(ARGS)
 
 lint: $(INSTALLED)  ## style and types
