@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -35,7 +36,7 @@ def convert(file: IO[bytes], form: Form, limits: UploadSettings, folder: Path) -
     upload = open_upload(file, columns(form), limits)
     places, hashes = array("q"), array("q")
     faults: list[Fault] = []
-    with ContentWriter(folder) as writer:
+    with closing(upload.rows), ContentWriter(folder) as writer:
         for number, fields in upload.rows:
             places.append(number)
             try:

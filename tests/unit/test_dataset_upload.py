@@ -4,10 +4,9 @@ import gzip
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import tracemalloc
 from array import array
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,9 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
 @pytest.fixture
 def read(tmp_path: Path):
     def read(data: bytes, form: Form = Form.AUTO, **limits: int) -> Content:
-        return convert(io.BytesIO(data), form, UploadSettings(**limits), tmp_path)
+        (tmp_path / "upload").write_bytes(data)
+        with (tmp_path / "upload").open("rb") as file:
+            return convert(file, form, UploadSettings(**limits), tmp_path)
 
     return read
 
@@ -155,9 +156,8 @@ def test_an_upload_without_rows_is_an_error(read, data: bytes) -> None:
         b"PAR1 nothing PAR1",
         parquet({"text": ["a"] * 5000})[:-40],
         parquet({"question": ["a"], "id": ["b"]}),
-        parquet({"text": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8()))}),
     ],
-    ids=["gzip cut", "gzip with a tail", "no gzip", "no parquet", "parquet cut", "no column", "odd type"],
+    ids=["gzip cut", "gzip with a tail", "no gzip", "no parquet", "parquet cut", "no column"],
 )
 def test_a_damaged_file_is_told_from_a_bad_row(read, data: bytes) -> None:
     with pytest.raises(Unprocessable) as error:
@@ -187,6 +187,16 @@ def nested_dictionary(rows: int, value: str) -> pa.Array:
     )
 
 
+def test_values_that_are_no_text_are_bad_rows(read) -> None:
+    odd = [pa.array([b"x"]), pa.array([datetime(2026, 1, 1)]), pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8()))]
+    for column in [*odd, pa.array([float("nan")])]:
+        with pytest.raises(Unprocessable) as error:
+            read(parquet({"text": column}))
+        assert faults(error)["row 1"].startswith("text must be a string, not a")
+    moments = pa.array([[{"role": "assistant", "content": "a", "at": datetime(2026, 1, 1)}]])
+    assert read(parquet({"messages": moments})).row_count == 1  # what is not read may be of any type
+
+
 def bomb(kind: str) -> bytes:
     """Hundreds of megabytes in a small file."""
     if kind == "gzip":
@@ -208,39 +218,12 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(read, kind: str) -> None:
     assert len(data) < 4 * MIB
     tracemalloc.start()
     try:
-        with pytest.raises(TooLarge, match="once decompressed"):
+        with pytest.raises(TooLarge, match=r"once decompressed|too much memory"):
             read(data, max_bytes=16 * MIB)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 64 * MIB
-
-
-def test_a_huge_value_that_a_dictionary_repeats_is_decoded_a_few_rows_at_a_time(tmp_path: Path) -> None:
-    """256 values of 16 MiB would be 4 GiB decoded as one batch; the footer tells of 16 MiB, well within the budget.
-
-    In a process of its own, since Arrow's peak can only be asked for the life of a process.
-    """
-    value = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int16()), pa.array(["a" * 16 * MIB]))
-    (tmp_path / "bomb.parquet").write_bytes(parquet({"text": value}))
-    script = """
-import sys, pyarrow
-from pathlib import Path
-from service.datasets.convert import convert
-from service.datasets.formats import Form
-from service.errors import Unprocessable
-from service.settings import UploadSettings
-folder = Path(sys.argv[1])
-with (folder / "bomb.parquet").open("rb") as file:
-    try:
-        convert(file, Form.AUTO, UploadSettings(), folder)
-    except Unprocessable as error:
-        print(error.param, pyarrow.default_memory_pool().max_memory() // 2**20)
-"""
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    place, peak_mib = done.stdout.rsplit(maxsplit=1)
-    assert place == "row 1"
-    assert int(peak_mib) < 1024
 
 
 def test_bad_parquet_rows_are_named(read) -> None:
