@@ -15,12 +15,14 @@ from service.artifacts import ArtifactStore
 from service.database import make_engine, make_sessions
 from service.datasets.router import router as datasets
 from service.dispatch import Dispatcher
+from service.idempotency import service as idempotency
 from service.jobs.router import router as jobs
 from service.models import router as models
 from service.observability import exposition, logs
 from service.observability.middleware import Observe, note_caller
 from service.observability.traces import Traces
 from service.results.router import router as results
+from service.sealing import Sealer
 from service.settings import ApiSettings, api_settings
 from service.sweeper import Sweeper
 
@@ -88,11 +90,13 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.state.engine = engine
     app.state.sessions = make_sessions(engine)
     app.state.store = ArtifactStore(settings.artifacts.url)
+    app.state.sealer = Sealer(settings.secret_key.get_secret_value())
     app.state.metrics = metrics
     app.add_middleware(Observe, metrics=metrics.http)
     app.add_middleware(RequestId)
     traces.instrument(app, engine)
     errors.install(app)
+    idempotency.install(app)
     for router in (health.router, exposition.router):
         app.include_router(router)
     for router in (models, datasets, jobs, results):

@@ -24,7 +24,11 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class ApiError(Exception):
-    """An error with a place in the API. `param` names the field, parameter or line at fault; `detail` says what to do."""
+    """An error with a place in the API. `param` names the field, parameter or line at fault; `detail` says what to do.
+
+    `retry`: whether the same request may succeed later, by default where the status says so (429, 5xx). Clients like OpenAI's
+    try every 409 again unless `x-should-retry` says no.
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
@@ -38,13 +42,15 @@ class ApiError(Exception):
         errors: Sequence[Mapping[str, Any]] | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        retry: bool | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.param = param
         self.errors = errors
         self.problem_code = code or self.code
-        self.headers = dict(headers or {})
+        self.retry = self.status >= 500 or self.status == 429 if retry is None else retry
+        self.headers = {"x-should-retry": str(self.retry).lower(), **(headers or {})}
 
 
 class BadRequest(ApiError):
@@ -53,6 +59,10 @@ class BadRequest(ApiError):
 
 class Unauthorized(ApiError):
     status, code, title = 401, "unauthorized", "Unauthorized"
+
+
+class Forbidden(ApiError):
+    status, code, title = 403, "forbidden", "Forbidden"
 
 
 class NotFound(ApiError):
@@ -73,6 +83,10 @@ class TooLarge(ApiError):
 
 class Unprocessable(ApiError):
     status, code, title = 422, "invalid_request", "Invalid request"
+
+
+class TooManyRequests(ApiError):
+    status, code, title = 429, "too_many_requests", "Too many requests"
 
 
 class Unavailable(ApiError):

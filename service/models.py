@@ -15,10 +15,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.errors import Unauthorized, Unavailable, Unprocessable, responses
+from service.errors import Forbidden, Unauthorized, Unavailable, Unprocessable, responses
 from service.jobs.parameters import Parameters
 from service.settings import ApiSettings, ModelSettings
-from service.tenants.service import CallerDep
+from service.tenants.service import ReadDep
 
 log = logging.getLogger(__name__)
 
@@ -218,8 +218,8 @@ def _resolve_hub(settings: ModelSettings, hub_id: str, revision: str) -> dict[st
     return {"kind": "hub", "id": hub_id, "revision": revision, "commit": info.sha}
 
 
-@router.get("/models", summary="The registered models", responses=responses(Unauthorized))
-def list_models(request: Request, caller: CallerDep) -> RegisteredModels:
+@router.get("/models", summary="The registered models", responses=responses(Unauthorized, Forbidden))
+def list_models(request: Request, caller: ReadDep) -> RegisteredModels:
     del caller  # any key may look
     settings: ApiSettings = request.app.state.settings
     return RegisteredModels(data=registered(settings.models))

@@ -19,18 +19,23 @@ from sqlalchemy import Connection, create_engine, pool, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from service.audit import tables as audit
 from service.database import Base
 from service.datasets import tables as datasets
+from service.idempotency import tables as idempotency
 from service.jobs import tables as jobs
 from service.results import tables as results
 from service.settings import DatabaseSettings
 from service.tenants import tables as tenants
+from service.webhooks import tables as webhooks
 
 __all__ = [
     "MIGRATION_LOCK",
     "MigrationError",
     "alembic_config",
+    "audit",
     "datasets",
+    "idempotency",
     "jobs",
     "lock_holder",
     "metadata",
@@ -39,6 +44,7 @@ __all__ = [
     "standing",
     "tenants",
     "upgrade",
+    "webhooks",
 ]
 
 log = logging.getLogger(__name__)

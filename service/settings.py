@@ -7,6 +7,7 @@ to start without `WINNOW_SECRET_KEY`.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal, Self
 
@@ -105,6 +106,23 @@ class UploadSettings(_Group):
     max_row_bytes: int = Field(default=2**20)
 
 
+class LimitSettings(_Group):
+    """What one API key may use; a key may have limits of its own. 0: no limit."""
+
+    requests_per_minute: int = Field(default=3_000, ge=0, description="Of each API process")
+    concurrent_jobs: int = Field(default=100, ge=0, description="Jobs that have not ended")
+    stored_bytes: int = Field(default=100 * 2**30, ge=0, description="Of its datasets' rows")
+    samples_per_day: int = Field(default=50_000_000, ge=0, description="Pool and target rows of its jobs in 24 hours")
+
+
+class WebhookSettings(_Group):
+    allowed_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
+        default=(), description="Private networks that webhooks may be delivered to; else public addresses only"
+    )
+    ca_file: Path | None = Field(default=None, description="Certificates (PEM) to trust instead of the system's")
+    timeout_seconds: float = Field(default=10.0, gt=0, description="Of one attempt, from connecting to the answer")
+
+
 class RetentionSettings(_Group):
     """What is thrown away by itself. Nothing that a job which is not finished needs is ever collected."""
 
@@ -187,8 +205,12 @@ class Settings(_Read):
 class ApiSettings(Settings):
     """The API's settings: the shared ones, and what only the API may know."""
 
-    secret_key: SecretStr = Field(description="At least 32 characters; API keys are stored as HMAC under it")
+    secret_key: SecretStr = Field(
+        description="At least 32 characters; API keys are stored as HMAC under it, and secrets sealed"
+    )
     uploads: UploadSettings = UploadSettings()
+    limits: LimitSettings = LimitSettings()
+    webhooks: WebhookSettings = WebhookSettings()
 
     @field_validator("secret_key")
     @classmethod

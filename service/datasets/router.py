@@ -1,6 +1,7 @@
 """Datasets over HTTP."""
 
 import asyncio
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -8,20 +9,32 @@ from typing import IO, Any
 
 from fastapi import APIRouter, BackgroundTasks, Request, Response, status
 
-from service.artifacts import ArtifactStore
-from service.database import SessionDep, Sessions
+from service.audit import service as audit
+from service.database import SessionDep
 from service.datasets import service
 from service.datasets.convert import convert
 from service.datasets.formats import Form
 from service.datasets.schemas import DatasetObject, DatasetPage, DatasetRow, FormQuery, Name, RowLimit, RowPage, Start
 from service.datasets.upload import received
-from service.errors import BadRequest, Conflict, Gone, NotFound, TooLarge, Unauthorized, Unprocessable, responses
+from service.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    Gone,
+    NotFound,
+    TooLarge,
+    Unauthorized,
+    Unprocessable,
+    responses,
+)
+from service.idempotency.service import KeyHeader, Once, request_digest
 from service.pages import After, Limit
 from service.scratch import scratch, temporary_folder
 from service.settings import ApiSettings
-from service.tenants.service import CallerDep
+from service.tenants.caller import Caller
+from service.tenants.service import ReadDep, SubmitDep
 
-router = APIRouter(prefix="/datasets", tags=["datasets"])
+router = APIRouter(prefix="/datasets", tags=["datasets"], responses=responses(Unauthorized, Forbidden))
 
 # Apart from the threads that answer other requests, which a few long uploads would otherwise use up.
 _converters = ThreadPoolExecutor(max_workers=2, thread_name_prefix="dataset-converter")
@@ -48,17 +61,18 @@ _UPLOAD_BODY: dict[str, Any] = {
     "",
     status_code=status.HTTP_201_CREATED,
     summary="Upload a dataset",
-    responses=responses(BadRequest, Unauthorized, TooLarge, Unprocessable),
+    response_model=DatasetObject,
+    responses=responses(BadRequest, Conflict, TooLarge, Unprocessable),
     openapi_extra=_UPLOAD_BODY,
 )
 async def upload(
     request: Request,
-    response: Response,
-    caller: CallerDep,
+    caller: SubmitDep,
     session: SessionDep,
     name: Name,
     form: FormQuery = Form.AUTO,
-) -> DatasetObject:
+    idempotency_key: KeyHeader = None,
+) -> Response:
     """Keeps the file's rows, in order, as a dataset; all of them or none.
 
     A row has `messages` (`[{"role", "content"}]`, the last from the assistant), or `prompt` and `completion`, or
@@ -72,51 +86,54 @@ async def upload(
     settings: ApiSettings = state.settings
     async with received(request, settings.uploads.max_bytes) as file:
         # What is logged and traced there is of this request.
-        keep = partial(
-            copy_context().run, _keep, file, state.sessions, state.store, settings, caller.tenant_id, name, form
-        )
-        dataset = await asyncio.get_running_loop().run_in_executor(_converters, keep)
-    response.headers["Location"] = f"{request.url.path}/{dataset.id}"
-    return dataset
+        keep = partial(copy_context().run, _keep, request, file, caller, idempotency_key, name=name, form=form)
+        return await asyncio.get_running_loop().run_in_executor(_converters, keep)
 
 
 def _keep(
-    file: IO[bytes],
-    sessions: Sessions,
-    store: ArtifactStore,
-    settings: ApiSettings,
-    tenant_id: str,
-    name: str,
-    form: Form,
-) -> DatasetObject:
-    with scratch(temporary_folder()) as folder:
-        content = convert(file, form, settings.uploads, folder)
-        with sessions.begin() as session:
-            dataset = service.register(session, store, tenant_id=tenant_id, name=name, content=content)
-    return DatasetObject.model_validate(dataset)
+    request: Request, file: IO[bytes], caller: Caller, idempotency_key: str | None, *, name: str, form: Form
+) -> Response:
+    state = request.app.state
+    with scratch(temporary_folder()) as folder, state.sessions.begin() as session:
+        # The key is held while the file is converted, and with it a connection; converters are few. Without a key neither is.
+        digest = b"" if idempotency_key is None else request_digest(request, _sha256(file))
+        once = Once(session, state.sealer, caller, idempotency_key, digest)
+        content = convert(file, form, state.settings.uploads, folder)
+        dataset = service.register(session, state.store, caller=caller, name=name, content=content)
+        audit.record(session, caller, "dataset.created", dataset.id, rows=dataset.row_count)
+        location = {"Location": f"{request.url.path}/{dataset.id}"}
+        return once.keep(DatasetObject.model_validate(dataset), status.HTTP_201_CREATED, location)
 
 
-@router.get("", summary="List datasets, newest first", responses=responses(BadRequest, Unauthorized, Unprocessable))
-def list_datasets(caller: CallerDep, session: SessionDep, limit: Limit = 20, after: After = None) -> DatasetPage:
+def _sha256(file: IO[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while part := file.read(2**20):
+        digest.update(part)
+    return digest.digest()
+
+
+@router.get("", summary="List datasets, newest first", responses=responses(BadRequest, Unprocessable))
+def list_datasets(caller: ReadDep, session: SessionDep, limit: Limit = 20, after: After = None) -> DatasetPage:
     datasets, has_more = service.page(session, caller.tenant_id, after, limit)
     data = [DatasetObject.model_validate(dataset) for dataset in datasets]
     return DatasetPage(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
-@router.get("/{dataset_id}", summary="One dataset", responses=responses(Unauthorized, NotFound))
-def get_dataset(dataset_id: str, caller: CallerDep, session: SessionDep) -> DatasetObject:
+@router.get("/{dataset_id}", summary="One dataset", responses=responses(NotFound))
+def get_dataset(dataset_id: str, caller: ReadDep, session: SessionDep) -> DatasetObject:
     return DatasetObject.model_validate(service.find(session, caller.tenant_id, dataset_id))
 
 
 @router.get(
     "/{dataset_id}/rows",
     summary="Rows of a dataset, in its order",
-    responses=responses(Unauthorized, NotFound, Gone, Unprocessable),
+    responses=responses(NotFound, Gone, Unprocessable),
 )
 def list_rows(
     request: Request,
     dataset_id: str,
-    caller: CallerDep,
+    caller: ReadDep,
     session: SessionDep,
     start: Start = 0,
     limit: RowLimit = 20,
@@ -130,13 +147,14 @@ def list_rows(
     "/{dataset_id}",
     status_code=status.HTTP_204_NO_CONTENT,
     summary="Delete a dataset",
-    responses=responses(Unauthorized, NotFound, Conflict),
+    responses=responses(NotFound, Conflict),
 )
 def delete_dataset(
-    request: Request, dataset_id: str, caller: CallerDep, session: SessionDep, background: BackgroundTasks
+    request: Request, dataset_id: str, caller: SubmitDep, session: SessionDep, background: BackgroundTasks
 ) -> None:
     """Results of finished jobs stay, and go on naming their samples by id; the rows themselves are removed."""
     dataset = service.delete(session, caller.tenant_id, dataset_id)
+    audit.record(session, caller, "dataset.deleted", dataset.id)
     # Runs after the answer, hence after the commit: rows are not removed for a deletion that did not happen.
     state = request.app.state
     background.add_task(service.remove_unused_files, state.sessions, state.store, dataset.fingerprint)

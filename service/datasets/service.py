@@ -12,15 +12,17 @@ from service.datasets.storage import Content, Sample
 from service.datasets.tables import Dataset
 from service.errors import BadRequest, Conflict, NotFound, Unprocessable
 from service.ids import new_id
+from service.tenants.caller import Caller
 
 
-def register(session: Session, store: ArtifactStore, *, tenant_id: str, name: str, content: Content) -> Dataset:
+def register(session: Session, store: ArtifactStore, *, caller: Caller, name: str, content: Content) -> Dataset:
     """Publishes converted content and makes it a dataset of the tenant."""
     repository.lock_content(session, content.fingerprint)
     storage.publish(store, content)
     dataset = Dataset(
         id=new_id("ds"),
-        tenant_id=tenant_id,
+        tenant_id=caller.tenant_id,
+        key_id=caller.key_id,
         name=name,
         fingerprint=content.fingerprint,
         row_count=content.row_count,
@@ -100,7 +102,6 @@ def delete(session: Session, tenant_id: str, dataset_id: str) -> Dataset:
         raise Conflict(
             f"The selection job {job_id} still needs the dataset; cancel the job or wait for its end",
             code="dataset_in_use",
-            headers={"x-should-retry": "false"},
         )
     dataset.deleted_at = datetime.now(UTC)
     return dataset

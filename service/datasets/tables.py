@@ -18,10 +18,12 @@ class Dataset(CreatedAt, Base):
         CheckConstraint("length(fingerprint) = 64", name="fingerprint_is_sha256"),
         Index("ix_datasets_tenant_id_id", "tenant_id", "id"),
         Index("ix_datasets_fingerprint", "fingerprint"),
+        Index("ix_datasets_key_id", "key_id", postgresql_where="deleted_at IS NULL"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    key_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))  # none: from before keys had quotas
     name: Mapped[str]
     fingerprint: Mapped[str]
     row_count: Mapped[int] = mapped_column(BigInteger)

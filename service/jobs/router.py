@@ -6,16 +6,27 @@ from fastapi import APIRouter, Query, Request, Response, status
 from fastapi.responses import JSONResponse
 
 from service.artifacts import ArtifactStore
+from service.audit import service as audit
 from service.database import SessionDep
-from service.errors import BadRequest, Conflict, NotFound, Unauthorized, Unavailable, Unprocessable, responses
+from service.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+    responses,
+)
+from service.idempotency.service import OnceDep
 from service.jobs import repository, service
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.jobs.state import TERMINAL, JobStatus
 from service.pages import After, Limit, Page
 from service.settings import ApiSettings
-from service.tenants.service import CallerDep
+from service.tenants.service import ReadDep, SubmitDep
 
-router = APIRouter(prefix="/selection-jobs", tags=["selection jobs"], responses=responses(Unauthorized))
+router = APIRouter(prefix="/selection-jobs", tags=["selection jobs"], responses=responses(Unauthorized, Forbidden))
 
 RETRY_AFTER_SECONDS = "2"
 
@@ -27,27 +38,27 @@ RETRY_AFTER_SECONDS = "2"
     response_model=SelectionJobOut,
     responses={
         status.HTTP_200_OK: {"model": SelectionPlan, "description": "With `dry_run`: the plan; nothing is created"},
-        **responses(Unprocessable, Unavailable),
+        **responses(Conflict, Unprocessable, Unavailable),
     },
 )
 def create_job(
-    body: JobRequest, request: Request, response: Response, session: SessionDep, caller: CallerDep
-) -> SelectionJobOut | JSONResponse:
+    body: JobRequest, request: Request, session: SessionDep, caller: SubmitDep, once: OnceDep
+) -> JSONResponse:
     """Answers at once; the job is computed by the workers. Poll `Location` until `status` is succeeded, failed or cancelled."""
     settings: ApiSettings = request.app.state.settings
     store: ArtifactStore = request.app.state.store
     if body.dry_run:
-        return JSONResponse(service.plan(session, caller, body, settings.models, store).model_dump(mode="json"))
+        return once.keep(service.plan(session, caller, body, settings.models, store), status.HTTP_200_OK)
     job = service.create(session, caller, body, settings.models, store)
-    response.headers["Location"] = f"/v1/selection-jobs/{job.id}"
-    response.headers["Retry-After"] = RETRY_AFTER_SECONDS
-    return service.describe(session, [job])[0]
+    audit.record(session, caller, "selection_job.created", job.id, pool=job.pool_id, target=job.target_id)
+    headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": RETRY_AFTER_SECONDS}
+    return once.keep(service.describe(session, [job])[0], status.HTTP_202_ACCEPTED, headers)
 
 
 @router.get("", summary="Your jobs, newest first", responses=responses(BadRequest))
 def list_jobs(
     session: SessionDep,
-    caller: CallerDep,
+    caller: ReadDep,
     limit: Limit = 20,
     after: After = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state")] = None,
@@ -58,17 +69,24 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="One job: status, phase and progress", responses=responses(NotFound))
-def get_job(job_id: str, response: Response, session: SessionDep, caller: CallerDep) -> SelectionJobOut:
+def get_job(job_id: str, response: Response, session: SessionDep, caller: ReadDep) -> SelectionJobOut:
     job = service.require(session, caller.tenant_id, job_id)
     if job.status not in TERMINAL:
         response.headers["Retry-After"] = RETRY_AFTER_SECONDS
     return service.describe(session, [job])[0]
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job", responses=responses(NotFound))
-def cancel_job(job_id: str, session: SessionDep, caller: CallerDep) -> SelectionJobOut:
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a job",
+    response_model=SelectionJobOut,
+    responses=responses(NotFound, Conflict, Unprocessable),
+)
+def cancel_job(job_id: str, session: SessionDep, caller: SubmitDep, once: OnceDep) -> JSONResponse:
     """Running units stop at their next batch; a job that has ended stays as it is. Safe to repeat."""
-    return service.describe(session, [service.cancel(session, caller.tenant_id, job_id)])[0]
+    job = service.cancel(session, caller.tenant_id, job_id)
+    audit.record(session, caller, "selection_job.cancelled", job.id)
+    return once.keep(service.describe(session, [job])[0], status.HTTP_200_OK)
 
 
 @router.delete(
@@ -77,16 +95,17 @@ def cancel_job(job_id: str, session: SessionDep, caller: CallerDep) -> Selection
     summary="Delete a finished job",
     responses=responses(NotFound, Conflict),
 )
-def delete_job(job_id: str, session: SessionDep, caller: CallerDep) -> None:
+def delete_job(job_id: str, session: SessionDep, caller: SubmitDep) -> None:
     """Its results, units and events are gone; its provenance stays. Safe to repeat."""
     service.delete(session, caller.tenant_id, job_id)
+    audit.record(session, caller, "selection_job.deleted", job_id)
 
 
 @router.get("/{job_id}/events", summary="What happened to a job, oldest first", responses=responses(NotFound))
 def list_events(
     job_id: str,
     session: SessionDep,
-    caller: CallerDep,
+    caller: ReadDep,
     limit: Limit = 100,
     after: Annotated[int, Query(ge=0, lt=2**63, description="`last_id` of the page before")] = 0,
 ) -> EventPage:

@@ -21,7 +21,7 @@ from service.jobs.tables import SelectionJob
 from service.observability.traces import traceparent
 from service.results import repository as results
 from service.settings import ModelSettings
-from service.tenants.service import Caller
+from service.tenants.caller import Caller
 
 
 def create(
@@ -140,7 +140,6 @@ def delete(session: Session, tenant_id: str, job_id: str) -> None:
         raise Conflict(
             f"Job {job_id} is {job.status}; cancel it first, or wait for its end.",
             code="job_not_finished",
-            headers={"x-should-retry": "false"},
         ) from error
     results.delete(session, job_id)
 

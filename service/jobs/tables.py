@@ -28,6 +28,7 @@ class SelectionJob(CreatedAt, Base):
         CheckConstraint("budget > 0", name="budget_positive"),
         Index("ix_selection_jobs_tenant_id_id", "tenant_id", "id"),
         Index("ix_selection_jobs_pool_id", "pool_id"),
+        Index("ix_selection_jobs_key_id_created_at", "key_id", "created_at"),  # a key's quotas
         Index("ix_selection_jobs_target_id", "target_id"),
         CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_when_terminal"),
         # What a claim looks through: the few jobs that are not finished, oldest first.
@@ -51,6 +52,8 @@ class SelectionJob(CreatedAt, Base):
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
     trace: Mapped[str | None]  # of the request that posted it (W3C traceparent), for the spans of its units
+    retry_of: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
+    reproduces: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
 
 
 class JobUnit(CreatedAt, Base):

@@ -7,16 +7,18 @@ from starlette.responses import StreamingResponse
 
 from service.database import SessionDep
 from service.datasets import storage
-from service.errors import Conflict, Gone, NotFound, Unauthorized, Unprocessable, responses
+from service.errors import Conflict, Forbidden, Gone, NotFound, Unauthorized, Unprocessable, responses
 from service.results import repository
 from service.results.export import ResultStream, Rows, weight_columns
 from service.results.formats import ENCODERS, MEDIA_TYPES, Format, jsonl
 from service.results.schemas import ProvenanceOut, SelectedOut, SelectedPage, SelectionResult, WeightOut, WeightsPage
 from service.results.service import finished_job
-from service.tenants.service import CallerDep
+from service.tenants.service import ReadDep
 
 router = APIRouter(
-    prefix="/selection-jobs", tags=["results"], responses=responses(Unauthorized, NotFound, Conflict, Unprocessable)
+    prefix="/selection-jobs",
+    tags=["results"],
+    responses=responses(Unauthorized, Forbidden, NotFound, Conflict, Unprocessable),
 )
 
 DEFAULT_LIMIT = 1000
@@ -24,7 +26,7 @@ PageLimit = Annotated[int, Query(ge=1, le=10_000, description="Most samples of o
 
 
 @router.get("/{job_id}/results", summary="The summary of a succeeded job")
-def get_results(job_id: str, session: SessionDep, caller: CallerDep) -> SelectionResult:
+def get_results(job_id: str, session: SessionDep, caller: ReadDep) -> SelectionResult:
     job = finished_job(session, caller.tenant_id, job_id)
     result = repository.result(session, job.id)
     return SelectionResult(
@@ -45,7 +47,7 @@ def get_weights(
     job_id: str,
     request: Request,
     session: SessionDep,
-    caller: CallerDep,
+    caller: ReadDep,
     start: Annotated[int, Query(ge=0, description="Index of the first sample; continues a stream that broke off")] = 0,
     limit: PageLimit = DEFAULT_LIMIT,
     stream: Annotated[bool, Query(description="Everything from `start` on, one JSON object a line")] = False,
@@ -70,7 +72,7 @@ def get_weights(
 def get_selected(
     job_id: str,
     session: SessionDep,
-    caller: CallerDep,
+    caller: ReadDep,
     after_rank: Annotated[int, Query(ge=-1, lt=2**63, description="`last_rank` of the page before")] = -1,
     limit: PageLimit = DEFAULT_LIMIT,
 ) -> SelectedPage:
@@ -104,7 +106,7 @@ def export(
     job_id: str,
     request: Request,
     session: SessionDep,
-    caller: CallerDep,
+    caller: ReadDep,
     format: Annotated[Format, Query(description="Of the file")] = Format.PARQUET,
     selected_only: Annotated[
         bool, Query(description="Only the selection, by rank; else all samples, by index")
@@ -140,7 +142,7 @@ def _require_content(job: repository.Job, format: Format) -> None:
 
 
 @router.get("/{job_id}/provenance", summary="The audit record")
-def get_provenance(job_id: str, session: SessionDep, caller: CallerDep) -> ProvenanceOut:
+def get_provenance(job_id: str, session: SessionDep, caller: ReadDep) -> ProvenanceOut:
     """Stays when the job is deleted."""
     job = finished_job(session, caller.tenant_id, job_id, or_deleted=True)
     row = repository.provenance(session, job.id)

@@ -58,7 +58,6 @@ def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: b
         raise Conflict(
             f"Job {job_id} is {job.status}{why}: it has no results and will have none; post a new job.",
             code="no_results",
-            headers={"X-Should-Retry": "false"},
         )
     can_succeed = job.status is not JobStatus.CANCELLING
     raise Conflict(
@@ -66,7 +65,8 @@ def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: b
         if can_succeed
         else f"Job {job_id} is being cancelled and will have no results.",
         code="job_not_finished",
-        headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if can_succeed else {"X-Should-Retry": "false"},
+        headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if can_succeed else None,
+        retry=can_succeed,
     )
 
 

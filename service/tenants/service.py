@@ -4,7 +4,9 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -12,29 +14,29 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
 from service.database import SessionDep
-from service.errors import Unauthorized
+from service.errors import Forbidden, Unauthorized
 from service.ids import new_id
 from service.settings import ApiSettings
 from service.tenants import repository
+from service.tenants.caller import Caller, Scope
 from service.tenants.tables import ApiKey, Tenant
 
 _SCHEME = "wnw"
 _KEY = re.compile(rf"{_SCHEME}_([0-9a-f]{{12}})_[A-Za-z0-9_-]{{43}}")
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: every query below a router is scoped to `tenant_id`."""
-
-    tenant_id: str
-    key_id: str
-
-
 def _digest(secret_key: str, key: str) -> bytes:
     return hmac.new(secret_key.encode(), key.encode(), hashlib.sha256).digest()
 
 
-def create_key(session: Session, *, tenant_name: str, key_name: str, secret_key: str) -> str:
+def create_key(
+    session: Session,
+    *,
+    tenant_name: str,
+    key_name: str,
+    secret_key: str,
+    scopes: Collection[Scope] = (Scope.READ, Scope.SUBMIT),
+) -> str:
     """Makes a key of the tenant, which is created where it is new. The key is returned here and shown nowhere again."""
     tenant = repository.tenant_by_name(session, tenant_name)
     if tenant is None:
@@ -44,7 +46,14 @@ def create_key(session: Session, *, tenant_name: str, key_name: str, secret_key:
     prefix = secrets.token_hex(6)
     key = f"{_SCHEME}_{prefix}_{secrets.token_urlsafe(32)}"
     session.add(
-        ApiKey(id=new_id("key"), tenant_id=tenant.id, name=key_name, prefix=prefix, digest=_digest(secret_key, key))
+        ApiKey(
+            id=new_id("key"),
+            tenant_id=tenant.id,
+            name=key_name,
+            prefix=prefix,
+            digest=_digest(secret_key, key),
+            scopes=sorted(scopes),
+        )
     )
     return key
 
@@ -53,17 +62,19 @@ def authenticate(session: Session, key: str, secret_key: str) -> Caller:
     """The caller of a key; the comparison takes the same time wherever the key differs.
 
     Raises:
-        Unauthorized: the key is malformed, unknown or revoked.
+        Unauthorized: the key is malformed, unknown, expired or revoked.
     """
     parts = _KEY.fullmatch(key)
     row = repository.live_key(session, parts[1]) if parts is not None else None
     expected = row.digest if row is not None else bytes(32)
-    if not hmac.compare_digest(_digest(secret_key, key), expected) or row is None:
+    is_ours = hmac.compare_digest(_digest(secret_key, key), expected)
+    if not is_ours or row is None or (row.expires_at is not None and row.expires_at <= datetime.now(UTC)):
         raise Unauthorized(
             "The API key is not valid. Send `Authorization: Bearer wnw_...`; make a key with `winnow keys create`.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    return Caller(tenant_id=row.tenant_id, key_id=row.id)
+    scopes = frozenset(Scope(scope) for scope in row.scopes)
+    return Caller(tenant_id=row.tenant_id, key_id=row.id, scopes=scopes, limits=row.limits)
 
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `wnw_...`")
@@ -80,7 +91,25 @@ def _caller(
             headers={"WWW-Authenticate": "Bearer"},
         )
     settings: ApiSettings = request.app.state.settings
-    return authenticate(session, credentials.credentials, settings.secret_key.get_secret_value())
+    caller = authenticate(session, credentials.credentials, settings.secret_key.get_secret_value())
+    return replace(caller, request_id=request.state.request_id)
+
+
+def _allowed(scope: Scope) -> Callable[[Caller], Caller]:
+    def check(caller: CallerDep) -> Caller:
+        if scope not in caller.scopes:
+            has = ", ".join(sorted(caller.scopes)) or "none"
+            raise Forbidden(
+                f"This needs a key with the scope `{scope}`; yours has: {has}."
+                f" Make one with `winnow keys create --scope {scope}`.",
+                code="insufficient_scope",
+            )
+        return caller
+
+    return check
 
 
 CallerDep = Annotated[Caller, Depends(_caller)]
+ReadDep = Annotated[Caller, Depends(_allowed(Scope.READ))]
+SubmitDep = Annotated[Caller, Depends(_allowed(Scope.SUBMIT))]
+AdminDep = Annotated[Caller, Depends(_allowed(Scope.ADMIN))]

@@ -29,7 +29,7 @@ from service.settings import ApiSettings, ArtifactSettings, BrokerSettings, Data
 
 ROOT = Path(__file__).parents[2]
 SECRET = "integration-tests-only-0123456789abcdef"
-PREVIOUS, ITS_HEAD, HEAD = "b1697ab", "0002", "0003"
+PREVIOUS, ITS_HEAD, HEAD = "805ed46", "0003", "0004"
 
 # What the previous version runs, by its own code.
 PREPARE = """
