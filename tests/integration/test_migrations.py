@@ -474,7 +474,7 @@ def test_one_migration_at_a_time_in_a_database(postgres_url: str) -> None:
         assert (result.exit_code, result.stdout) == (1, "")
         assert result.stderr.startswith("winnow: another migration runs: session")
     upgrade_again = CliRunner().invoke(app, ["migrate"], env={"WINNOW_DATABASE__URL": postgres_url})
-    assert (upgrade_again.exit_code, upgrade_again.stdout) == (0, "The database is at 0003 already.\n")
+    assert (upgrade_again.exit_code, upgrade_again.stdout) == (0, f"The database is at {HEAD} already.\n")
 
 
 def test_the_command_says_from_where_to_where_and_what_went_wrong(postgres_url: str) -> None:
@@ -483,11 +483,11 @@ def test_the_command_says_from_where_to_where_and_what_went_wrong(postgres_url: 
         return result.exit_code, result.stdout, result.stderr
 
     with new_database(postgres_url, migrated=False) as url:
-        assert migrate(url) == (0, "The database went from nothing to 0003.\n", "")
+        assert migrate(url) == (0, f"The database went from nothing to {HEAD}.\n", "")
         engine = create_engine(DatabaseSettings(url=url).url)
         with engine.begin() as connection:
             connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-        later = "The database is at 9999, of a later version than this one, which knows up to 0003.\n"
+        later = f"The database is at 9999, of a later version than this one, which knows up to {HEAD}.\n"
         assert migrate(url) == (0, later, "")
         assert revision_of(engine) == "9999"
         engine.dispose()
