@@ -272,8 +272,9 @@ def _models(patient: _Patient) -> Told:
         return "FAIL", f"{settings.folder} is no folder that can be read", _CORRECT_FOLDER
     count = len(models.registered(settings))
     if not count and not settings.hub:
-        return "FAIL", f"none in {settings.folder}, and the hub is off: no job can be posted", _CORRECT_FOLDER
-    return "ok", f"{count} registered, the hub is {'on' if settings.hub else 'off'}"
+        why = f"none in {settings.folder}, and none of the hub allowed (WINNOW_MODELS__HUB): no job can be posted"
+        return "FAIL", why, _CORRECT_FOLDER
+    return "ok", f"{count} registered; of the hub: {', '.join(settings.hub) or 'none'}"
 
 
 def _jobs(patient: _Patient) -> Told:

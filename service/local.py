@@ -79,7 +79,8 @@ def _kept_secret(path: Path, make: Callable[[], str]) -> str:
 def _environment(home: Path, database_url: str, broker_url: str, workers: int) -> dict[str, str]:
     """The settings of API and workers; whatever the caller's environment sets stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"WINNOW_WORKER__THREADS": str(max(1, cores // workers))}
+    # The hub as a whole: who starts it is who posts to it.
+    defaults = {"WINNOW_WORKER__THREADS": str(max(1, cores // workers)), "WINNOW_MODELS__HUB": '["*/*"]'}
     return {
         **{name: value for name, value in defaults.items() if name not in os.environ},
         "WINNOW_DATABASE__URL": database_url,

@@ -8,6 +8,8 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -43,6 +45,8 @@ _PLAIN_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
+_MOST_CONFIG_BYTES = 2**24
 
 router = APIRouter(tags=["models"])
 
@@ -71,6 +75,20 @@ class RegisteredModels(BaseModel):
     data: list[RegisteredModel]
 
 
+def registered_folder(folder: Path, name: str) -> Path:
+    """The folder of the registered model of this name.
+
+    Raises:
+        ValueError: it is no name but a path, or leads out of the models folder; the end of a sentence.
+    """
+    path = folder / name
+    if not _NAME.fullmatch(name):
+        raise ValueError("it is not the name of a registered model")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError("its folder is a link that leads out of the models folder; copy or mount it there")
+    return path
+
+
 def registered(settings: ModelSettings) -> list[RegisteredModel]:
     """The registered models by name. A folder whose configuration says nothing of use is passed over, and logged."""
     if not settings.folder.is_dir():
@@ -82,22 +100,29 @@ def registered(settings: ModelSettings) -> list[RegisteredModel]:
 
 
 def _describe(settings: ModelSettings, name: str) -> RegisteredModel | None:
-    folder = settings.folder / name
-    has_state = (folder / OPTIMIZER_STATE).is_file()
     base: str | None = None
     try:
+        folder = registered_folder(settings.folder, name)
+        has_state = (folder / OPTIMIZER_STATE).is_file()
         if (folder / ADAPTER_CONFIG).is_file():
-            base = str(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
+            base = str(_read(folder / ADAPTER_CONFIG)["base_model_name_or_path"])
             if "/" in base:
                 return RegisteredModel(name=name, model_type=None, blocks=None, base=base, optimizer_state=has_state)
-            folder = settings.folder / base
-        config = json.loads((folder / "config.json").read_text())
+            folder = registered_folder(settings.folder, base)
+        config = _read(folder / "config.json")
         blocks = int(next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), 0))
         kind = str(config.get("model_type", ""))
         return RegisteredModel(name=name, model_type=kind, blocks=blocks, base=base, optimizer_state=has_state)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         log.warning("models: %s cannot be used (%s: %s)", name, type(error).__name__, error)
         return None
+
+
+def _read(path: Path) -> Any:
+    """A configuration; one that is too large to be one is not parsed."""
+    if path.stat().st_size > _MOST_CONFIG_BYTES:
+        raise ValueError(f"{path.name} has more than {_MOST_CONFIG_BYTES:,} bytes")
+    return json.loads(path.read_text())
 
 
 def adapter_problem(config: Mapping[str, Any]) -> str | None:
@@ -169,7 +194,7 @@ def _resolve_registered(settings: ModelSettings, name: str, parameters: Paramete
 
 
 def _resolve_base(settings: ModelSettings, name: str, parameters: Parameters) -> dict[str, Any]:
-    config = json.loads((settings.folder / name / ADAPTER_CONFIG).read_text())
+    config = _read(settings.folder / name / ADAPTER_CONFIG)
     base = config["base_model_name_or_path"]
     if problem := adapter_problem(config):
         raise Unprocessable(f"The adapter {name!r} cannot be used: {problem}.", param="model")
@@ -191,10 +216,19 @@ def _resolve_base(settings: ModelSettings, name: str, parameters: Parameters) ->
 
 
 def _resolve_hub(settings: ModelSettings, hub_id: str, revision: str) -> dict[str, Any]:
-    if not settings.hub:
-        raise Unprocessable("This server uses registered models only; see GET /v1/models.", param="model")
     if not _HUB_ID.fullmatch(hub_id):
         raise Unprocessable(f"{hub_id!r} is not a hub id (owner/name).", param="model")
+    if not any(fnmatchcase(hub_id, pattern) for pattern in settings.hub):
+        allowed = "some models of the hub, of which this is none" if settings.hub else "none of the hub"
+        raise Unprocessable(
+            f"{hub_id!r} is not allowed: this server takes registered models (GET /v1/models) and {allowed}. Its operator may"
+            " allow it by the setting WINNOW_MODELS__HUB.",
+            param="model",
+        )
+    if not _REVISION.fullmatch(revision) or ".." in revision:
+        raise Unprocessable(
+            f"{revision!r} is no revision: a branch, a tag, refs/pr/N or a commit.", param="model.revision"
+        )
     try:
         info = HfApi().model_info(hub_id, revision=revision, timeout=10)
     except HFValidationError as error:

@@ -5,11 +5,12 @@ folder): `winnow_secret_key`, `winnow_database__password`. The environment wins.
 to start without `WINNOW_SECRET_KEY`.
 """
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,6 +25,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.secret_files import SecretFiles, with_password, without_password
+
+# What a key that was never changed says, and what no random one does.
+_WEAK = re.compile(r"change.?me|replace.?me|example|your.?secret|insecure", re.IGNORECASE)
 
 
 class _Group(BaseModel):
@@ -78,7 +82,9 @@ class ModelSettings(_Group):
     folder: Path = Field(
         description="A folder in it with config.json or adapter_config.json is a model registered by its name"
     )
-    hub: bool = Field(default=True, description="Whether a job may name a model of the Hugging Face Hub")
+    hub: tuple[Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")], ...] = Field(
+        default=(), description='Models of the Hugging Face Hub that a job may name, as a list of patterns: ["Qwen/*"]'
+    )
 
 
 class LedgerSettings(_Group):
@@ -104,6 +110,10 @@ class UploadSettings(_Group):
     max_bytes: int = Field(default=8 * 2**30, description="Largest upload, and largest content once decompressed")
     max_rows: int = Field(default=10_000_000)
     max_row_bytes: int = Field(default=2**20)
+    idle_seconds: float = Field(default=60.0, gt=0, description="A sender who is silent for so long has broken off")
+    parquet_memory_bytes: int = Field(
+        default=2**29, ge=2**27, description="Most data of the process that reads a Parquet file (RLIMIT_DATA)"
+    )
 
 
 class LimitSettings(_Group):
@@ -154,7 +164,10 @@ class WorkerSettings(_Group):
         default=300.0, gt=0, description="A compute process that says nothing for so long is ended"
     )
     memory_bytes: int = Field(
-        default=0, ge=0, description="Most data of the compute process (RLIMIT_DATA); 0: no limit"
+        default=0,
+        ge=-1,
+        description="Most data of the compute process (RLIMIT_DATA); 0: on a CPU nine tenths of the container's or machine's"
+        " memory, with CUDA none; -1: no limit",
     )
     metrics_host: str = Field(
         default="127.0.0.1", description="The address that it is read at; 0.0.0.0: any of the host's"
@@ -217,6 +230,8 @@ class ApiSettings(Settings):
     def _long_enough(cls, key: SecretStr) -> SecretStr:
         if len(key.get_secret_value()) < 32:
             raise ValueError("must have at least 32 characters; make one with: openssl rand -hex 32")
+        if _WEAK.search(key.get_secret_value()) or len(set(key.get_secret_value())) < 8:
+            raise ValueError("is an example or a pattern, which anyone may guess; make one with: openssl rand -hex 32")
         return key
 
 

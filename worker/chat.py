@@ -7,14 +7,17 @@ the rendered one, and that is an error rather than a guess.
 """
 
 import itertools
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from worker.errors import DataError
+from worker.errors import DataError, ModelError
 
 # For tokenizers without a chat template: the format of the Tulu models, used by LESS and RDS+ as well.
 DEFAULT_TEMPLATE = (
@@ -22,6 +25,7 @@ DEFAULT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 
+_RENDER_SECONDS = 30  # a sample of a megabyte takes some milliseconds
 _PLACEHOLDER = "\ue000{}\ue001"  # private-use characters: no template looks for them
 # White space put around a placeholder, and what str.strip must be told to do as the template does, by what is left of it.
 _LEFT, _RIGHT = "\n\f", "\v\n"
@@ -136,9 +140,10 @@ class ChatFormat:
 
     def _apply(self, messages: Sequence[dict[str, str]], sample_id: str) -> str:
         try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=False
-            )
+            with _in_time():
+                rendered: Any = self.tokenizer.apply_chat_template(
+                    list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=False
+                )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
@@ -151,6 +156,27 @@ class ChatFormat:
         token = after.lstrip(" ")  # some templates write a space between the two
         end = next((len(special) for special in self._special if special and token.startswith(special)), 0)
         return len(after) - len(token) + end if end else 0
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Ends a template that loops for ever: the sandbox keeps it from everything but that."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # the only one that can be interrupted; stages run in it
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise ModelError(f"The model's chat template takes more than {_RENDER_SECONDS} seconds for one sample.")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _between(text: str, marks: Sequence[str]) -> list[str]:

@@ -199,7 +199,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     parameters = _parameters(arguments.set)
     folder = arguments.model.resolve()
     # The base of an adapter lies beside it, as among the service's registered models.
-    model = resolve(ModelSettings(folder=folder.parent), folder.name, parameters)
+    # Nobody else decides what this machine takes from the hub.
+    model = resolve(ModelSettings(folder=folder.parent, hub=("*/*",)), folder.name, parameters)
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with _store(arguments.cache) as store, Progress(*columns, console=console) as progress:
         store.sweep_scratch()

@@ -1,8 +1,10 @@
 """Finding, checking and loading a job's model: registered folders and hub snapshots; safetensors only, never remote code."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from service.models import ADAPTER_CONFIG, MODEL_TYPES, OPTIMIZER_STATE
+from service.models import ADAPTER_CONFIG, MODEL_TYPES, OPTIMIZER_STATE, registered_folder
 from worker import adapters, placement
 from worker.errors import ModelError, OutOfMemory, ParameterError, UnitError
 from worker.influence.models import linear_layers
@@ -30,6 +32,10 @@ _TOKENIZER_PATTERNS = (
     "chat_template*",
     "added_tokens.json",
 )
+
+
+_MOST_TEXT_BYTES = 128 * 2**20  # the largest tokenizers have a quarter of it
+_MOST_BLOCKS = 1_000
 
 
 class HubUnavailable(UnitError):
@@ -92,17 +98,55 @@ def find(model: Mapping[str, Any], registered: Path) -> ModelFolder:
         HubUnavailable: the hub did not answer.
     """
     base = find(model["base"], registered) if "base" in model else None
-    path = registered / model["name"] if model["kind"] == "registered" else _snapshot(model)
+    path = _registered(registered, model["name"]) if model["kind"] == "registered" else _snapshot(model)
     needed = "config.json" if base is None else ADAPTER_CONFIG
     if not (path / needed).is_file():
         raise ModelError(f"The model {model.get('name') or model.get('id')!r} has no {needed} on this worker.")
     wanted = _files_that_count(path)
     if not _weights(wanted):
         raise ModelError("The model has no safetensors weights; other formats are not loaded.")
+    _check(wanted)
     files = {p.name: _file_sha256(p) for p in wanted}
     if base is not None:
         files |= {f"base/{name}": sha for name, sha in base.files.items()}
     return ModelFolder(path, files, _signature(wanted), base)
+
+
+def _registered(folder: Path, name: str) -> Path:
+    try:
+        return registered_folder(folder, name)
+    except ValueError as error:
+        raise ModelError(f"The model {name!r} cannot be used: {error}.") from error
+
+
+def _check(files: Iterable[Path]) -> None:
+    """Of the files themselves: none is too large to be parsed, and none names weights that are no safetensors beside it.
+
+    transformers follows both an index and `transformers_weights` to other formats, an index to other folders too.
+    """
+    names = {p.name for p in files}
+    for path in files:
+        if path.suffix != ".safetensors" and path.stat().st_size > _MOST_TEXT_BYTES:
+            raise ModelError(f"The model's {path.name} has more than {_MOST_TEXT_BYTES:,} bytes.")
+        if path.name == "config.json" or path.name.endswith(".index.json"):
+            with _loading("The model's configuration could not be read"):
+                content = json.loads(path.read_bytes())
+                named = {*content.get("weight_map", {}).values(), *filter(None, [content.get("transformers_weights")])}
+            if other := [name for name in named if name not in names or not str(name).endswith(".safetensors")]:
+                raise ModelError(f"The model's {path.name} names {other[0]!r}, which is no safetensors file beside it.")
+
+
+@contextmanager
+def _loading(problem: str) -> Iterator[None]:
+    """Whatever the files of a model make a library raise is the model's fault; not so the want of memory."""
+    try:
+        yield
+    except (UnitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise OutOfMemory(f"{problem}: it does not fit the memory.") from error
+        raise ModelError(f"{problem}: {error or type(error).__name__}") from error
 
 
 def _weights(files: Iterable[Path]) -> list[Path]:
@@ -142,12 +186,10 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it has none, or only a slow one, which cannot tell where a token stands in the text.
     """
-    try:
+    with _loading("The model's tokenizer could not be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder.tokenizer_folder.path, use_fast=True, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"The model's tokenizer could not be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ModelError("The model has no fast tokenizer (tokenizer.json).")
     return tokenizer
@@ -159,16 +201,16 @@ def load_config(folder: ModelFolder) -> Any:
     Raises:
         ModelError: it cannot be read, or the architecture is not one that is supported.
     """
-    try:
+    with _loading("The model's configuration could not be read"):
         config = AutoConfig.from_pretrained(
             (folder.base or folder).path, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"The model's configuration could not be read: {error}") from error
     if config.model_type not in MODEL_TYPES:
         raise ModelError(
             f"Models of type {config.model_type!r} are not supported; {', '.join(sorted(MODEL_TYPES))} are."
         )
+    if not 0 < config.num_hidden_layers <= _MOST_BLOCKS:
+        raise ModelError(f"The model has {config.num_hidden_layers} blocks; 1 to {_MOST_BLOCKS} are supported.")
     return config
 
 
@@ -200,7 +242,7 @@ def load_model(
 def _load_base(folder: ModelFolder, dtype: torch.dtype, device: torch.device, quantization: str) -> PreTrainedModel:
     config, free = placement.quantised(quantization, dtype), placement.free_memory(device)
     where: dict[str, Any] = {}
-    try:
+    with _loading("The model could not be loaded"):
         if len(free) > 1:
             needed = placement.weight_bytes(_weights(_files_that_count(folder.path)), dtype, quantization)
             shares = placement.share_out(needed, free)
@@ -216,10 +258,6 @@ def _load_base(folder: ModelFolder, dtype: torch.dtype, device: torch.device, qu
             output_loading_info=True,
             **where,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"The model could not be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random values in their place
         raise ModelError(f"The model lacks {len(missing)} of its weights, {missing[0]} among them.")

@@ -22,7 +22,6 @@ from service.settings import UploadSettings
 
 _GZIP, _PARQUET, _BYTE_ORDER_MARK = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
 _PARQUET_READER = Path(__file__).with_name("parquet_reader.py")
-_READER_MEMORY_BYTES = 384 * 2**20
 # As little as a process needs: no credential of ours. Arrow's own allocator would set aside more than it uses.
 _READER_ENVIRONMENT = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 _MEMORY_SPENT = (
@@ -153,7 +152,7 @@ def _json_object(line: bytes) -> dict[str, Any] | InvalidRow:
 
 def _parquet_rows(file: IO[bytes], columns: tuple[str, ...], limits: UploadSettings) -> Generator[NumberedRow]:
     seconds = 60 + limits.max_bytes // _SLOWEST_BYTES
-    given = {"columns": columns, "memory_bytes": _READER_MEMORY_BYTES, "cpu_seconds": seconds}
+    given = {"columns": columns, "memory_bytes": limits.parquet_memory_bytes, "cpu_seconds": seconds}
     command = [sys.executable, "-I", str(_PARQUET_READER), json.dumps(given)]
     done = 0
     with subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, env=_READER_ENVIRONMENT) as reader:

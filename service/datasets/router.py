@@ -28,6 +28,7 @@ from service.errors import (
     responses,
 )
 from service.idempotency.service import KeyHeader, Once, request_digest
+from service.limits import quotas
 from service.pages import After, Limit
 from service.scratch import scratch, temporary_folder
 from service.settings import ApiSettings
@@ -80,11 +81,13 @@ async def upload(
     which results are counted. A null counts as absent; other fields are ignored. Where rows cannot be used, the error
     `invalid_rows` names the first 20 by line (in Parquet by row), from 1.
     """
-    # An upload may last for hours: the connection that told the caller goes back before it starts.
-    await asyncio.to_thread(session.commit)
     state = request.app.state
     settings: ApiSettings = state.settings
-    async with received(request, settings.uploads.max_bytes) as file:
+    if idempotency_key is None:  # else it may have been answered before
+        await asyncio.to_thread(quotas.check_stored, session, caller, settings.limits, 1)
+    # An upload may last for hours: the connection that told the caller goes back before it starts.
+    await asyncio.to_thread(session.commit)
+    async with received(request, settings.uploads) as file:
         # What is logged and traced there is of this request.
         keep = partial(copy_context().run, _keep, request, file, caller, idempotency_key, name=name, form=form)
         return await asyncio.get_running_loop().run_in_executor(_converters, keep)
@@ -99,7 +102,8 @@ def _keep(
         digest = b"" if idempotency_key is None else request_digest(request, _sha256(file))
         once = Once(session, state.sealer, caller, idempotency_key, digest)
         content = convert(file, form, state.settings.uploads, folder)
-        dataset = service.register(session, state.store, caller=caller, name=name, content=content)
+        limits = state.settings.limits
+        dataset = service.register(session, state.store, caller=caller, limits=limits, name=name, content=content)
         audit.record(session, caller, "dataset.created", dataset.id, rows=dataset.row_count)
         location = {"Location": f"{request.url.path}/{dataset.id}"}
         return once.keep(DatasetObject.model_validate(dataset), status.HTTP_201_CREATED, location)

@@ -11,38 +11,46 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import BadRequest, TooLarge
+from service.settings import UploadSettings
 
 _WRITE_BYTES = 2**20
 
 
 @asynccontextmanager
-async def received(request: Request, max_bytes: int) -> AsyncIterator[IO[bytes]]:
+async def received(request: Request, limits: UploadSettings) -> AsyncIterator[IO[bytes]]:
     """The uploaded file, whole, for as long as the context lasts.
 
     Raises:
         TooLarge: the body is larger than the budget; where its Content-Length says so, none of it is read.
-        BadRequest: the body ended early, or the form does not hold one part that is a file named `file`.
+        BadRequest: the body ended early, its sender fell silent, or the form does not hold one part, a file named `file`.
     """
+    max_bytes = limits.max_bytes
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
-    stream = _within_budget(request, max_bytes)
+    stream = _within_budget(request, limits)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     receive = _form_file(request.headers, stream) if media_type == "multipart/form-data" else _raw_file(stream)
     async with receive as file:
         yield file
 
 
-async def _within_budget(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    seen = 0
+async def _within_budget(request: Request, limits: UploadSettings) -> AsyncGenerator[bytes, None]:
+    seen, chunks = 0, request.stream()
     try:
-        async for chunk in request.stream():
+        while True:
+            async with asyncio.timeout(limits.idle_seconds):
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                return
             seen += len(chunk)
-            if seen > max_bytes:
-                raise _too_large(max_bytes)
+            if seen > limits.max_bytes:
+                raise _too_large(limits.max_bytes)
             yield chunk
     except ClientDisconnect as error:
         raise BadRequest("The upload broke off before its end; send it again") from error
+    except TimeoutError as error:
+        raise BadRequest(f"Nothing came for {limits.idle_seconds:g} seconds; send the upload again") from error
 
 
 @asynccontextmanager

@@ -147,7 +147,7 @@ class World:
             database=DatabaseSettings(url=database, pool_size=2),
             broker=BrokerSettings(url=urlsplit(servers.broker.url)._replace(path=f"/{number}").geturl()),
             artifacts=ArtifactSettings(url=str(folder / "store")),
-            models=ModelSettings(folder=folder / "models", hub=False),
+            models=ModelSettings(folder=folder / "models"),
             ledger=LEDGER,
             worker=WorkerSettings(device="cpu", threads=1, cancel_grace_seconds=3),
             secret_key=SecretStr(SECRET),

@@ -189,7 +189,7 @@ def test_the_previous_version_serves_on_while_the_database_is_migrated(
             database=DatabaseSettings(url=database, pool_size=2),
             broker=BrokerSettings(url=urlsplit(broker_url)._replace(path="/8").geturl()),
             artifacts=ArtifactSettings(url=str(tmp_path / "store")),
-            models=ModelSettings(folder=tmp_path / "models", hub=False),
+            models=ModelSettings(folder=tmp_path / "models"),
             secret_key=SecretStr(SECRET),
         )
         key = run_previous(previous, PREPARE, database, SECRET)

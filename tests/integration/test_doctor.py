@@ -262,7 +262,6 @@ def test_room_on_the_disk(clinic: Clinic, free: int, level: str) -> None:
 
 
 def test_models_that_cannot_be_read(clinic: Clinic) -> None:
-    clinic.put("MODELS__HUB", "false")
     assert "no job can be posted" in clinic.look()["models"].found
     clinic.put("MODELS__FOLDER", clinic.folder / "absent")
     assert clinic.look()["models"].level == "FAIL"

@@ -53,7 +53,7 @@ def sweeping(kept: Kept, retention: RetentionSettings = SOON) -> Iterator[Sweepe
         broker=BrokerSettings(url="redis://127.0.0.1:1/0"),
         artifacts=ArtifactSettings(url=kept.store.url),
         models=ModelSettings(folder=Path()),
-        secret_key=SecretStr("x" * 32),
+        secret_key=SecretStr("sweeper-tests-only-0123456789abcdef"),
         retention=retention,
     )
     started = Sweeper(settings, kept.store)

@@ -96,7 +96,7 @@ def settings(settings: ApiSettings, tiny_llama: Path, postgres_url: str) -> Iter
         yield settings.model_copy(
             update={
                 "database": DatabaseSettings(url=url, pool_size=2),
-                "models": ModelSettings(folder=tiny_llama.parent, hub=False),
+                "models": ModelSettings(folder=tiny_llama.parent),
                 "ledger": LedgerSettings(sweep_seconds=600),
                 "log": LogSettings(format="json"),
                 "worker": WorkerSettings(device="cpu", threads=1),

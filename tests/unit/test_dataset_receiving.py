@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from service.datasets.upload import received
 from service.errors import BadRequest, TooLarge
+from service.settings import UploadSettings
 
 FORM = "multipart/form-data; boundary=x"
 FORM_START = b'--x\r\nContent-Disposition: form-data; name="file"; filename="pool.jsonl"\r\n\r\n'
@@ -16,21 +17,25 @@ FORM_START = b'--x\r\nContent-Disposition: form-data; name="file"; filename="poo
 class Sender:
     """Sends the chunks one by one and counts those that were asked for."""
 
-    def __init__(self, chunks: list[bytes], headers: dict[str, str], breaks_off: bool = False) -> None:
+    def __init__(
+        self, chunks: list[bytes], headers: dict[str, str], *, breaks_off: bool = False, falls_silent: bool = False
+    ) -> None:
         self.asked = 0
-        self._chunks, self._breaks_off = chunks, breaks_off
+        self._chunks, self._breaks_off, self._falls_silent = chunks, breaks_off, falls_silent
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.request = Request({"type": "http", "method": "POST", "headers": raw}, self._receive)
 
     async def _receive(self) -> dict[str, Any]:
+        if self._falls_silent and self.asked == len(self._chunks):
+            await asyncio.Event().wait()
         if self.asked == len(self._chunks):
             return {"type": "http.disconnect"} if self._breaks_off else {"type": "http.request", "body": b""}
         self.asked += 1
         return {"type": "http.request", "body": self._chunks[self.asked - 1], "more_body": True}
 
-    def receive(self, max_bytes: int) -> bytes:
+    def receive(self, max_bytes: int, **limits: float) -> bytes:
         async def read() -> bytes:
-            async with received(self.request, max_bytes) as file:
+            async with received(self.request, UploadSettings(max_bytes=max_bytes, **limits)) as file:
                 file.seek(0)
                 return file.read()
 
@@ -66,6 +71,12 @@ def test_an_excess_that_was_not_announced_is_refused_where_it_begins(headers: di
 def test_a_body_that_breaks_off_is_the_senders_fault(headers: dict[str, str]) -> None:
     with pytest.raises(BadRequest, match="broke off"):
         Sender([FORM_START, b"abc"], headers, breaks_off=True).receive(1000)
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": FORM}])
+def test_a_sender_who_falls_silent_is_not_waited_for(headers: dict[str, str]) -> None:
+    with pytest.raises(BadRequest, match=r"Nothing came for 0\.05 seconds"):
+        Sender([FORM_START, b"abc"], headers, falls_silent=True).receive(1000, idle_seconds=0.05)
 
 
 @pytest.mark.parametrize("headers", [{"content-type": "multipart/form-data"}, {"content-type": FORM}])

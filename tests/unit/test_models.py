@@ -31,7 +31,7 @@ def settings(tmp_path: Path) -> ModelSettings:
     register(tmp_path, "small", {"model_type": "llama", "num_hidden_layers": 30})
     register(tmp_path, "gpt", {"model_type": "gpt2", "n_layer": 12})
     register(tmp_path, "bert", {"model_type": "bert", "num_hidden_layers": 12})
-    return ModelSettings(folder=tmp_path)
+    return ModelSettings(folder=tmp_path, hub=("org/*", "a/*"))
 
 
 def blocks(count: int) -> Parameters:
@@ -59,7 +59,19 @@ def test_no_folder_is_no_model(tmp_path: Path) -> None:
     assert registered(ModelSettings(folder=tmp_path / "none")) == []
 
 
-@pytest.mark.parametrize("config", ["{", "[]", "null", '{"num_hidden_layers": null}', '{"n_layer": "many"}', "\0"])
+def test_a_link_that_leads_out_of_the_folder_is_no_model(settings: ModelSettings, tmp_path: Path) -> None:
+    inner = tmp_path / "models"
+    register(inner, "inside", {"model_type": "llama", "num_hidden_layers": 30})
+    (inner / "outside").symlink_to(tmp_path / "small")
+    (inner / "alias").symlink_to(inner / "inside")
+    settings = ModelSettings(folder=inner)
+    assert [model.name for model in registered(settings)] == ["alias", "inside"]
+    assert refusal(settings, "outside").param == "model"
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", "[" * 100_000, "null", '{"num_hidden_layers": null}', '{"n_layer": "many"}', "\0"]
+)
 def test_a_folder_that_cannot_be_used_hides_no_other(settings: ModelSettings, config: str) -> None:
     register(settings.folder, "broken", config)
     assert [model.name for model in registered(settings)] == ["bert", "gpt", "small"]
@@ -143,6 +155,8 @@ def test_the_base_of_an_adapter_may_be_of_the_hub(settings: ModelSettings, hub: 
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"base_model_name_or_path": "/home/me/model"}, "neither a registered name nor a hub id"),
         ({"base_model_name_or_path": "gone"}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": ".."}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": ""}, "base_model_name_or_path"),
         ({"base_model_name_or_path": "bert"}, "supported are"),
         ({"base_model_name_or_path": "other"}, "adapter itself"),
     ],
@@ -329,9 +343,32 @@ def test_an_id_in_an_object_must_be_a_hub_id(hub_id: str) -> None:
         HubModel(id=hub_id)
 
 
-def test_a_hub_that_is_switched_off_is_not_asked(settings: ModelSettings, hub: Hub) -> None:
-    closed = settings.model_copy(update={"hub": False})
-    for model in ("org/model", HubModel(id="org/model")):
-        assert refusal(closed, model).param == "model"
-    assert hub.asked == []
+def test_a_hub_model_that_is_not_on_the_list_is_refused_and_the_hub_not_asked(
+    settings: ModelSettings, hub: Hub
+) -> None:
+    for allowed, model in (((), "org/model"), (("Org/*", "org/mode", "other/*"), HubModel(id="org/model"))):
+        error = refusal(settings.model_copy(update={"hub": allowed}), model)
+        assert error.param == "model"
+        assert "WINNOW_MODELS__HUB" in error.detail
+        assert "other" not in error.detail, "what else is allowed is not everybody's to know"
+    closed = ModelSettings(folder=settings.folder)
     assert resolve(closed, "small", Parameters())["kind"] == "registered"
+    register_adapter(closed, base_model_name_or_path="org/model")
+    assert "WINNOW_MODELS__HUB" in refusal(closed, "tuned").detail
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("allowed", ["org/model", "org/*", "*/model", "*/*", "o?g/[m]odel"])
+def test_the_list_is_of_patterns(settings: ModelSettings, hub: Hub, allowed: str) -> None:
+    assert resolve(settings.model_copy(update={"hub": (allowed,)}), "org/model", Parameters())["commit"] == COMMIT
+
+
+@pytest.mark.parametrize(
+    "revision", ["../../etc", "/etc/passwd", "a/../b", "v1?x=1", "a#b", "a b", "..", "v\n", "%2e%2e"]
+)
+def test_a_revision_that_is_a_path_or_a_query_is_refused_and_the_hub_not_asked(
+    settings: ModelSettings, hub: Hub, revision: str
+) -> None:
+    error = refusal(settings, HubModel(id="org/model", revision=revision))
+    assert error.param == "model.revision"
+    assert hub.asked == []

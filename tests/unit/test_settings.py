@@ -37,12 +37,12 @@ def wrong(settings: type[Settings]) -> set[tuple[str | int, ...]]:
 def test_the_environment_is_read(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("WINNOW_LEDGER__LEASE_SECONDS", "37.5")
     environment.setenv("WINNOW_UPLOADS__MAX_ROWS", "10")
-    environment.setenv("WINNOW_MODELS__HUB", "false")
+    environment.setenv("WINNOW_MODELS__HUB", '["Qwen/*", "HuggingFaceTB/SmolLM2-*"]')
     settings = ApiSettings()
     assert settings.database.url == "postgresql+psycopg://user:hunter2@db/winnow"
     assert (settings.ledger.lease_seconds, settings.ledger.beat_seconds) == (37.5, 10.0)
     assert settings.uploads.max_rows == 10
-    assert settings.models.hub is False
+    assert settings.models.hub == ("Qwen/*", "HuggingFaceTB/SmolLM2-*")
     assert settings.models.folder == Path("/models")
 
 
@@ -59,8 +59,18 @@ def test_a_worker_needs_no_secret_and_has_none(environment: pytest.MonkeyPatch) 
     Settings()
 
 
-@pytest.mark.parametrize("secret", ["", "x" * 31])
-def test_a_short_secret_is_refused(environment: pytest.MonkeyPatch, secret: str) -> None:
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "",
+        "x" * 31,
+        "x" * 64,
+        "0123" * 16,
+        "change-me-" + "0123456789abcdef" * 2,
+        "an example, replace it: 0123456789abcdef",
+    ],
+)
+def test_a_short_secret_an_example_and_a_pattern_are_refused(environment: pytest.MonkeyPatch, secret: str) -> None:
     environment.setenv("WINNOW_SECRET_KEY", secret)
     assert wrong(ApiSettings) == {("secret_key",)}
 
@@ -97,6 +107,7 @@ def test_the_driver_may_be_named() -> None:
         ("WINNOW_LEDGER__SWEEP_SECONDS", "often"),
         ("WINNOW_WORKER__DEVICE", "tpu"),
         ("WINNOW_WORKER__THREADS", "-1"),
+        ("WINNOW_WORKER__MEMORY_BYTES", "-2"),
         ("WINNOW_DATABASE__POOL_SIZE", "0"),
     ],
 )
