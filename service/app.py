@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors, health, openapi
 from service.artifacts import ArtifactStore
+from service.audit.router import router as audit
 from service.database import make_engine, make_sessions
 from service.datasets.router import router as datasets
 from service.dispatch import Dispatcher
@@ -99,7 +100,12 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     idempotency.install(app)
     for router in (health.router, exposition.router):
         app.include_router(router)
-    for router in (models, datasets, jobs, results):
-        app.include_router(router, prefix="/v1", dependencies=[Depends(note_caller)])
+    for router in (models, datasets, jobs, results, audit):
+        app.include_router(
+            router,
+            prefix="/v1",
+            dependencies=[Depends(note_caller)],
+            responses=errors.responses(errors.TooManyRequests),
+        )
     openapi.install(app)
     return app

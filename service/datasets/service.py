@@ -12,11 +12,20 @@ from service.datasets.storage import Content, Sample
 from service.datasets.tables import Dataset
 from service.errors import BadRequest, Conflict, NotFound, Unprocessable
 from service.ids import new_id
+from service.limits import quotas
+from service.settings import LimitSettings
 from service.tenants.caller import Caller
 
 
-def register(session: Session, store: ArtifactStore, *, caller: Caller, name: str, content: Content) -> Dataset:
-    """Publishes converted content and makes it a dataset of the tenant."""
+def register(
+    session: Session, store: ArtifactStore, *, caller: Caller, limits: LimitSettings, name: str, content: Content
+) -> Dataset:
+    """Publishes converted content and makes it a dataset of the tenant.
+
+    Raises:
+        TooManyRequests: the key may not store so much; nothing was published.
+    """
+    quotas.check_stored(session, caller, limits, content.byte_count)
     repository.lock_content(session, content.fingerprint)
     storage.publish(store, content)
     dataset = Dataset(
