@@ -248,6 +248,26 @@ def results(
 
 
 @app.command()
+def explain(
+    job_id: str,
+    index: Annotated[int, typer.Argument(min=0, help="The sample's position in the pool, from 0")],
+    landmarks: Annotated[int, typer.Option(min=0, max=100, help="How many of those that spoke for it are named")] = 10,
+    target: Annotated[int | None, typer.Option(min=0, help="Explain the influence on this target sample alone")] = None,
+    home: Home = DEFAULT_HOME,
+    url: Url = None,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show why a sample of a job has its influence."""
+    with _client(home, url, api_key) as client:
+        found = client.sample(job_id, index, landmarks=landmarks, target=target)
+    if as_json:
+        _print_json(found)
+    else:
+        show.sample(out, found)
+
+
+@app.command()
 def export(
     job_id: str,
     path: Annotated[Path, typer.Argument(help="Ends in .jsonl, .csv or .parquet")],

@@ -224,6 +224,16 @@ class Winnow:
         """The selected samples in rank order."""
         return self._pages(f"/selection-jobs/{job_id}/selected", {}, "after_rank", "last_rank")
 
+    def sample(self, job_id: str, index: int, *, landmarks: int = 10, target: int | None = None) -> Json:
+        """One sample of the pool, and why it has its influence: on every target, and by which landmarks.
+
+        Args:
+            landmarks: how many of those that spoke for it are named, at most 100.
+            target: the index of a target sample, to explain the influence on it alone; None: the mean over all.
+        """
+        params = {"landmarks": landmarks} | ({} if target is None else {"target": target})
+        return self._json("GET", f"/selection-jobs/{job_id}/samples/{index}", params=params)
+
     def weights(self, job_id: str) -> Iterator[Json]:
         """Every sample of the pool in order: index, id, source, influence, weight, exact.
 

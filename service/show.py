@@ -95,6 +95,44 @@ def results(console: Console, summary: Json, selected: Sequence[Json], *, top: i
         console.print(sentence, markup=False)
 
 
+def sample(console: Console, found: Json, *, top: int = 10) -> None:
+    """Prints what a sample was given, the landmarks that spoke for it, and the targets it is best and worst for."""
+    state = f"selected, rank {found['rank']}" if found["selected"] else "not selected"
+    source = f" ({found['source']})" if found["source"] else ""
+    console.print(f"{found['id']}{source}: {state}, weight {found['weight']:.3f}", markup=False)
+    explanation = found["explanation"]
+    if explanation is None:
+        console.print(f"influence {found['influence']:.4f}")
+        console.print(found["explanation_missing"], markup=False)
+        return
+    of = "" if explanation["target"] is None else f" on target {explanation['target']}"
+    console.print(f"influence{of} {explanation['influence']:.4f}. {explanation['sentence']}", markup=False)
+    if explanation["others"] is not None:
+        console.print(_landmark_table(explanation))
+    if explanation["targets"] is not None:
+        ordered = sorted(explanation["targets"]["data"], key=lambda each: -each["influence"])
+        shown = ordered if len(ordered) <= top else [*ordered[: top // 2], *ordered[-(top // 2) :]]
+        table = Table(title=f"Influence on {len(shown)} of {len(ordered)} targets, best first", title_justify="left")
+        table.add_column("target")
+        table.add_column("influence", justify="right")
+        for each in shown:
+            table.add_row(escape(each["id"]), f"{each['influence']:.4f}")
+        console.print(table)
+
+
+def _landmark_table(explanation: Json) -> Table:
+    table = Table(title="What the landmarks contributed", title_justify="left")
+    table.add_column("landmark", no_wrap=True, min_width=20)
+    for name in ("own influence", "kernel", "contribution", "share"):
+        table.add_column(name, justify="right")
+    for each in explanation["landmarks"]:
+        figures = (f"{each[name]:.4f}" for name in ("influence", "kernel", "contribution"))
+        table.add_row(escape(each["id"]), *figures, f"{each['share']:.1%}")
+    others = explanation["others"]
+    table.add_row(f"{others['count']} others", "", "", f"{others['contribution']:.4f}", f"{others['share']:.1%}")
+    return table
+
+
 def _top_table(selected: Sequence[Json]) -> Table:
     table = Table(title=f"The first {len(selected)} selected", title_justify="left")
     for name, justify in (

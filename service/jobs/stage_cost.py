@@ -269,16 +269,18 @@ class StageCosts:
         return passes + outer, (1.25 * passes + 2 * outer if is_ggn else 2.1 * passes + 3 * outer)
 
     def _propagate(self) -> StageCost:
-        n, columns = self._n, self._columns()
+        n, columns, explained = self._n, self._columns(), 0.0
         if Stage.LANDMARK_GRADIENTS not in self._stages:  # rds_plus: cosines
             total, memory = 2 * n * self._t * self._e, _PROCESS_BYTES + 4.0 * (n + self._t) * self._e
         else:
             total, memory = 2 * self._l * columns * self._k, self._kernel_memory()
             if Stage.EMBED in self._stages:
                 total += self._fit(self._e) + 2 * n * self._l * (self._e + columns)
+                explained = self._l * (2 * self._e + 12 * (self._t + 1))
             else:
                 memory = _PROCESS_BYTES + 4.0 * (self._t + 1000) * self._k
-        return StageCost(operations=total, samples=n, artifact_bytes=4 * n * columns, memory_bytes=memory)
+        kept = 4 * n * columns + explained
+        return StageCost(operations=total, samples=n, artifact_bytes=kept, memory_bytes=memory)
 
     def _shortlist(self) -> float:
         """Samples of the shortlist; it holds no landmarks."""
@@ -289,7 +291,9 @@ class StageCosts:
         total = 2 * self._shortlist() * self._columns() * self._k if Stage.REFINE in self._stages else 0.0
         if self._parameters["curvature"]["type"] != "none":
             total += _SOLVER_STEPS * 4 * chosen * (self._r or self._t)
-        bytes_ = 9 * self._n + 8 * self._counts.budget
+        bytes_ = 10 * self._n + 8 * self._counts.budget
+        if Stage.REFINE in self._stages:  # the shortlist's influence on each target
+            bytes_ += self._shortlist() * (4 * self._t + 8)
         memory = _PROCESS_BYTES + 12 * chosen * self._columns() + 32 * self._n
         return StageCost(operations=total, samples=self._n, artifact_bytes=bytes_, memory_bytes=memory)
 

@@ -8,10 +8,18 @@ from starlette.responses import StreamingResponse
 from service.database import SessionDep
 from service.datasets import storage
 from service.errors import Conflict, Forbidden, Gone, NotFound, Unauthorized, Unprocessable, responses
-from service.results import repository
+from service.results import explain, repository
 from service.results.export import ResultStream, Rows, weight_columns
 from service.results.formats import ENCODERS, MEDIA_TYPES, Format, jsonl
-from service.results.schemas import ProvenanceOut, SelectedOut, SelectedPage, SelectionResult, WeightOut, WeightsPage
+from service.results.schemas import (
+    ProvenanceOut,
+    SampleOut,
+    SelectedOut,
+    SelectedPage,
+    SelectionResult,
+    WeightOut,
+    WeightsPage,
+)
 from service.results.service import finished_job
 from service.tenants.service import ReadDep
 
@@ -91,6 +99,28 @@ def get_selected(
         for row in found[:limit]
     ]
     return SelectedPage(data=data, has_more=len(found) > limit, last_rank=data[-1].rank if data else None)
+
+
+@router.get("/{job_id}/samples/{index}", summary="One sample, and why it has its influence")
+def get_sample(
+    job_id: str,
+    index: int,
+    request: Request,
+    session: SessionDep,
+    caller: ReadDep,
+    landmarks: Annotated[int, Query(ge=0, le=100, description="How many of those that spoke for it are named")] = 10,
+    target: Annotated[
+        int | None, Query(ge=0, description="Explains the influence on this target sample alone, by its index")
+    ] = None,
+    target_start: Annotated[int, Query(ge=0, description="Index of the first target sample of `targets`")] = 0,
+    target_limit: Annotated[int, Query(ge=1, le=10_000, description="Most target samples of one page")] = DEFAULT_LIMIT,
+) -> SampleOut:
+    """Where the explanation can no longer be made, `explanation` is null, and `explanation_missing` says why and what to do."""
+    job = finished_job(session, caller.tenant_id, job_id)
+    asked = explain.Asked(
+        index=index, landmarks=landmarks, target=target, target_start=target_start, target_limit=target_limit
+    )
+    return explain.sample(session, request.app.state.store, job, asked)
 
 
 @router.get(

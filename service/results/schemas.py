@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from service.datasets.schemas import Message
+
 _JOB = "job_0193a1b2c3d4e5f60718293a4b5c6d7e"
 
 
@@ -73,6 +75,80 @@ class SelectedPage(_Strict):
     data: list[SelectedOut]
     has_more: bool
     last_rank: int | None = Field(description="`after_rank` of the next page", examples=[99])
+
+
+class TargetInfluence(_Strict):
+    index: int = Field(description="Position in the target, from 0", examples=[3])
+    id: str = Field(description="The target sample's own id", examples=["dev-3"])
+    influence: float = Field(description="The sample's influence on this target sample", examples=[0.5])
+    counts: bool = Field(description="False: has no response or no finite gradient, and takes no part in the mean")
+
+
+class TargetsPage(_Strict):
+    """The sample's influence on each sample of the target, in its order."""
+
+    object: Literal["list"] = "list"
+    data: list[TargetInfluence]
+    has_more: bool
+    next_start: int | None = Field(description="`target_start` of the next page; null after the last", examples=[1000])
+
+
+class LandmarkOut(_Strict):
+    index: int = Field(description="Position in the pool, from 0", examples=[912])
+    id: str = Field(description="The landmark's own id in the pool", examples=["word_problem-0912"])
+    source: str | None = Field(examples=["word_problem"])
+    influence: float = Field(description="Its own, computed from its gradient, on what `target` says", examples=[0.61])
+    kernel: float = Field(
+        description="How alike the embeddings of sample and landmark are: with the Gaussian kernel 1 where they are equal",
+        examples=[0.83],
+    )
+    contribution: float = Field(
+        description="What it added to the sample's influence: the kernel times the landmark's coefficient of the kernel ridge"
+        " regression, which may have the other sign than its influence",
+        examples=[0.21],
+    )
+    share: float = Field(
+        description="Its contribution as a part of all contributions, signs left aside: 0 to 1", examples=[0.35]
+    )
+
+
+class OtherLandmarks(_Strict):
+    """All landmarks that are not named, together."""
+
+    count: int = Field(examples=[4086])
+    contribution: float
+    share: float
+
+
+class Explanation(_Strict):
+    """What the sample's influence consists of. The contributions of `landmarks` and `others` add up to `influence`."""
+
+    explained_by: Literal["own_gradient", "landmarks", "embedding_similarity", "none"] = Field(
+        description="Where the influence is from. `none`: the sample has none, or the method computes none"
+    )
+    sentence: str = Field(description="The same in words")
+    target: int | None = Field(description="The target sample asked for; null: the mean over those that count")
+    influence: float = Field(description="What is explained: the sample's influence, or its influence on `target`")
+    targets: TargetsPage | None = Field(description="null where the sample has no influence")
+    landmarks: list[LandmarkOut] = Field(
+        default=[],
+        description="Largest contribution first, whatever its sign; empty unless landmarks spoke for the sample",
+    )
+    others: OtherLandmarks | None = Field(default=None, description="null unless landmarks spoke for the sample")
+
+
+class SampleOut(WeightOut):
+    """One sample of the pool: what it is, what it was given, and why."""
+
+    object: Literal["sample"] = "sample"
+    job_id: str = Field(examples=[_JOB])
+    selected: bool
+    rank: int | None = Field(description="0 was taken first; null where it was not selected", examples=[0])
+    messages: list[Message] | None
+    text: str | None
+    content_missing: str | None = Field(description="Why neither messages nor text are there")
+    explanation: Explanation | None
+    explanation_missing: str | None = Field(description="Why there is no explanation, and what to do")
 
 
 class ProvenanceOut(_Strict):

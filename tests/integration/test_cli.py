@@ -71,6 +71,17 @@ def test_status_and_results_for_people(home: Path, job: str) -> None:
     assert "row-" in shown
 
 
+def test_a_sample_is_explained(home: Path, job: str) -> None:
+    rows = [json.loads(winnow("explain", job, str(index), "--json", home=home).stdout) for index in (0, 1)]
+    assert [row["index"] for row in rows] == [0, 1]
+    shown = winnow("explain", job, "0", "--target", "2", home=home).stdout
+    assert rows[0]["id"] in shown
+    assert f"on target 2 {rows[0]['explanation']['targets']['data'][2]['influence']:.4f}" in shown
+    beyond = winnow("explain", job, "40", home=home)
+    assert (beyond.returncode, beyond.stdout) == (1, "")
+    assert "of index 0 to 39" in beyond.stderr
+
+
 def test_events_and_jobs_for_people(home: Path, job: str) -> None:
     events = [line.split()[1] for line in winnow("events", job, home=home).stdout.splitlines()]
     assert events[:2] == ["job.queued", "job.planned"]

@@ -49,7 +49,7 @@ def app(postgres_url: str, broker_url: str, tmp_path_factory: pytest.TempPathFac
             database=DatabaseSettings(url=postgres_url, pool_size=2),
             broker=BrokerSettings(url=broker_url),
             artifacts=ArtifactSettings(url=str(folder / "store")),
-            models=ModelSettings(folder=folder / "models", hub=False),
+            models=ModelSettings(folder=folder / "models"),
             secret_key=SecretStr(SECRET),
         )
     )
@@ -723,6 +723,7 @@ ROUTES = [
     ("GET", "/results"),
     ("GET", "/weights"),
     ("GET", "/selected"),
+    ("GET", "/samples/0"),
     ("GET", "/export"),
     ("GET", "/provenance"),
 ]
@@ -749,7 +750,7 @@ def test_an_id_that_cannot_be_is_not_found(api: Api, method: str, tail: str, job
 def test_the_routes_above_are_all_that_name_a_job(api: Api) -> None:
     document = api.client.get("/openapi.json").json()
     named = {
-        (method.upper(), path.removeprefix(f"{URL}/{{job_id}}"))
+        (method.upper(), path.removeprefix(f"{URL}/{{job_id}}").replace("{index}", "0"))
         for path, methods in document["paths"].items()
         for method in methods
         if path.startswith(f"{URL}/{{job_id}}")

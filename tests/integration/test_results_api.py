@@ -188,6 +188,48 @@ def test_a_deleted_pool_keeps_its_results_but_not_its_text(world: World, tmp_pat
     gone = world.get("export", job_id=job_id, include="messages")
     assert (gone.status_code, gone.json()["code"], gone.json()["param"]) == (410, "pool_deleted", "include")
     assert [row["id"] for row in read_export(world.get("export", job_id=job_id), "parquet")] == ["a", "b"]
+    sample = world.get("samples/1", job_id=job_id).json()
+    assert (sample["id"], sample["influence"], sample["rank"]) == ("b", 1.0, 0)
+    assert sample["text"] is sample["messages"] is None
+    assert sample["content_missing"].endswith("has been deleted, and its text with it.")
+
+
+@pytest.mark.parametrize("index", [0, CHUNK_SIZE - 1, CHUNK_SIZE, N - 1])
+def test_a_sample_is_what_was_published_of_it(world: World, index: int) -> None:
+    body = world.get(f"samples/{index}").json()
+    assert same({name: body[name] for name in world.row(index)}, world.row(index))
+    assert (body["object"], body["job_id"], body["text"]) == ("sample", world.job_id, None)
+    assert body["messages"][0]["content"] == f"ask {index}"
+    assert (body["selected"], body["rank"]) == (index in world.ranks(), world.ranks().get(index))
+    # The job was published by hand: no stage has left anything.
+    assert body["explanation"] is None
+    assert "Post the same job again" in body["explanation_missing"]
+
+
+def test_a_selected_sample_has_its_rank(world: World) -> None:
+    for rank in (0, K - 1):
+        body = world.get(f"samples/{world.selected[rank]}").json()
+        assert (body["selected"], body["rank"]) == (True, rank)
+
+
+@pytest.mark.parametrize(
+    ("index", "params", "status", "param"),
+    [
+        (N, {}, 404, "index"),
+        (-1, {}, 404, "index"),
+        (2**70, {}, 404, "index"),
+        ("x", {}, 422, "index"),
+        (0, {"target": N}, 422, "target"),
+        (0, {"target": -1}, 422, "target"),
+        (0, {"landmarks": 101}, 422, "landmarks"),
+        (0, {"target_limit": 0}, 422, "target_limit"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(
+    world: World, index: int | str, params: dict[str, int], status: int, param: str
+) -> None:
+    answer = world.get(f"samples/{index}", **params)
+    assert (answer.status_code, answer.json()["param"]) == (status, param)
 
 
 def test_provenance_verifies_a_download(world: World) -> None:
@@ -209,7 +251,7 @@ def test_provenance_verifies_a_download(world: World) -> None:
     assert list(stored) == leaves
 
 
-@pytest.mark.parametrize("path", ["results", "weights", "selected", "export", "provenance"])
+@pytest.mark.parametrize("path", ["results", "weights", "selected", "samples/0", "export", "provenance"])
 def test_a_foreign_or_unknown_job_is_not_found(world: World, path: str) -> None:
     for answer in (world.get(path, key=world.other_key), world.get(path, job_id="job_0")):
         assert (answer.status_code, answer.json()["code"], answer.json()["param"]) == (404, "not_found", "job_id")
@@ -230,7 +272,7 @@ def test_a_job_that_has_not_succeeded_has_no_results(
 ) -> None:
     content = write_pool(world.store, tmp_path / "pool", [("a", None, {"text": "x"})])
     job_id = add_job(world.sessions, world.key, content, status)
-    for path in ("results", "weights", "selected", "export", "provenance"):
+    for path in ("results", "weights", "selected", "samples/0", "export", "provenance"):
         answer = world.get(path, job_id=job_id)
         assert (answer.status_code, answer.json()["code"]) == (409, code)
         assert answer.headers.get("retry-after") == retry_after

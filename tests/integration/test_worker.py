@@ -171,6 +171,34 @@ class TestJob:
         assert [row["influence"] for row in exact] == pytest.approx(expected.tolist(), abs=1e-5)
         assert expected.std() > 1e-3
 
+    def test_every_kind_of_sample_is_explained(self, world: World, job_id: str, weights: list[Json]) -> None:
+        record = world.get(f"{job_id}/provenance")["record"]
+        landmarks = set(record["landmarks"])
+        exact = [row["index"] for row in weights if row["exact"]]
+        propagated = [row["index"] for row in weights if not row["exact"]]
+        refined = [index for index in exact if index not in landmarks]
+        for index in (min(landmarks), refined[0], refined[-1]):
+            explanation = world.get(f"{job_id}/samples/{index}")["explanation"]
+            assert explanation["explained_by"] == "own_gradient"
+            values = [each["influence"] for each in explanation["targets"]["data"]]
+            assert len(values) == TARGET
+            assert np.mean(values) == pytest.approx(weights[index]["influence"], abs=1e-6)
+            alone = world.get(f"{job_id}/samples/{index}", target=3)["explanation"]
+            assert (alone["target"], alone["influence"]) == (3, values[3])
+        for index in (propagated[0], propagated[-1]):
+            sample = world.get(f"{job_id}/samples/{index}", landmarks=20)
+            assert sample["influence"] == weights[index]["influence"]
+            assert (sample["id"], sample["explanation_missing"]) == (f"row-{index}", None)
+            explanation = sample["explanation"]
+            assert explanation["explained_by"] == "landmarks"
+            spoke = explanation["landmarks"]
+            assert {each["index"] for each in spoke} <= landmarks
+            for each in spoke:
+                assert each["influence"] == pytest.approx(weights[each["index"]]["influence"], rel=1e-6)
+            contributions = [each["contribution"] for each in (*spoke, explanation["others"])]
+            assert explanation["others"]["count"] == LANDMARKS - 20
+            assert sum(contributions) == pytest.approx(sample["influence"], abs=1e-6 * np.abs(contributions).sum())
+
     def test_it_is_the_selection_of_the_same_job_without_servers(
         self, world: World, job_id: str, tmp_path: Path
     ) -> None:

@@ -262,6 +262,17 @@ class Chunks(httpx.SyncByteStream):
         self.closed = True
 
 
+@pytest.mark.parametrize(
+    ("asked", "params"), [({}, {"landmarks": "10"}), ({"landmarks": 3, "target": 0}, {"landmarks": "3", "target": "0"})]
+)
+def test_a_sample_is_asked_for_by_its_index(asked: dict[str, int], params: dict[str, str]) -> None:
+    server = Server(httpx.Response(200, json={"index": 7}))
+    with server.client() as winnow:
+        assert winnow.sample("job_1", 7, **asked) == {"index": 7}
+    assert server.requests[0].url.path == "/v1/selection-jobs/job_1/samples/7"
+    assert dict(server.requests[0].url.params) == params
+
+
 def test_weights_are_read_from_a_stream() -> None:
     body = Chunks(b'{"index":0,"id":"a', '\u2028"}\n{"index"'.encode(), b":1}\n")
     server = Server(httpx.Response(200, stream=body))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from service.artifacts import ArtifactStore
 from worker import data
@@ -37,7 +38,8 @@ Blocks = Iterator[tuple[int, npt.NDArray[np.float32]]]
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes [P | curvature columns], float32 (n, c), as .npy; see `Measure.rows` for the columns."""
+    """Writes [P | curvature columns], float32 (n, c), as .npy; see `Measure.rows` for the columns. Where it propagates, writes
+    beside it what each landmark said, which the result names as `explanation`."""
     _check_all(context, spec)
     if context.job.parameters["method"] == "rds_plus":
         targets = torch.cat(list(_embedding_shards(context.store, spec["target_embeddings"]))).float()
@@ -57,6 +59,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
     blocks = _predictions(context.store, spec["embeddings"], ridge, landmarks, P_lc)
     _write(context, artifact_key, measure.columns, blocks)
     return {
+        "explanation": _write_explanation(context, artifact_key, ridge, landmarks, speaking),
         "shortlist": _shortlist(context, artifact_key, spec, landmarks, speaking),
         "fidelity": _as_dict(found),
         "sigma": ridge.sigma,
@@ -154,6 +157,33 @@ def _write(context: StageContext, artifact_key: str, columns: int, blocks: Block
             file.write(np.ascontiguousarray(block, dtype="<f4").data)
             context.report(start + len(block))
         file.truncate(first + total * columns * 4)
+
+
+def _write_explanation(
+    context: StageContext,
+    artifact_key: str,
+    ridge: KernelRidge,
+    landmarks: npt.NDArray[np.int64],
+    speaking: npt.NDArray[np.int64],
+) -> str:
+    """What a sample's influence is taken apart with: `index` (l,) of the landmarks, their `embeddings`, float16 (l, e); and in
+    rows, of the mean over the targets that speak and then of every target, `coefficients`, float64, and `influence`, float32
+    (1 + t, l)."""
+
+    def by_target(X_lc: torch.Tensor) -> torch.Tensor:
+        X_tl = X_lc[:, : context.prepared["t"]].T
+        return torch.cat([X_tl[speaking].mean(dim=0, keepdim=True), X_tl])
+
+    tensors = {
+        "index": torch.from_numpy(landmarks),
+        "embeddings": ridge.E_L.to(torch.float16),  # what they were kept in: nothing is lost
+        "coefficients": by_target(ridge.coefficients_lt),
+        "influence": by_target(ridge.P_L).float(),
+    }
+    key = f"{artifact_key}.landmarks.safetensors"  # used and collected together with the artifact
+    with context.store.writing(key) as path:
+        save_file(tensors, path)
+    return key
 
 
 def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any] | None:

@@ -58,21 +58,25 @@ class _Choice:
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes `influence`, `weight` float32 (n,), `exact` bool (n,), `selected` int64 in rank order; and of the choice from half
-    of the targets `held_out_selected`, `held_out_weight` and `held_out_targets`, empty where there are too few targets."""
+    """Writes `influence`, `weight` float32 (n,), `exact`, `eligible` bool (n,), `selected` int64 in rank order; and of the choice
+    from half of the targets `held_out_selected`, `held_out_weight` and `held_out_targets`, empty where there are too few targets.
+    The shortlist's exact influence on each target stands beside it, which the result names as `explanation`."""
     measured = [*gradient_keys(spec["landmarks"]), *gradient_keys(spec["refined"]), *spec["embeddings"]]
     eligible = eligible_samples(context, measured)
     if context.job.parameters["method"] == "random":
-        tensors, solution = _draw(context, eligible), None
+        tensors, solution, speaking, refined = _draw(context, eligible), None, np.arange(context.prepared["t"]), None
     else:
-        tensors, solution = _from_influence(context, spec, eligible)
+        speaking, refined = _targets(context, spec), _refined(context, spec)
+        tensors, solution = _from_influence(context, spec, eligible, speaking, refined)
     with context.store.writing(artifact_key) as path:
-        save_file(tensors, path)
+        save_file({**tensors, "eligible": eligible}, path)
     context.report(context.prepared["n"])
     return {
         "solution": None if solution is None else _certificate(solution),
         "nonfinite": nonfinite(context.store, measured),
         "nonfinite_targets": nonfinite(context.store, spec["target_units"]),
+        "silent_targets": np.setdiff1d(np.arange(context.prepared["t"]), speaking).tolist(),
+        "explanation": None if refined is None else _write_explanation(context, artifact_key, *refined),
         "eligible": int(eligible.sum()),
     }
 
@@ -110,15 +114,34 @@ def _tensors(
     }
 
 
+def _refined(context: StageContext, spec: dict[str, Any]) -> tuple[Rows, npt.NDArray[np.float32]] | None:
+    """The shortlist's rows of the pool, rising, and their exact columns."""
+    if not spec["refined"]:
+        return None
+    _check_shortlist(context, spec)
+    rows, P_rc = exact_rows(context.store, Measure.load(context, spec), spec["refined"])
+    return rows, P_rc.numpy()
+
+
+def _write_explanation(context: StageContext, artifact_key: str, rows: Rows, P_rc: npt.NDArray[np.float32]) -> str:
+    key = f"{artifact_key}.refined.safetensors"
+    with context.store.writing(key) as path:
+        save_file({"index": rows, "influence": np.ascontiguousarray(P_rc[:, : context.prepared["t"]])}, path)
+    return key
+
+
 def _from_influence(
-    context: StageContext, spec: dict[str, Any], eligible: npt.NDArray[np.bool_]
+    context: StageContext,
+    spec: dict[str, Any],
+    eligible: npt.NDArray[np.bool_],
+    speaking: Rows,
+    refined: tuple[Rows, npt.NDArray[np.float32]] | None,
 ) -> tuple[dict[str, npt.NDArray[Any]], WeightedSolution | None]:
-    speaking = _targets(context, spec)
     with context.store.local(spec["influence"]) as path:
         P_nc: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
-        candidates, exact = _candidates(context, spec, P_nc, eligible)
+        candidates, exact = _candidates(context, spec, P_nc, eligible, refined)
         influence = mean_influence(P_nc, speaking)
-        if spec["refined"]:
+        if refined is not None:
             influence[candidates.rows] = mean_influence(candidates.P_mc, speaking)
         influence[~eligible] = 0.0
         choice = _choose(context, spec, candidates, speaking)
@@ -138,7 +161,11 @@ def _targets(context: StageContext, spec: dict[str, Any]) -> Rows:
 
 
 def _candidates(
-    context: StageContext, spec: dict[str, Any], P_nc: npt.NDArray[np.float32], eligible: npt.NDArray[np.bool_]
+    context: StageContext,
+    spec: dict[str, Any],
+    P_nc: npt.NDArray[np.float32],
+    eligible: npt.NDArray[np.bool_],
+    refined: tuple[Rows, npt.NDArray[np.float32]] | None,
 ) -> tuple[_Candidates, npt.NDArray[np.bool_]]:
     """Among what to choose, and which samples' influence is exact, bool (n,)."""
     n, exact = len(P_nc), np.zeros(len(P_nc), dtype=bool)
@@ -147,14 +174,13 @@ def _candidates(
     for round_ in spec["landmarks"]:
         exact[data.read_indices(context.store, round_["tokens"])] = True
     exact &= eligible
-    if not spec["refined"]:
+    if refined is None:
         return _Candidates(rows=np.arange(n), P_mc=P_nc, eligible=eligible), exact
-    _check_shortlist(context, spec)
-    rows, P_lc = exact_rows(context.store, Measure.load(context, spec), spec["refined"])
+    rows, P_rc = refined
     exact[rows] = True
     chosen = np.flatnonzero(exact)
     P_mc = P_nc[chosen]
-    P_mc[np.searchsorted(chosen, rows)] = P_lc.numpy()
+    P_mc[np.searchsorted(chosen, rows)] = P_rc
     if len(chosen) < context.job.budget:
         raise DataError(
             f"budget is {context.job.budget}, but only {len(chosen)} samples have a finite exact influence; lower it."

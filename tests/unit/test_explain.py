@@ -1,0 +1,291 @@
+"""Explanations of whole jobs against plain torch on what the stages left: contributions add up to the influence that is shown."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from local_job import Ran, run
+from safetensors.torch import load_file, save_file
+from tiny import pool_rows, save_model, target_rows, write_jsonl
+
+from service.jobs.state import Stage
+from service.jobs.tables import JobUnit
+from service.results.explain import Asked, Origin, Unexplained, explained
+from service.results.schemas import Explanation
+from service.results.slices import Tensors, npy_row
+from worker import inprocess
+
+POOL, TARGET, LANDMARKS = 40, 18, 12
+MUTE, MUTE_TARGET = 11, 4  # without a response
+# A template without a token that ends a turn: an empty reply has nothing to predict.
+BARE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+PLAIN: dict[str, Any] = {"refine": 0}
+LINEAR: dict[str, Any] = {"refine": 0, "kernel": {"kind": "linear", "ridge": 0.1}}
+CURVED: dict[str, Any] = {
+    "refine": 0,
+    "selection": "weighted",
+    "gradient": {"normalize": False},
+    "optimizer": {"type": "sgd", "learning_rate": 1e-3},
+    "curvature": {"type": "ggn", "rank": 4},
+}
+REFINED: dict[str, Any] = {"refine": 0.3}
+EXACT, COSINE, RANDOM = ({"method": method} for method in ("exact_influence", "rds_plus", "random"))
+
+
+@dataclass
+class Jobs:
+    """Jobs on one store; a finished one is remembered."""
+
+    folder: Path
+    model: Path
+    files: dict[str, Path]
+    _finished: dict[str, Ran] = field(default_factory=dict)
+
+    def ran(self, changes: dict[str, Any]) -> Ran:
+        name = json.dumps(changes, sort_keys=True)
+        if name not in self._finished:
+            given = {"budget": 8, "validate": False, **changes}
+            self._finished[name] = run(self.model, *self.files.values(), self.folder / "store", **given)
+        return self._finished[name]
+
+    def origin(self, changes: dict[str, Any]) -> Origin:
+        units = [
+            JobUnit(stage=stage, artifact_key=unit.artifact_key, spec=unit.spec, result=unit.result)
+            for stage, units in self.ran(changes).done.items()
+            for unit in units
+        ]
+        return Origin(changes.get("method", "influence_distillation"), self.fingerprint("target"), TARGET, units)
+
+    def fingerprint(self, name: str) -> str:
+        return inprocess._register(self.ran(EXACT).compute.store, self.files[name]).fingerprint
+
+    def explained(self, changes: dict[str, Any], index: int, **asked: Any) -> Explanation:
+        ran = self.ran(changes)
+        question = {"landmarks": 100, "target": None, "target_start": 0, "target_limit": 100, **asked}
+        return explained(
+            ran.compute.store,
+            self.origin(changes),
+            Asked(index=index, **question),
+            self.fingerprint("pool"),
+            float(ran.arrays["influence"][index]),
+            bool(ran.arrays["exact"][index]),
+        )
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    folder = tmp_path_factory.mktemp("explain")
+    rows = {"pool": pool_rows(POOL), "target": target_rows(TARGET, "python_function")}
+    for name, mute in (("pool", MUTE), ("target", MUTE_TARGET)):
+        rows[name][mute]["messages"][-1]["content"] = ""
+    files = {name: write_jsonl(folder / f"{name}.jsonl", each) for name, each in rows.items()}
+    return Jobs(folder, save_model(folder / "bare", template=BARE), files)
+
+
+def indices(ran: Ran, *, exact: bool) -> list[int]:
+    return [i for i in np.flatnonzero(ran.arrays["exact"] == exact).tolist() if i != MUTE]
+
+
+def total(explanation: Explanation) -> float:
+    assert explanation.others is not None
+    return sum(each.contribution for each in explanation.landmarks) + explanation.others.contribution
+
+
+class Truth:
+    """The propagation of METHOD 2 anew: embeddings out of the shards, one solve, no code of ours."""
+
+    def __init__(self, jobs: Jobs, changes: dict[str, Any]) -> None:
+        ran = jobs.ran(changes)
+        store = ran.compute.store
+        parts = [load_file(ran.path(Stage.EMBED, i))["embeddings"] for i in range(len(ran.done[Stage.EMBED]))]
+        E = torch.cat(parts).double()
+        self.rows = torch.tensor(indices(ran, exact=True))
+        P = torch.from_numpy(np.load(ran.path(Stage.PROPAGATE)))[:, :TARGET].double()
+        result = ran.done[Stage.PROPAGATE][-1].result
+        assert store.exists(result["explanation"])
+        self.kernel = E @ E[self.rows].T
+        if result["sigma"] is not None:
+            self.kernel = torch.exp(-torch.cdist(E, E[self.rows]).square() / (2 * result["sigma"] ** 2))
+        K_ll = self.kernel[self.rows] + result["delta"] * torch.eye(len(self.rows), dtype=torch.float64)
+        self.own = P[self.rows]
+        self.coefficients = torch.linalg.solve(K_ll, self.own)
+        self.counts = [t for t in range(TARGET) if t != MUTE_TARGET]
+
+
+@pytest.mark.parametrize("changes", [PLAIN, LINEAR, CURVED], ids=["rbf", "linear", "curvature"])
+@pytest.mark.parametrize("target", [None, 0, MUTE_TARGET, TARGET - 1])
+def test_contributions_are_the_kernel_times_the_coefficients_and_add_up(
+    jobs: Jobs, changes: dict[str, Any], target: int | None
+) -> None:
+    ran, truth = jobs.ran(changes), Truth(jobs, changes)
+    assert len(truth.rows) == LANDMARKS
+    columns = truth.counts if target is None else [target]
+    alpha, own = (X[:, columns].mean(dim=1).numpy() for X in (truth.coefficients, truth.own))
+    propagated = indices(ran, exact=False)
+    for index in (propagated[0], propagated[-1]):
+        found = jobs.explained(changes, index, target=target)
+        assert (found.explained_by, found.target) == ("landmarks", target)
+        contribution = truth.kernel[index].numpy() * alpha
+        size = np.abs(contribution).sum()
+        order = np.argsort(-np.abs(contribution))
+        assert [each.index for each in found.landmarks] == truth.rows[order].tolist()
+        assert [each.id for each in found.landmarks] == [f"row-{i}" for i in truth.rows[order].tolist()]
+        for name, expected in (
+            ("contribution", contribution),
+            ("kernel", truth.kernel[index].numpy()),
+            ("influence", own),
+            ("share", np.abs(contribution) / (size or 1)),
+        ):
+            given = [getattr(each, name) for each in found.landmarks]
+            scale = np.abs(expected).max()
+            assert given == pytest.approx(expected[order], abs=1e-6 * scale), name
+        assert total(found) == pytest.approx(found.influence, abs=1e-6 * size)
+        assert sum(each.share for each in found.landmarks) == pytest.approx(0 if target == MUTE_TARGET else 1)
+        if target is None:
+            assert found.influence == ran.arrays["influence"][index]
+
+
+def test_the_rest_is_counted_with_the_landmarks_that_are_not_named(jobs: Jobs) -> None:
+    index = indices(jobs.ran(PLAIN), exact=False)[0]
+    every, few, none = (jobs.explained(PLAIN, index, landmarks=count) for count in (100, 3, 0))
+    assert few.landmarks == every.landmarks[:3]
+    assert [each.others.count for each in (every, few, none) if each.others] == [0, LANDMARKS - 3, LANDMARKS]
+    assert total(few) == pytest.approx(total(every))
+    assert total(none) == pytest.approx(total(every))
+    assert few.others is not None
+    assert few.others.share + sum(each.share for each in few.landmarks) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "changes", [PLAIN, REFINED, CURVED, EXACT, COSINE], ids=["plain", "refined", "curved", "exact", "rds"]
+)
+def test_the_influence_on_the_targets_that_count_has_the_mean_that_is_shown(
+    jobs: Jobs, changes: dict[str, Any]
+) -> None:
+    ran = jobs.ran(changes)
+    for index in range(POOL):
+        found = jobs.explained(changes, index)
+        assert found.influence == ran.arrays["influence"][index]
+        if index == MUTE:
+            assert (found.explained_by, found.targets, found.landmarks, found.others) == ("none", None, [], None)
+            assert "no response" in found.sentence
+            continue
+        assert found.targets is not None
+        counted = [each.influence for each in found.targets.data if each.counts]
+        assert [each.index for each in found.targets.data if not each.counts] == [MUTE_TARGET]
+        assert np.float32(np.mean(counted)) == ran.arrays["influence"][index]
+        expected = {"exact_influence": "own_gradient", "rds_plus": "embedding_similarity"}.get(
+            changes.get("method", ""), "own_gradient" if ran.arrays["exact"][index] else "landmarks"
+        )
+        assert found.explained_by == expected
+        assert (found.others is None) == (expected != "landmarks")
+
+
+def test_the_shortlists_influence_is_that_of_its_own_gradients(jobs: Jobs) -> None:
+    """Not what was propagated to it before."""
+    exact, refined = jobs.ran(EXACT), jobs.ran(REFINED)
+    truth, before = (np.load(ran.path(Stage.PROPAGATE)) for ran in (exact, refined))
+    rows = [i for i in indices(refined, exact=True) if not np.allclose(before[i], truth[i], atol=1e-4)]
+    assert len(rows) == refined.summary["refined_count"] > 0
+    for index in rows:
+        found = jobs.explained(REFINED, index, target=2)
+        assert found.targets is not None
+        assert [each.influence for each in found.targets.data] == pytest.approx(truth[index, :TARGET], abs=1e-5)
+        assert found.influence == pytest.approx(truth[index, 2], abs=1e-5)
+
+
+def test_targets_come_in_pages_with_their_ids(jobs: Jobs) -> None:
+    ids = [row["id"] for row in target_rows(TARGET, "python_function")]
+    first = jobs.explained(EXACT, 0, target_limit=10).targets
+    rest = jobs.explained(EXACT, 0, target_start=10).targets
+    beyond = jobs.explained(EXACT, 0, target_start=TARGET).targets
+    assert first is not None
+    assert rest is not None
+    assert [each.id for each in first.data + rest.data] == ids
+    assert [each.index for each in first.data + rest.data] == list(range(TARGET))
+    assert (first.has_more, first.next_start, rest.has_more, rest.next_start) == (True, 10, False, None)
+    assert (beyond and beyond.data, beyond and beyond.has_more) == ([], False)
+
+
+def test_random_has_nothing_to_explain(jobs: Jobs) -> None:
+    found = jobs.explained(RANDOM, 3)
+    assert (found.explained_by, found.targets, found.influence) == ("none", None, 0)
+    assert "drawn from the seed" in found.sentence
+
+
+class TestMissing:
+    def test_what_was_removed_is_said(self, jobs: Jobs) -> None:
+        changes = {**PLAIN, "seed": 1}
+        ran = jobs.ran(changes)
+        index, store = indices(ran, exact=False)[0], ran.compute.store
+        jobs.explained(changes, index)
+        own = [unit.artifact_key for unit in ran.done[Stage.EMBED] if unit.spec["start"] <= index < unit.spec["stop"]]
+        for key in (*own, ran.done[Stage.PROPAGATE][-1].result["explanation"], *ran.keys(Stage.PROPAGATE)):
+            store.fs.mv(store._path(key), store._path("aside"))
+            with pytest.raises(Unexplained, match=r"removed to make room. Post the same job again"):
+                jobs.explained(changes, index)
+            store.fs.mv(store._path("aside"), store._path(key))
+        jobs.explained(changes, index)
+
+    def test_figures_that_do_not_add_up_are_not_shown(self, jobs: Jobs) -> None:
+        changes = {**PLAIN, "seed": 2}
+        ran = jobs.ran(changes)
+        index = indices(ran, exact=False)[0]
+        before = jobs.explained(changes, index)
+        key = ran.done[Stage.PROPAGATE][-1].result["explanation"]
+        with ran.compute.store.local(key) as path:
+            tensors = load_file(path)
+            tensors["coefficients"][0, 0] += 0.1 * tensors["coefficients"][0].abs().max()
+            save_file(tensors, path)
+        assert before.influence != 0
+        with pytest.raises(Unexplained, match="made anew since, and its figures differ"):
+            jobs.explained(changes, index)
+        jobs.explained(changes, index, target=0)  # whose row is as it was
+
+    @pytest.mark.parametrize("changes", [EXACT, PLAIN])
+    def test_a_job_of_a_version_that_kept_less_says_so(
+        self, jobs: Jobs, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        origin = jobs.origin(changes)
+        for unit in origin.units:
+            unit.result = {name: value for name, value in unit.result.items() if name != "silent_targets"}
+        monkeypatch.setattr(Jobs, "origin", lambda *_: origin)
+        with pytest.raises(Unexplained, match="a version of Winnow that kept less"):
+            jobs.explained(changes, 0)
+
+
+class TestSlices:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64, torch.bool])
+    def test_rows_of_a_tensor_are_those_of_the_library(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        tensors = {"a": torch.randn(5, 3).to(dtype), "flat": torch.randn(7).to(dtype), "none": torch.empty(0, 3)}
+        save_file(tensors, tmp_path / "file")
+        with (tmp_path / "file").open("rb") as file:
+            found = Tensors(file)
+            np.testing.assert_array_equal(found.rows("a", 1, 4), tensors["a"][1:4].numpy())
+            np.testing.assert_array_equal(found.row("a", 4), tensors["a"][4].numpy())
+            np.testing.assert_array_equal(found.rows("flat", 0, found.length("flat")), tensors["flat"].numpy())
+            assert found.rows("none", 0, 0).shape == (0, 3)
+            for start, stop in ((5, 6), (-1, 1)):
+                with pytest.raises(IndexError):
+                    found.rows("a", start, stop)
+
+    def test_a_row_of_an_array_is_read_alone(self, tmp_path: Path) -> None:
+        array = np.arange(12, dtype=np.float32).reshape(4, 3)
+        np.save(tmp_path / "a.npy", array)
+        np.save(tmp_path / "f.npy", np.asfortranarray(array))
+        with (tmp_path / "a.npy").open("rb") as file:
+            np.testing.assert_array_equal(npy_row(file, 2), array[2])
+        with (tmp_path / "f.npy").open("rb") as file, pytest.raises(ValueError, match="by columns"):
+            npy_row(file, 2)
+
+    def test_a_file_cut_short_is_an_error(self, tmp_path: Path) -> None:
+        save_file({"a": torch.ones(5, 3)}, tmp_path / "file")
+        whole = (tmp_path / "file").read_bytes()
+        (tmp_path / "file").write_bytes(whole[:-4])
+        with (tmp_path / "file").open("rb") as file, pytest.raises(EOFError, match="12 bytes were expected, 8"):
+            Tensors(file).row("a", 4)
