@@ -33,6 +33,7 @@ from service.dispatch import LEADER_LOCK, QUEUE
 from service.jobs import repository
 from service.local import running_stack
 from service.operate import settings_problem
+from service.packages import unsafe_packages
 from service.schema import MIGRATION_LOCK, lock_holder, standing
 from service.settings import ApiSettings, ArtifactSettings, BrokerSettings, DatabaseSettings, ModelSettings, Settings
 
@@ -119,7 +120,7 @@ def _settings(home: Path | None) -> Settings:
             database=DatabaseSettings(url=stack.database_url),
             broker=BrokerSettings(url=stack.broker_url),
             artifacts=ArtifactSettings(url=str(Path(stack.home, "artifacts"))),
-            models=ModelSettings(folder=Path(stack.home, "models")),
+            models=ModelSettings(folder=Path(stack.home, "models"), hub=("*/*",)),
         )
     try:
         return ApiSettings()
@@ -266,6 +267,13 @@ def _disk(patient: _Patient) -> Told:
     return level, "; ".join(words), "make room, delete old jobs, or collect sooner (WINNOW_RETENTION__ARTIFACTS_DAYS)"
 
 
+def _packages(_: _Patient) -> Told:
+    problems = unsafe_packages()
+    if problems:
+        return "FAIL", "; ".join(problems), "mend it on every machine of workers: they do not start otherwise"
+    return "ok", "none is known to run what a model's files say"
+
+
 def _models(patient: _Patient) -> Told:
     settings = patient.settings.models
     if not (settings.folder.is_dir() and os.access(settings.folder, os.R_OK | os.X_OK)):
@@ -314,6 +322,7 @@ CHECKS = (
     _Check("queue", _queue, _ASK, ("broker", "database", "migrations")),
     _Check("store", _store, "correct WINNOW_ARTIFACTS__URL, the rights to it, or make room"),
     _Check("disk", _disk, "correct WINNOW_ARTIFACTS__URL"),
+    _Check("packages", _packages, "install them anew"),
     _Check("models", _models, _CORRECT_FOLDER),
     _Check("jobs", _jobs, _ASK, ("database", "migrations")),
 )

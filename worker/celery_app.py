@@ -11,6 +11,7 @@ from celery.signals import celeryd_init, setup_logging, worker_ready, worker_shu
 
 from service.dispatch import QUEUE, TASK
 from service.observability import logs
+from service.packages import unsafe_packages
 from service.settings import worker_settings
 from worker.metrics import PortTaken
 from worker.supervisor import Supervisor
@@ -46,9 +47,12 @@ def work() -> None:
 
 @celeryd_init.connect
 def _log(instance: Any, **_: Any) -> None:
-    """Before Celery has anything to say: its records come in our format, at our level."""
+    """Before Celery has anything to say: its records come in our format, at our level. And before it asks for work."""
     logs.configure(settings.log, service="worker", worker_id=supervisor.worker_id)
     instance.quiet = instance.quiet or settings.log.format == "json"  # of the banner
+    if problems := unsafe_packages():
+        log.critical("the worker does not start: %s", "; ".join(problems))
+        raise WorkerShutdown(os.EX_CONFIG)
 
 
 @setup_logging.connect

@@ -14,23 +14,11 @@ from typing import Any
 from service.settings import Settings
 from worker.errors import ComputeDied, KernelKilled
 
-# What the child may see of the environment: no database, no broker, no secret of ours. The store's and the hub's own
-# credentials (AWS_*, HF_*) are needed to read and write there.
+# What the child may see of the environment: no database, no broker, no secret of ours.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
-_ENVIRONMENT_PREFIXES = (
-    "LC_",
-    "PYTHON",
-    "HF_",
-    "AWS_",
-    "CUDA_",
-    "NVIDIA_",
-    "OMP_",
-    "MKL_",
-    "XDG_",
-    "HTTP_",
-    "HTTPS_",
-    "NO_PROXY",
-)
+_ENVIRONMENT_PREFIXES = ("LC_", "PYTHON", "HF_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "XDG_")
+_HUB_CREDENTIALS = ("HF_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_RESOURCE")
+_NETWORK_PREFIXES = ("HTTP_", "HTTPS_", "NO_PROXY")
 
 
 _LESS_MEMORY = (
@@ -39,15 +27,15 @@ _LESS_MEMORY = (
 
 
 class Child:
-    """A running compute child. Not shared between threads, but for its reader."""
+    """A running compute child. Not shared between threads, but for its reader. `from_hub`: its model is of the hub."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, from_hub: bool = False) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.compute"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_environment(),
+            env=_environment(settings.artifacts.url, from_hub),
             start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
         )
         self._oom_kills = _oom_kills()
@@ -132,12 +120,17 @@ class Child:
         self.close(grace_seconds)
 
 
-def _environment() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
-    }
+def _environment(store: str, from_hub: bool) -> dict[str, str]:
+    """Credentials only for what the child has to reach: the hub's for a model of the hub, those of AWS for a store on S3."""
+    prefixes: tuple[str, ...] = _ENVIRONMENT_PREFIXES
+    if store.startswith(("s3://", "s3a://")):
+        prefixes += ("AWS_",)
+    if from_hub or "://" in store:
+        prefixes += _NETWORK_PREFIXES
+    kept = {n: v for n, v in os.environ.items() if n in _ENVIRONMENT or n.startswith(prefixes)}
+    if from_hub:
+        return kept
+    return {name: value for name, value in kept.items() if name not in _HUB_CREDENTIALS} | {"HF_HUB_OFFLINE": "1"}
 
 
 def _oom_kills() -> int:

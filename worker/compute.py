@@ -78,7 +78,7 @@ class Compute:
             for dtype in (torch.float32, torch.bfloat16)
         }
         is_cuda = device.type == "cuda"
-        memory = torch.cuda.get_device_properties(device).total_memory if is_cuda else _physical_memory()
+        memory = torch.cuda.get_device_properties(device).total_memory if is_cuda else _available_memory()
         return {"device": prepare.device_name(device), "memory_bytes": memory, "matmul_rates": rates}
 
     def run(self, unit: Mapping[str, Any], report: Callable[[int], None], event: Event) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Compute:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            raise OutOfMemory(str(error) or "The processor's memory is used up.") from error
+            raise OutOfMemory(f"{str(error) or 'The memory is used up'}. {_told_limit()}") from error
         except (OSError, SafetensorError) as error:
             if (known := _of_storage(error)) is None:
                 raise
@@ -163,16 +163,34 @@ def _of_storage(error: OSError | SafetensorError) -> UnitError | None:
     return None
 
 
-def _limit_memory(limit: int) -> None:
-    """From the limit on an allocation fails, which ends the attempt; without one the kernel kills, the child before any other."""
-    if limit:
+def _limit_memory(settings: WorkerSettings) -> None:
+    """From the limit on an allocation fails, which ends the attempt; without one the kernel kills, the child before any other.
+
+    With CUDA there is none unless it is set: the driver sets aside far more than it uses, by no rule that is written down.
+    """
+    limit = settings.memory_bytes
+    if limit == 0 and choose_device(settings.device).type == "cpu":
+        limit = _available_memory() * 9 // 10  # the rest is for the supervisor and what the kernel keeps
+    if limit > 0:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with contextlib.suppress(OSError):  # not on Linux, or not allowed
         Path("/proc/self/oom_score_adj").write_text("500")
 
 
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _told_limit() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY:
+        return "The compute process has no limit on its memory."
+    return f"The compute process may have {limit / 2**30:.1f} GiB (WINNOW_WORKER__MEMORY_BYTES)."
+
+
+def _available_memory() -> int:
+    """Of the machine, or of the container where that has less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 class _Conversation:
@@ -243,7 +261,7 @@ def main() -> None:
     start = conversation.messages.get()
     logs.configure(LogSettings(**start["log"]), service="compute")
     settings = WorkerSettings(**start["worker"])
-    _limit_memory(settings.memory_bytes)
+    _limit_memory(settings)
     compute = Compute(artifacts=start["artifacts"], models=Path(start["models"]), settings=settings)
     conversation.send(type="ready", **compute.capability())
     while True:

@@ -31,6 +31,7 @@ from service.jobs.ledger import UnitSpec
 from service.jobs.parameters import Parameters
 from service.jobs.state import Stage
 from service.models import ADAPTER_CONFIG, resolve
+from service.packages import unsafe_packages
 from service.results import formats
 from service.scratch import scratch, temporary_folder
 from service.settings import ModelSettings, UploadSettings, WorkerSettings
@@ -192,6 +193,8 @@ def _store(cache: Path | None) -> Iterator[ArtifactStore]:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
+    if problems := unsafe_packages():
+        raise ParameterError("; ".join(problems))
     if arguments.out.suffix not in _ENCODERS:
         raise ParameterError(f"--out {arguments.out}: the name must end in one of {', '.join(_ENCODERS)}")
     if not any((arguments.model / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
@@ -65,7 +65,7 @@ class Supervisor:
         self._store = ArtifactStore(settings.artifacts.url)
         self._stopping = threading.Event()
         self._child: Child | None = None
-        self._child_model: str | None = None
+        self._child_model: Mapping[str, Any] | None = None
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}"
         self._metrics = WorkerMetrics()
         self._traces = Traces(settings.telemetry, "winnow-worker")
@@ -217,7 +217,7 @@ class Supervisor:
         if (known := known_result(self._store, claim.artifact_key)) is not None:
             return {**known, "reused": True}
         message = self._patiently(lambda session: unit_message(session, claim))
-        child = self._child_for(repr(sorted(message["job"]["model"].items())))
+        child = self._child_for(message["job"]["model"])
         child.send(type="run", log={**logs.context(), "worker_id": self.worker_id}, **message)
         try:
             return self._attend(claim, child)
@@ -230,14 +230,15 @@ class Supervisor:
             self._drop(child)
             raise
 
-    def _child_for(self, model: str) -> Child:
+    def _child_for(self, model: Mapping[str, Any]) -> Child:
         """The warm child, or a fresh one where there is none or it holds another model."""
         if self._child is not None and (not self._child.is_alive or self._child_model != model):
             self._metrics.child_ended(self._child.death or "other_model")
             self._child.close(self._settings.worker.cancel_grace_seconds)
             self._child = None
         if self._child is None:
-            self._child, self._child_model = Child(self._settings), model
+            from_hub = "hub" in (model["kind"], model.get("base", model)["kind"])
+            self._child, self._child_model = Child(self._settings, from_hub=from_hub), model
             self._metrics.child_starts.inc()
         return self._child
 

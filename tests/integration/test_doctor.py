@@ -36,6 +36,7 @@ NAMES = [
     "queue",
     "store",
     "disk",
+    "packages",
     "models",
     "jobs",
 ]
@@ -94,7 +95,7 @@ def clinic(world: LedgerWorld, broker_url: str, tmp_path: Path, monkeypatch: pyt
     url = urlsplit(broker_url)._replace(path="/7").geturl()
     (tmp_path / "models").mkdir()
     values = {"DATABASE__URL": world.url, "BROKER__URL": url, "ARTIFACTS__URL": tmp_path / "store"}
-    values |= {"MODELS__FOLDER": tmp_path / "models", "SECRET_KEY": SECRET}
+    values |= {"MODELS__FOLDER": tmp_path / "models", "MODELS__HUB": '["*/*"]', "SECRET_KEY": SECRET}
     values |= {"LEDGER__SWEEP_SECONDS": SWEEP, "LEDGER__LEASE_SECONDS": LEASE, "LEDGER__BEAT_SECONDS": BEAT}
     broker = Redis.from_url(url)
     made = Clinic(world, broker, tmp_path, monkeypatch)
@@ -261,7 +262,19 @@ def test_room_on_the_disk(clinic: Clinic, free: int, level: str) -> None:
     assert clinic.look()["disk"].level == level
 
 
+def test_packages_that_would_run_what_a_model_says(clinic: Clinic) -> None:
+    clinic.patch.setattr(
+        "service.packages.version", lambda name: {"kernels": "0.18.2", "torch": "2.5.1+cpu"}.get(name, "5.3")
+    )
+    found = clinic.look()["packages"]
+    assert found.level == "FAIL"
+    assert "kernels 0.18.2 is installed" in found.found
+    assert "torch 2.5.1+cpu is older than 2.6" in found.found
+    assert "transformers" not in found.found
+
+
 def test_models_that_cannot_be_read(clinic: Clinic) -> None:
+    clinic.put("MODELS__HUB", "[]")
     assert "no job can be posted" in clinic.look()["models"].found
     clinic.put("MODELS__FOLDER", clinic.folder / "absent")
     assert clinic.look()["models"].level == "FAIL"

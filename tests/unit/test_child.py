@@ -31,8 +31,8 @@ from service.settings import (
     WorkerSettings,
 )
 from worker import data, models
-from worker.child import Child, _oom_kills
-from worker.compute import Compute
+from worker.child import Child, _environment, _oom_kills
+from worker.compute import Compute, _available_memory, _limit_memory
 from worker.errors import ArtifactMissing, ComputeDied, OutOfMemory, StorageFull
 from worker.stages.plan import JobInputs
 from worker.supervisor import Supervisor
@@ -89,7 +89,8 @@ def child(settings: Settings) -> Iterator[Child]:
         patch.setenv("WINNOW_SECRET_KEY", "hidden")
         patch.setenv("WINNOW_DATABASE__URL", "postgresql://hidden")
         patch.setenv("DATABASE_URL", "postgresql://hidden")
-        patch.setenv("HF_TOKEN", "needed")
+        patch.setenv("HF_TOKEN", "hidden")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
         started = Child(settings)
     assert answer(started)["type"] == "ready"
     yield started
@@ -119,7 +120,39 @@ def test_the_environment_holds_no_credentials_of_ours(child: Child) -> None:
     names = {entry.partition("=")[0] for entry in environment if entry}
     assert not any(name.startswith("WINNOW_") or "DATABASE" in name for name in names)
     assert not any("hidden" in entry for entry in environment)
-    assert {"PATH", "HF_TOKEN"} <= names
+    assert "PATH" in names
+
+
+@pytest.mark.parametrize(
+    ("store", "from_hub", "credentials"),
+    [
+        ("/a/folder", False, set()),
+        ("/a/folder", True, {"HF_TOKEN", "HTTPS_PROXY"}),
+        ("s3://bucket/prefix", False, {"AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY"}),
+        ("s3://bucket/prefix", True, {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "HTTPS_PROXY"}),
+    ],
+)
+def test_credentials_are_given_for_what_is_to_be_reached_only(
+    monkeypatch: pytest.MonkeyPatch, store: str, from_hub: bool, credentials: set[str]
+) -> None:
+    given = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "HTTPS_PROXY", "WINNOW_DATABASE__URL", "WINNOW_SECRET_KEY")
+    for name in (*given, "HF_HOME"):
+        monkeypatch.setenv(name, "x")
+    seen = _environment(store, from_hub)
+    assert seen.keys() & set(given) == credentials
+    assert seen["HF_HOME"] == "x"
+    assert (seen.get("HF_HUB_OFFLINE") == "1") is not from_hub
+
+
+def test_the_memory_is_limited_unless_it_is_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr("resource.setrlimit", lambda _, limit: limits.append(limit[0]))
+    monkeypatch.setattr(Path, "write_text", lambda *_: 0)
+    for memory_bytes in (0, -1, 2**33):
+        _limit_memory(WorkerSettings(device="cpu", memory_bytes=memory_bytes))
+    assert limits == [_available_memory() * 9 // 10, 2**33]
+    monkeypatch.setattr(Path, "read_text", lambda path: {"memory.max": "4096\n"}.get(path.name, "max"))
+    assert _available_memory() == 4096
 
 
 def test_a_unit_is_done_and_its_result_stands_beside_the_artifact(
@@ -337,7 +370,7 @@ def test_one_that_stands_still_is_given_up(settings: Settings, limited: Child) -
             ArtifactMissing,
             "gone from the artifact store: /store/x",
         ),
-        (MemoryError(), OutOfMemory, "memory is used up"),
+        (MemoryError(), OutOfMemory, "memory is used up. The compute process"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemory, "can't allocate"),
         (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
         (SafetensorError("header too large"), SafetensorError, "header too large"),
