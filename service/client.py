@@ -4,7 +4,7 @@ with Winnow("http://localhost:8000", api_key) as winnow:
     pool = winnow.upload_dataset("pool.jsonl")
     target = winnow.upload_dataset("target.jsonl")
     job = winnow.create_job(model="smollm2-135m-instruct", pool=pool["id"], target=target["id"], budget=60)
-    winnow.wait(job["id"], on_update=print)
+    winnow.wait(job["id"], on_update=print)  # or: for event in winnow.follow(job["id"]): ...
     winnow.export(job["id"], "selection.parquet", selected_only=True, include="messages")
 """
 
@@ -27,6 +27,8 @@ _RETRY_STATUSES = frozenset({502, 503, 504})
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 _POLL_SECONDS = 2.0
+_WAIT_SECONDS = 30.0
+_LAST_EVENTS = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 _SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -139,7 +141,7 @@ class Winnow:
 
     def datasets(self) -> Iterator[Json]:
         """Your datasets, newest first."""
-        return self._pages("/datasets", {}, "after", "last_id")
+        return self._pages("/datasets", {})
 
     def delete_dataset(self, dataset_id: str) -> None:
         self._call("DELETE", f"/datasets/{dataset_id}")
@@ -161,7 +163,7 @@ class Winnow:
 
     def jobs(self, status: str | None = None) -> Iterator[Json]:
         """Your jobs, newest first."""
-        return self._pages("/selection-jobs", {} if status is None else {"status": status}, "after", "last_id")
+        return self._pages("/selection-jobs", {} if status is None else {"status": status})
 
     def delete_job(self, job_id: str) -> None:
         """Deletes a job that has ended; its provenance stays."""
@@ -173,30 +175,63 @@ class Winnow:
 
     def events(self, job_id: str) -> Iterator[Json]:
         """What has happened to the job so far, oldest first."""
-        return self._pages(f"/selection-jobs/{job_id}/events", {}, "after", "last_id")
+        return self._pages(f"/selection-jobs/{job_id}/events", {})
+
+    def follow(self, job_id: str, after: int = 0) -> Iterator[Json]:
+        """What happens to the job, each event as it happens, oldest first; ends when the job has.
+
+        A stream that breaks off is continued where it was.
+
+        Args:
+            after: the `id` of an event: only those that follow it.
+
+        Raises:
+            Unreachable: several streams one after the other broke off before they had sent anything.
+        """
+        left = self._retries
+        while True:
+            headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+            try:
+                with self._stream(f"/selection-jobs/{job_id}/events", {}, headers) as response:
+                    if response.status_code == httpx.codes.NO_CONTENT:
+                        return
+                    for line in _lines(response):
+                        if line.startswith(b"data: "):
+                            event = json.loads(line.removeprefix(b"data: "))
+                            after, left = event["id"], self._retries
+                            yield event
+                            if event["type"] in _LAST_EVENTS:
+                                return
+            except Unreachable:
+                left -= 1
+                if left < 0:
+                    raise
+            time.sleep(_POLL_SECONDS)
 
     def wait(
         self,
         job_id: str,
         on_update: Callable[[Json], object] | None = None,
         timeout: float | None = None,
-        poll_seconds: float | None = None,
+        poll_seconds: float = _POLL_SECONDS,
     ) -> Json:
-        """Polls until the job has succeeded; `on_update` gets the job whenever it has changed.
+        """Returns when the job has succeeded; `on_update` gets the job whenever it has changed.
 
         Args:
             timeout: seconds to wait at most; the job goes on all the same.
-            poll_seconds: between two polls; None: what the service asks for.
+            poll_seconds: how often to look for a change to tell `on_update` of. The end is told of at once.
 
         Raises:
             JobFailed: it failed or was cancelled.
             TimeoutError: it had not ended in time.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        pause = _WAIT_SECONDS if on_update is None else poll_seconds
         seen: Json | None = None
+        held = 0.0
         while True:
-            response = self._call("GET", f"/selection-jobs/{job_id}")
-            job = cast(Json, response.json())
+            asked = time.monotonic()
+            job = self._job_after(job_id, held)
             if on_update is not None and job != seen:
                 on_update(job)
             seen = job
@@ -204,13 +239,22 @@ class Winnow:
                 return job
             if job["status"] in ("failed", "cancelled"):
                 raise JobFailed(job)
-            pause = poll_seconds if poll_seconds is not None else _retry_after(response) or _POLL_SECONDS
-            if deadline is not None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(f"job {job_id} is still {job['status']} after {timeout} seconds")
-                pause = min(pause, left)
-            time.sleep(pause)
+            left = pause if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"job {job_id} is still {job['status']} after {timeout} seconds")
+            if (early := held - (time.monotonic() - asked)) > 0:  # the service stops, or does not hold requests
+                time.sleep(min(early, left, _POLL_SECONDS))
+            held = min(pause, left)
+            if held < 1:  # the service waits for whole seconds
+                time.sleep(held)
+
+    def _job_after(self, job_id: str, seconds: float) -> Json:
+        """The job, when it has ended or so many whole seconds later."""
+        if seconds < 1:
+            return self.job(job_id)
+        usual = self._http.timeout
+        timeout = httpx.Timeout(usual.connect, read=None if usual.read is None else usual.read + seconds)
+        return self._json("GET", f"/selection-jobs/{job_id}", params={"wait": int(seconds)}, timeout=timeout)
 
     def results(self, job_id: str) -> Json:
         """The summary of a succeeded job."""
@@ -222,7 +266,7 @@ class Winnow:
 
     def selected(self, job_id: str) -> Iterator[Json]:
         """The selected samples in rank order."""
-        return self._pages(f"/selection-jobs/{job_id}/selected", {}, "after_rank", "last_rank")
+        return self._pages(f"/selection-jobs/{job_id}/selected", {})
 
     def sample(self, job_id: str, index: int, *, landmarks: int = 10, target: int | None = None) -> Json:
         """One sample of the pool, and why it has its influence: on every target, and by which landmarks.
@@ -240,13 +284,8 @@ class Winnow:
         Raises:
             Unreachable: the stream broke off; what was yielded until then is right.
         """
-        with self._stream(f"/selection-jobs/{job_id}/weights", {"stream": "true"}) as chunks:
-            rest = b""
-            # Split at line feeds only: text may hold the other characters at which str.splitlines breaks.
-            for chunk in chunks:
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    yield json.loads(line)
+        with self._stream(f"/selection-jobs/{job_id}/weights", {"stream": "true"}) as response:
+            yield from map(json.loads, _lines(response))
 
     def export(
         self,
@@ -274,20 +313,20 @@ class Winnow:
             params["include"] = include
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
-            with self._stream(f"/selection-jobs/{job_id}/export", params) as chunks, part.open("xb") as file:
-                for chunk in chunks:
+            with self._stream(f"/selection-jobs/{job_id}/export", params) as response, part.open("xb") as file:
+                for chunk in response.iter_bytes():
                     file.write(chunk)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
         return path
 
-    def _pages(self, path: str, params: Mapping[str, str], cursor: str, last: str) -> Iterator[Json]:
-        """The entries of all pages; `cursor` names the parameter that continues after a page's `last`."""
+    def _pages(self, path: str, params: Mapping[str, str]) -> Iterator[Json]:
+        """The entries of all pages."""
         page = self._json("GET", path, params=params)
         yield from page["data"]
         while page["has_more"]:
-            page = self._json("GET", path, params={**params, cursor: page[last]})
+            page = self._json("GET", path, params={**params, "after": page["last_id"]})
             yield from page["data"]
 
     def _json(self, method: str, path: str, **options: Any) -> Json:
@@ -297,11 +336,13 @@ class Winnow:
         return self._send(method, lambda: self._http.request(method, path, **options))
 
     @contextmanager
-    def _stream(self, path: str, params: Mapping[str, str]) -> Iterator[Iterator[bytes]]:
-        request = self._http.build_request("GET", path, params=params)
+    def _stream(
+        self, path: str, params: Mapping[str, str], headers: Mapping[str, str] | None = None
+    ) -> Iterator[httpx.Response]:
+        request = self._http.build_request("GET", path, params=params, headers=headers)
         response = self._send("GET", lambda: self._http.send(request, stream=True))
         try:
-            yield response.iter_bytes()
+            yield response
         except httpx.TransportError as error:
             raise Unreachable(error) from error
         finally:
@@ -327,6 +368,14 @@ class Winnow:
             time.sleep(asked if asked is not None else pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Split at line feeds only: text may hold the other characters at which str.splitlines breaks."""
+    rest = b""
+    for chunk in response.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from sqlalchemy import DateTime, Engine, MetaData, create_engine, func
+from sqlalchemy import DateTime, Engine, MetaData, create_engine, func, make_url
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -34,22 +34,27 @@ Sessions = sessionmaker[Session]
 
 
 # A connection whose other end has gone without a word is found out within a minute, by either side.
-_KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-_SERVER_KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+_SERVERKEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 
 
 def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: float = 0) -> Engine:
     """`idle_in_transaction_seconds`: after so long a transaction that stands still is ended by the server, so that a process that
     was stopped or cut off holds no row for ever; 0: never."""
-    options = f"{_SERVER_KEEPALIVE} -c idle_in_transaction_session_timeout={round(idle_in_transaction_seconds * 1000)}"
+    options = f"{_SERVERKEEPALIVE} -c idle_in_transaction_session_timeout={round(idle_in_transaction_seconds * 1000)}"
     return create_engine(
         settings.url,
         pool_size=settings.pool_size,
         max_overflow=settings.pool_size,
         pool_pre_ping=True,
         hide_parameters=True,  # an error is logged and traced, and values may be of a user's data
-        connect_args={"connect_timeout": 10, "options": options, **_KEEPALIVE},
+        connect_args={"connect_timeout": 10, "options": options, **KEEPALIVE},
     )
+
+
+def libpq_url(url: str) -> str:
+    """What psycopg takes, for a connection of one's own: to listen, or to hold a lock."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 def make_sessions(engine: Engine) -> Sessions:

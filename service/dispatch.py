@@ -13,9 +13,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
 from prometheus_client import CollectorRegistry
 from redis import RedisError
-from sqlalchemy.engine import make_url
 
-from service.database import make_engine, make_sessions
+from service.database import libpq_url, make_engine, make_sessions
 from service.jobs import ledger
 from service.observability.metrics import DispatchMetrics
 from service.settings import ApiSettings, DatabaseSettings
@@ -74,7 +73,7 @@ class Dispatcher:
 
     def _lead(self) -> None:
         """Waits to become the leader, then dispatches until the connection that holds the lock is lost or we stop."""
-        with psycopg.connect(_libpq_url(self._settings.database.url), autocommit=True) as connection:
+        with psycopg.connect(libpq_url(self._settings.database.url), autocommit=True) as connection:
             while connection.execute("SELECT pg_try_advisory_lock(%s)", [LEADER_LOCK]).fetchone() != (True,):
                 if self._stopping.wait(self._settings.ledger.sweep_seconds):
                     return
@@ -129,7 +128,3 @@ def _queue_length(connection: object) -> int:
     """Messages that no worker has taken yet; so that sweeps with no worker there do not pile up messages."""
     client = connection.default_channel.client  # type: ignore[attr-defined]
     return int(client.llen(QUEUE))
-
-
-def _libpq_url(sqlalchemy_url: str) -> str:
-    return make_url(sqlalchemy_url).set(drivername="postgresql").render_as_string(hide_password=False)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from huggingface_hub import HfApi
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import Forbidden, Unauthorized, Unavailable, Unprocessable, responses
 from service.jobs.parameters import Parameters
+from service.pages import Page
 from service.settings import ApiSettings, ModelSettings
 from service.tenants.service import ReadDep
 
@@ -70,9 +71,8 @@ class RegisteredModel(BaseModel):
     optimizer_state: bool = Field(default=False, description="Whether the state of its optimiser is registered with it")
 
 
-class RegisteredModels(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[RegisteredModel]
+class RegisteredModels(Page[RegisteredModel]):
+    """All of them, by name."""
 
 
 def registered_folder(folder: Path, name: str) -> Path:
@@ -256,4 +256,5 @@ def _resolve_hub(settings: ModelSettings, hub_id: str, revision: str) -> dict[st
 def list_models(request: Request, caller: ReadDep) -> RegisteredModels:
     del caller  # any key may look
     settings: ApiSettings = request.app.state.settings
-    return RegisteredModels(data=registered(settings.models))
+    found = registered(settings.models)
+    return RegisteredModels(data=found, has_more=False, last_id=found[-1].name if found else None)

@@ -1,19 +1,33 @@
-"""Cursor pages: `{object: "list", data, has_more, last_id}`, newest first, `after` = the last id of the page before."""
+"""Cursor pages: `{object: "list", data, has_more, last_id}`; `after` = the `last_id` of the page before."""
 
 from typing import Annotated, Generic, Literal, TypeVar
 
 from fastapi import Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 Item = TypeVar("Item")
 
 
 class Page(BaseModel, Generic[Item]):
+    """Entries that have an id."""
+
     object: Literal["list"] = "list"
     data: list[Item]
     has_more: bool
-    last_id: str | None
+    last_id: str | None = Field(description="`after` of the next page; null where this one is empty")
+
+
+class NumberedPage(BaseModel, Generic[Item]):
+    """Entries that have a number, by which they are in order."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool
+    last_id: int | None = Field(description="`after` of the next page; null where this one is empty", examples=[999])
 
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries of one page")]
 After = Annotated[str | None, Query(description="`last_id` of the page before")]
+AfterNumber = Annotated[
+    int | None, Query(ge=0, lt=2**63, description="`last_id` of the page before; without it from the first on")
+]

@@ -14,7 +14,7 @@ from service.database import SessionDep
 from service.datasets import service
 from service.datasets.convert import convert
 from service.datasets.formats import Form
-from service.datasets.schemas import DatasetObject, DatasetPage, DatasetRow, FormQuery, Name, RowLimit, RowPage, Start
+from service.datasets.schemas import DatasetObject, DatasetPage, DatasetRow, FormQuery, Name, RowLimit, RowPage
 from service.datasets.upload import received
 from service.errors import (
     BadRequest,
@@ -29,7 +29,7 @@ from service.errors import (
 )
 from service.idempotency.service import KeyHeader, Once, request_digest
 from service.limits import quotas
-from service.pages import After, Limit
+from service.pages import After, AfterNumber, Limit
 from service.scratch import scratch, temporary_folder
 from service.settings import ApiSettings
 from service.tenants.caller import Caller
@@ -139,12 +139,13 @@ def list_rows(
     dataset_id: str,
     caller: ReadDep,
     session: SessionDep,
-    start: Start = 0,
     limit: RowLimit = 20,
+    after: AfterNumber = None,
 ) -> RowPage:
-    samples, next_start = service.rows(session, request.app.state.store, caller.tenant_id, dataset_id, start, limit)
+    start = 0 if after is None else after + 1
+    samples, has_more = service.rows(session, request.app.state.store, caller.tenant_id, dataset_id, start, limit)
     data = [DatasetRow.model_validate(sample) for sample in samples]
-    return RowPage(data=data, has_more=next_start is not None, next_start=next_start)
+    return RowPage(data=data, has_more=has_more, last_id=data[-1].index if data else None)
 
 
 @router.delete(

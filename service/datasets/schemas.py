@@ -7,7 +7,7 @@ from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.datasets.formats import Form
-from service.pages import Page
+from service.pages import NumberedPage, Page
 
 Name = Annotated[
     str,
@@ -27,7 +27,6 @@ FormQuery = Annotated[
         " refused unless the form is named.",
     ),
 ]
-Start = Annotated[int, Query(ge=0, description="Index of the first row")]
 # Rows may have a megabyte each: fewer of them than of other entries make a page.
 RowLimit = Annotated[int, Query(ge=1, le=100, description="Most rows of one page")]
 
@@ -89,12 +88,5 @@ class DatasetRow(BaseModel):
     text: str | None = Field(examples=[None])
 
 
-class RowPage(BaseModel):
-    """Rows in the dataset's order; `next_start` is the `start` of the next page."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    object: Literal["list"] = "list"
-    data: list[DatasetRow]
-    has_more: bool
-    next_start: int | None = Field(examples=[20])
+class RowPage(NumberedPage[DatasetRow]):
+    """Rows in the dataset's order; `last_id` is the index of the last."""

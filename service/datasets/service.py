@@ -84,8 +84,8 @@ def page(session: Session, tenant_id: str, after: str | None, limit: int) -> tup
 
 def rows(
     session: Session, store: ArtifactStore, tenant_id: str, dataset_id: str, start: int, limit: int
-) -> tuple[list[Sample], int | None]:
-    """The rows from `start` on, and where the next page starts.
+) -> tuple[list[Sample], bool]:
+    """The rows from `start` on, and whether there are more.
 
     Raises:
         NotFound: the tenant has no live dataset of this id.
@@ -93,7 +93,7 @@ def rows(
     dataset = find(session, tenant_id, dataset_id)
     stop = min(start + limit, dataset.row_count)
     samples = storage.read_samples(store, dataset.fingerprint, range(start, stop)) if start < stop else []
-    return samples, stop if stop < dataset.row_count else None
+    return samples, stop < dataset.row_count
 
 
 def delete(session: Session, tenant_id: str, dataset_id: str) -> Dataset:

@@ -195,10 +195,31 @@ def read_ids(store: ArtifactStore, fingerprint: str, start: int, stop: int) -> t
         stop = min(stop, int(starts[-1]))
         if not 0 <= start < stop:
             return [], []
-        first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
-        table = parquet.read_row_groups(range(first, last + 1), use_threads=False)
-        table = table.slice(start - int(starts[first]), stop - start)
+        table = _rows_of(parquet, starts, start, stop)
         return table.column("id").to_pylist(), table.column("source").to_pylist()
+
+
+def iter_id_tables(store: ArtifactStore, fingerprint: str, start: int, rows: int) -> Iterator[pa.Table]:
+    """Columns `id` and `source` from row `start` on, in tables that end where a multiple of `rows` does.
+
+    Raises:
+        FileNotFoundError: no dataset of this fingerprint is in the store.
+    """
+    with _parquet(store, ids_key(fingerprint)) as parquet:
+        starts = _group_starts(parquet)
+        while start < starts[-1]:
+            stop = min((start // rows + 1) * rows, int(starts[-1]))
+            yield _rows_of(parquet, starts, start, stop)
+            start = stop
+
+
+def _rows_of(
+    parquet: pq.ParquetFile, starts: np.ndarray[tuple[int], np.dtype[np.int64]], start: int, stop: int
+) -> pa.Table:
+    """The rows [start, stop), which are there; only their row groups are read."""
+    first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
+    table = parquet.read_row_groups(range(first, last + 1), use_threads=False)
+    return table.slice(start - int(starts[first]), stop - start)
 
 
 def read_samples(store: ArtifactStore, fingerprint: str, indices: Sequence[int]) -> list[Sample]:

@@ -4,25 +4,39 @@ A stream takes a session for each batch and gives it back before the batch is se
 one that goes away leaves nothing open.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from threading import BoundedSemaphore
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from anyio import CapacityLimiter
+from anyio.lowlevel import RunVar
 from anyio.to_thread import run_sync
-from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.artifacts import ArtifactStore
 from service.database import Sessions
 from service.datasets import storage
+from service.errors import Unavailable
 from service.results import repository
-from service.results.formats import ByteStream, Columns
+from service.results.formats import ByteStream, batch_of
 from service.results.tables import CHUNK_SIZE
 
 # Content of the pool that one batch holds; the estimate for a selection is made from the pool's mean row.
-BATCH_BYTES = 32 * 2**20
+BATCH_BYTES = 4 * 2**20
+# A stream that waits for its client holds one batch of bytes, one that makes a batch several times as much.
+MOST_STREAMS = 32
+_MOST_MAKING = 4
+
+# Lists or arrays by name, all of one length.
+Columns = dict[str, Any]
+
+_streams = BoundedSemaphore(MOST_STREAMS)
+_making: RunVar[CapacityLimiter] = RunVar("making_of_batches")
 
 
 class ResultStream(StreamingResponse):
@@ -30,16 +44,37 @@ class ResultStream(StreamingResponse):
 
     def __init__(self, content: ByteStream, *, media_type: str, headers: dict[str, str] | None = None) -> None:
         self._content = content
-        super().__init__(content, media_type=media_type, headers=headers)
+        super().__init__((), media_type=media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _streams.acquire(blocking=False):
+            raise Unavailable(
+                f"This server sends {MOST_STREAMS} results at a time, its most. Try again soon.",
+                code="too_many_streams",
+                headers={"Retry-After": "5"},
+            )
         try:
             # What fails on the way to the first bytes still gets its own status: none has been sent yet.
-            first = await run_sync(next, self._content, b"")
-            self.body_iterator = iterate_in_threadpool(itertools.chain((first,), self._content))
+            first = await self._next()
+            self.body_iterator = self._rest(first)
             await super().__call__(scope, receive, send)
         finally:
             self._content.close()
+            _streams.release()
+
+    async def _next(self) -> bytes:
+        """The next bytes, empty at the end. Its threads are few, and not those that answer other requests."""
+        try:
+            limiter = _making.get()
+        except LookupError:
+            limiter = CapacityLimiter(_MOST_MAKING)
+            _making.set(limiter)
+        return await run_sync(next, self._content, b"", limiter=limiter)
+
+    async def _rest(self, part: bytes) -> AsyncIterator[bytes]:
+        while part:
+            yield part
+            part = await self._next()
 
 
 class Rows:
@@ -51,33 +86,62 @@ class Rows:
         self._job = job
         self._pool = job.pool
 
-    def weights(self, start: int = 0) -> Iterator[Columns]:
+    def weights(self, start: int = 0) -> Iterator[pa.RecordBatch]:
         """Every sample from `start` on, in pool order, a chunk at a time."""
-        while start < self._pool.row_count:
-            stop = min((start // CHUNK_SIZE + 1) * CHUNK_SIZE, self._pool.row_count)
-            ids, sources = storage.read_ids(self._store, self._pool.fingerprint, start, stop)
-            with self._sessions() as session:
-                found = repository.weights(session, self._job.id, start, stop)
-            yield weight_columns(found, ids, sources)
-            start = stop
+        return map(batch_of, self._weights(start))
 
-    def all(self) -> Iterator[Columns]:
+    def all(self) -> Iterator[pa.RecordBatch]:
         """Every sample in pool order, with its rank where it was selected."""
-        for batch in self.weights():
-            yield batch | self._selection(batch["index"])
+        for columns in self._weights():
+            yield batch_of(columns | self._selection(columns["index"]))
 
-    def all_with_content(self) -> Iterator[Columns]:
+    def all_with_content(self) -> Iterator[pa.RecordBatch]:
         """Like `all`, with the samples' content; a batch ends where its content reaches BATCH_BYTES."""
         kinds = content_kinds(self._store, self._pool.fingerprint)
         for samples in _batches(storage.iter_samples(self._store, self._pool.fingerprint)):
-            start, stop = samples[0].index, samples[-1].index + 1
-            with self._sessions() as session:
-                found = repository.weights(session, self._job.id, start, stop)
-            batch = weight_columns(found, [s.id for s in samples], [s.source for s in samples])
-            yield batch | self._selection(batch["index"]) | _content(samples, kinds)
+            columns = self._columns(samples[0].index, [s.id for s in samples], [s.source for s in samples])
+            yield batch_of(columns | self._selection(columns["index"]) | _content(samples, kinds))
 
-    def selected(self, batch_rows: int = CHUNK_SIZE) -> Iterator[Columns]:
+    def selected(self) -> Iterator[pa.RecordBatch]:
         """The selected samples in rank order."""
+        return map(batch_of, self._selected(CHUNK_SIZE))
+
+    def selected_with_content(self) -> Iterator[pa.RecordBatch]:
+        """Like `selected`, with the samples' content; as many a batch as hold BATCH_BYTES at the pool's mean size."""
+        kinds = content_kinds(self._store, self._pool.fingerprint)
+        rows = BATCH_BYTES * self._pool.row_count // self._pool.byte_count
+        for columns in self._selected(min(max(rows, 1), CHUNK_SIZE)):
+            samples = storage.read_samples(self._store, self._pool.fingerprint, columns["index"])
+            yield batch_of(columns | _content(samples, kinds))
+
+    def _weights(self, start: int = 0) -> Iterator[Columns]:
+        for rows in storage.iter_id_tables(self._store, self._pool.fingerprint, start, CHUNK_SIZE):
+            ids, sources = (rows.column(name).combine_chunks() for name in ("id", "source"))
+            yield self._columns(start, ids, sources)
+            start += rows.num_rows
+
+    def _columns(self, start: int, ids: Sequence[str], sources: Sequence[str | None]) -> Columns:
+        """The columns of samples [start, start + len(ids)), whose ids and sources are given."""
+        with self._sessions() as session:
+            found = repository.weight_arrays(session, self._job.id, start, start + len(ids))
+        return {
+            "index": np.arange(start, start + len(ids)),
+            "id": ids,
+            "source": sources,
+            "influence": found.influence,
+            "weight": found.weight,
+            "exact": found.exact,
+        }
+
+    def _selection(self, indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Columns:
+        start = int(indices[0])
+        rank = np.full(len(indices), -1)
+        with self._sessions() as session:
+            for index, taken in repository.ranks(session, self._job.id, start, start + len(indices)).items():
+                rank[index - start] = taken
+        return {"selected": rank >= 0, "rank": pa.array(rank, mask=rank < 0)}
+
+    def _selected(self, batch_rows: int) -> Iterator[Columns]:
         after = -1
         while True:
             with self._sessions() as session:
@@ -95,31 +159,6 @@ class Rows:
                 "rank": [row.rank for row in rows],
             }
             after = rows[-1].rank
-
-    def selected_with_content(self) -> Iterator[Columns]:
-        """Like `selected`, with the samples' content; as many a batch as hold BATCH_BYTES at the pool's mean size."""
-        kinds = content_kinds(self._store, self._pool.fingerprint)
-        rows = BATCH_BYTES * self._pool.row_count // self._pool.byte_count
-        for batch in self.selected(min(max(rows, 1), CHUNK_SIZE)):
-            samples = storage.read_samples(self._store, self._pool.fingerprint, batch["index"])
-            yield batch | _content(samples, kinds)
-
-    def _selection(self, indices: list[int]) -> Columns:
-        with self._sessions() as session:
-            ranks = repository.ranks(session, self._job.id, indices[0], indices[-1] + 1)
-        return {"selected": [index in ranks for index in indices], "rank": [ranks.get(index) for index in indices]}
-
-
-def weight_columns(weights: repository.Weights, ids: Sequence[str], sources: Sequence[str | None]) -> Columns:
-    """The columns of samples [weights.start, ...), whose ids and sources are given."""
-    return {
-        "index": list(range(weights.start, weights.start + len(weights.influence))),
-        "id": list(ids),
-        "source": list(sources),
-        "influence": weights.influence,
-        "weight": weights.weight,
-        "exact": weights.exact,
-    }
 
 
 def _batches(samples: Iterable[storage.Sample]) -> Iterator[list[storage.Sample]]:

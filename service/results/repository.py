@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from psycopg import Connection as PsycopgConnection
+from sqlalchemy import Row, TextClause, select, text
 from sqlalchemy import delete as delete_from
-from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from service.datasets.tables import Dataset
@@ -45,6 +47,15 @@ class Weights:
     exact: list[bool]
 
 
+@dataclass(frozen=True, slots=True)
+class WeightArrays:
+    """What `Weights` holds, as arrays: float32, float32, bool."""
+
+    influence: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
+    exact: npt.NDArray[np.bool_]
+
+
 def job(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> Job | None:
     if not jobs.is_id(job_id):
         return None
@@ -75,13 +86,23 @@ def provenance(session: Session, job_id: str) -> Provenance:
     return session.get_one(Provenance, job_id)
 
 
-_WEIGHTS = text(f"""
-    SELECT greatest(chunk_no * {CHUNK_SIZE}::bigint, :start) AS start,
-        influence[:start - chunk_no * {CHUNK_SIZE}::bigint + 1 : :stop - chunk_no * {CHUNK_SIZE}::bigint] AS influence,
-        weight[:start - chunk_no * {CHUNK_SIZE}::bigint + 1 : :stop - chunk_no * {CHUNK_SIZE}::bigint] AS weight,
-        exact[:start - chunk_no * {CHUNK_SIZE}::bigint + 1 : :stop - chunk_no * {CHUNK_SIZE}::bigint] AS exact
-    FROM weight_chunks WHERE job_id = :job_id AND chunk_no BETWEEN :first AND :last ORDER BY chunk_no
-""")
+def weights_root(session: Session, job_id: str) -> str:
+    """The Merkle root of the weights, in hexadecimal digits."""
+    return session.scalars(select(Provenance.weights_root).where(Provenance.job_id == job_id)).one().hex()
+
+
+# Written out as SQL because the arrays are cut there: a page of 10 does not carry 16,384 samples here.
+_CUT = f"[:start - chunk_no * {CHUNK_SIZE}::bigint + 1 : :stop - chunk_no * {CHUNK_SIZE}::bigint]"
+_CHUNKS = "FROM weight_chunks WHERE job_id = :job_id AND chunk_no BETWEEN :first AND :last ORDER BY chunk_no"
+_WEIGHTS = text(f"SELECT influence{_CUT} AS influence, weight{_CUT} AS weight, exact{_CUT} AS exact {_CHUNKS}")
+# As PostgreSQL sends arrays in binary: a header of 20 bytes, then each element's length and value.
+_SENT_WEIGHTS = text(
+    f"SELECT array_send(influence{_CUT}) AS influence, array_send(weight{_CUT}) AS weight,"
+    f" array_send(exact{_CUT}) AS exact {_CHUNKS}"
+)
+_SENT_HEADER = 20
+_SENT_FLOAT = np.dtype([("length", ">i4"), ("value", ">f4")])
+_SENT_BOOL = np.dtype([("length", ">i4"), ("value", "?")])
 
 
 def weights(session: Session, job_id: str, start: int, stop: int) -> Weights:
@@ -90,20 +111,45 @@ def weights(session: Session, job_id: str, start: int, stop: int) -> Weights:
     Raises:
         RuntimeError: the table does not hold all of them.
     """
-    # Written out as SQL because the arrays are cut there: a page of 10 does not carry 16,384 samples here.
-    first, last = start // CHUNK_SIZE, (stop - 1) // CHUNK_SIZE
-    rows = session.execute(
-        _WEIGHTS, {"job_id": job_id, "start": start, "stop": stop, "first": first, "last": last}
-    ).all()
+    rows = _chunks(session, _WEIGHTS, job_id, start, stop)
     found = Weights(
         start,
         influence=[value for row in rows for value in row.influence],
         weight=[value for row in rows for value in row.weight],
         exact=[value for row in rows for value in row.exact],
     )
-    if len(found.influence) != stop - start:
-        raise RuntimeError(f"weights [{start}, {stop}) of {job_id}: only {len(found.influence)} are stored")
+    _check_stored(job_id, start, stop, len(found.influence))
     return found
+
+
+def weight_arrays(session: Session, job_id: str, start: int, stop: int) -> WeightArrays:
+    """Like `weights`, for many samples: no value becomes a Python object."""
+    rows = _chunks(session, _SENT_WEIGHTS, job_id, start, stop)
+    found = WeightArrays(
+        influence=np.concatenate([_received(row.influence, _SENT_FLOAT) for row in rows], dtype=np.float32),
+        weight=np.concatenate([_received(row.weight, _SENT_FLOAT) for row in rows], dtype=np.float32),
+        exact=np.concatenate([_received(row.exact, _SENT_BOOL) for row in rows]),
+    )
+    _check_stored(job_id, start, stop, len(found.influence))
+    return found
+
+
+def _received(sent: bytes, element: np.dtype[Any]) -> npt.NDArray[Any]:
+    return np.frombuffer(sent, element, offset=_SENT_HEADER)["value"]
+
+
+def _chunks(session: Session, statement: TextClause, job_id: str, start: int, stop: int) -> Sequence[Row[Any]]:
+    first, last = start // CHUNK_SIZE, (stop - 1) // CHUNK_SIZE
+    where = {"job_id": job_id, "start": start, "stop": stop, "first": first, "last": last}
+    rows = session.execute(statement, where).all()
+    if not rows:
+        _check_stored(job_id, start, stop, 0)
+    return rows
+
+
+def _check_stored(job_id: str, start: int, stop: int, found: int) -> None:
+    if found != stop - start:
+        raise RuntimeError(f"weights [{start}, {stop}) of {job_id}: only {found} are stored")
 
 
 def selected_after(session: Session, job_id: str, after_rank: int, limit: int) -> Sequence[SelectedSample]:

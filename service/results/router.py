@@ -1,15 +1,19 @@
 """`/v1/selection-jobs/{job_id}/...`: what a succeeded job found, in pages, streams and files."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
+from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
 
+from service import etags
+from service.artifacts import ArtifactStore
 from service.database import SessionDep
 from service.datasets import storage
-from service.errors import Conflict, Forbidden, Gone, NotFound, Unauthorized, Unprocessable, responses
+from service.errors import Conflict, Forbidden, Gone, NotFound, Unauthorized, Unavailable, Unprocessable, responses
+from service.pages import AfterNumber
 from service.results import explain, repository
-from service.results.export import ResultStream, Rows, weight_columns
+from service.results.export import ResultStream, Rows
 from service.results.formats import ENCODERS, MEDIA_TYPES, Format, jsonl
 from service.results.schemas import (
     ProvenanceOut,
@@ -33,13 +37,19 @@ DEFAULT_LIMIT = 1000
 PageLimit = Annotated[int, Query(ge=1, le=10_000, description="Most samples of one page")]
 
 
-@router.get("/{job_id}/results", summary="The summary of a succeeded job")
-def get_results(job_id: str, session: SessionDep, caller: ReadDep) -> SelectionResult:
+@router.get(
+    "/{job_id}/results",
+    summary="The summary of a succeeded job",
+    response_model=SelectionResult,
+    responses=etags.NOT_MODIFIED,
+)
+def get_results(job_id: str, request: Request, session: SessionDep, caller: ReadDep) -> Response:
     job = finished_job(session, caller.tenant_id, job_id)
     result = repository.result(session, job.id)
-    return SelectionResult(
+    found = SelectionResult(
         job_id=job.id, created_at=result.created_at, sample_count=result.sample_count, **result.summary
     )
+    return etags.answer_by_content(request, found)
 
 
 @router.get(
@@ -48,7 +58,8 @@ def get_results(job_id: str, session: SessionDep, caller: ReadDep) -> SelectionR
     response_model=WeightsPage,
     responses={
         200: {"content": {MEDIA_TYPES[Format.JSONL]: {}}, "description": "A page, or with `stream` all as lines"},
-        **responses(Gone),
+        **etags.NOT_MODIFIED,
+        **responses(Gone, Unavailable),
     },
 )
 def get_weights(
@@ -56,36 +67,62 @@ def get_weights(
     request: Request,
     session: SessionDep,
     caller: ReadDep,
-    start: Annotated[int, Query(ge=0, description="Index of the first sample; continues a stream that broke off")] = 0,
+    after: AfterNumber = None,
     limit: PageLimit = DEFAULT_LIMIT,
-    stream: Annotated[bool, Query(description="Everything from `start` on, one JSON object a line")] = False,
-) -> Any:
+    stream: Annotated[
+        bool, Query(description="All that follow `after`, one JSON object a line; continues one that broke off")
+    ] = False,
+) -> Response:
     job = finished_job(session, caller.tenant_id, job_id)
-    if stream:
-        if "limit" in request.query_params:
-            raise Unprocessable("limit goes with pages; leave it out, or leave out stream.", param="limit")
-        rows = Rows(request.app.state.sessions, request.app.state.store, job)
-        return ResultStream(jsonl(rows.weights(start)), media_type=MEDIA_TYPES[Format.JSONL])
+    start = 0 if after is None else after + 1
+    if not stream:
+        tag = etags.make("weights", repository.weights_root(session, job.id), job.id, start, limit)
+        return etags.answer(request, tag, lambda: _weights_page(session, request.app.state.store, job, start, limit))
+    if "limit" in request.query_params:
+        raise Unprocessable("limit goes with pages; leave it out, or leave out stream.", param="limit")
+    tag = etags.make("weights", repository.weights_root(session, job.id), job.id, start, "stream")
+    rows = Rows(request.app.state.sessions, request.app.state.store, job)
+    return etags.not_modified(request, tag) or ResultStream(
+        jsonl(rows.weights(start)), media_type=MEDIA_TYPES[Format.JSONL], headers=etags.headers(tag)
+    )
+
+
+def _weights_page(session: Session, store: ArtifactStore, job: repository.Job, start: int, limit: int) -> WeightsPage:
     stop = min(start + limit, job.pool.row_count)
     if start >= stop:
-        return WeightsPage(data=[], has_more=False, next_start=None)
-    ids, sources = storage.read_ids(request.app.state.store, job.pool.fingerprint, start, stop)
-    columns = weight_columns(repository.weights(session, job.id, start, stop), ids, sources)
-    has_more = stop < job.pool.row_count
-    data = [WeightOut(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
-    return WeightsPage(data=data, has_more=has_more, next_start=stop if has_more else None)
+        return WeightsPage(data=[], has_more=False, last_id=None)
+    ids, sources = storage.read_ids(store, job.pool.fingerprint, start, stop)
+    found = repository.weights(session, job.id, start, stop)
+    columns = (range(start, stop), ids, sources, found.influence, found.weight, found.exact)
+    data = [
+        WeightOut(index=index, id=id, source=source, influence=influence, weight=weight, exact=exact)
+        for index, id, source, influence, weight, exact in zip(*columns, strict=True)
+    ]
+    return WeightsPage(data=data, has_more=stop < job.pool.row_count, last_id=stop - 1)
 
 
-@router.get("/{job_id}/selected", summary="The selected samples, in rank order")
+@router.get(
+    "/{job_id}/selected",
+    summary="The selected samples, in rank order",
+    response_model=SelectedPage,
+    responses=etags.NOT_MODIFIED,
+)
 def get_selected(
     job_id: str,
+    request: Request,
     session: SessionDep,
     caller: ReadDep,
-    after_rank: Annotated[int, Query(ge=-1, lt=2**63, description="`last_rank` of the page before")] = -1,
+    after: AfterNumber = None,
     limit: PageLimit = DEFAULT_LIMIT,
-) -> SelectedPage:
+) -> Response:
     job = finished_job(session, caller.tenant_id, job_id)
-    found = repository.selected_after(session, job.id, after_rank, limit + 1)
+    last = -1 if after is None else after
+    tag = etags.make("selected", repository.weights_root(session, job.id), job.id, last, limit)
+    return etags.answer(request, tag, lambda: _selected_page(session, job, last, limit))
+
+
+def _selected_page(session: Session, job: repository.Job, after: int, limit: int) -> SelectedPage:
+    found = repository.selected_after(session, job.id, after, limit + 1)
     data = [
         SelectedOut(
             rank=row.rank,
@@ -98,7 +135,7 @@ def get_selected(
         )
         for row in found[:limit]
     ]
-    return SelectedPage(data=data, has_more=len(found) > limit, last_rank=data[-1].rank if data else None)
+    return SelectedPage(data=data, has_more=len(found) > limit, last_id=data[-1].rank if data else None)
 
 
 @router.get("/{job_id}/samples/{index}", summary="One sample, and why it has its influence")
@@ -129,7 +166,8 @@ def get_sample(
     response_class=StreamingResponse,
     responses={
         200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}, "description": "The file, streamed"},
-        **responses(Gone),
+        **etags.NOT_MODIFIED,
+        **responses(Gone, Unavailable),
     },
 )
 def export(
@@ -144,19 +182,24 @@ def export(
     include: Annotated[
         Literal["messages"] | None, Query(description="The samples' content too: ready to train on; not in CSV")
     ] = None,
-) -> StreamingResponse:
+) -> Response:
     """Columns: index, id, source, influence, weight, exact, selected, rank, and with `include` messages (or text)."""
     job = finished_job(session, caller.tenant_id, job_id)
+    if include is not None:
+        _require_content(job, format)
+    root = repository.weights_root(session, job.id)
+    tag = etags.make("export", root, job.id, format.value, selected_only, include)
+    if (unchanged := etags.not_modified(request, tag)) is not None:
+        return unchanged
     rows = Rows(request.app.state.sessions, request.app.state.store, job)
     if include is None:
         batches = rows.selected() if selected_only else rows.all()
     else:
-        _require_content(job, format)
         batches = rows.selected_with_content() if selected_only else rows.all_with_content()
     return ResultStream(
         ENCODERS[format](batches),
         media_type=MEDIA_TYPES[format],
-        headers={"Content-Disposition": f'attachment; filename="{job.id}.{format}"'},
+        headers={"Content-Disposition": f'attachment; filename="{job.id}.{format}"', **etags.headers(tag)},
     )
 
 
@@ -171,11 +214,17 @@ def _require_content(job: repository.Job, format: Format) -> None:
         )
 
 
-@router.get("/{job_id}/provenance", summary="The audit record")
-def get_provenance(job_id: str, session: SessionDep, caller: ReadDep) -> ProvenanceOut:
+@router.get(
+    "/{job_id}/provenance",
+    summary="The audit record",
+    response_model=ProvenanceOut,
+    responses=etags.NOT_MODIFIED,
+)
+def get_provenance(job_id: str, request: Request, session: SessionDep, caller: ReadDep) -> Response:
     """Stays when the job is deleted."""
     job = finished_job(session, caller.tenant_id, job_id, or_deleted=True)
     row = repository.provenance(session, job.id)
-    return ProvenanceOut(
+    found = ProvenanceOut(
         job_id=job.id, created_at=row.created_at, weights_root=row.weights_root.hex(), record=row.record
     )
+    return etags.answer_by_content(request, found)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from service.datasets.schemas import Message
+from service.pages import NumberedPage
 
 _JOB = "job_0193a1b2c3d4e5f60718293a4b5c6d7e"
 
@@ -59,22 +60,12 @@ class SelectedOut(WeightOut):
     rank: int = Field(description="0 was taken first", examples=[0])
 
 
-class WeightsPage(_Strict):
-    """Weights in pool order."""
-
-    object: Literal["list"] = "list"
-    data: list[WeightOut]
-    has_more: bool
-    next_start: int | None = Field(description="`start` of the next page; null after the last", examples=[1000])
+class WeightsPage(NumberedPage[WeightOut]):
+    """Weights in pool order; `last_id` is the index of the last."""
 
 
-class SelectedPage(_Strict):
-    """Selected samples in rank order."""
-
-    object: Literal["list"] = "list"
-    data: list[SelectedOut]
-    has_more: bool
-    last_rank: int | None = Field(description="`after_rank` of the next page", examples=[99])
+class SelectedPage(NumberedPage[SelectedOut]):
+    """Selected samples in rank order; `last_id` is the rank of the last."""
 
 
 class TargetInfluence(_Strict):

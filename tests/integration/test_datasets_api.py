@@ -183,12 +183,12 @@ def test_lists_are_newest_first_and_paged(api: "Api") -> None:
 def test_rows_are_paged_in_order(api: "Api") -> None:
     dataset = upload(api.client, b"".join(json.dumps({"text": f"t{i}"}).encode() + b"\n" for i in range(50)))
     url = f"/v1/datasets/{dataset['id']}/rows"
-    page = api.client.get(url, params={"start": 10, "limit": 30}).json()
+    page = api.client.get(url, params={"after": 9, "limit": 30}).json()
     assert [(row["index"], row["text"]) for row in page["data"]] == [(i, f"t{i}") for i in range(10, 40)]
-    assert (page["has_more"], page["next_start"]) == (True, 40)
-    last = api.client.get(url, params={"start": 40}).json()
-    assert (len(last["data"]), last["has_more"], last["next_start"]) == (10, False, None)
-    assert api.client.get(url, params={"start": 10**15}).json()["data"] == []
+    assert (page["has_more"], page["last_id"]) == (True, 39)
+    last = api.client.get(url, params={"after": 39}).json()
+    assert (len(last["data"]), last["has_more"], last["last_id"]) == (10, False, 49)
+    assert api.client.get(url, params={"after": 10**15}).json()["data"] == []
     problem(api.client.get(url, params={"limit": 101}), 422, "invalid_request")
 
 

@@ -59,26 +59,26 @@ def test_the_view_holds_what_was_published(world: World) -> None:
 
 @pytest.mark.parametrize("start", [0, CHUNK_SIZE - 3, CHUNK_SIZE, N - 5])
 def test_a_page_of_weights_also_across_chunks(world: World, start: int) -> None:
-    page = world.get("weights", start=start, limit=7).json()
+    page = world.get("weights", limit=7, **({"after": start - 1} if start else {})).json()
     stop = min(start + 7, N)
     assert [row["index"] for row in page["data"]] == list(range(start, stop))
     assert all(same(row, world.row(row["index"])) for row in page["data"])
-    assert (page["has_more"], page["next_start"]) == ((True, stop) if stop < N else (False, None))
+    assert (page["has_more"], page["last_id"]) == (stop < N, stop - 1)
 
 
 def test_pages_of_weights_join_up(world: World) -> None:
-    start, seen = 0, []
-    while start is not None:
-        page = world.get("weights", start=start, limit=10_000).json()
-        seen += [row["influence"] for row in page["data"]]
-        start = page["next_start"]
-    np.testing.assert_array_equal(np.array(seen, np.float32), world.influence)
+    page = world.get("weights", limit=10_000).json()
+    seen = page["data"]
+    while page["has_more"]:
+        page = world.get("weights", after=page["last_id"], limit=10_000).json()
+        seen += page["data"]
+    np.testing.assert_array_equal(np.array([row["influence"] for row in seen], np.float32), world.influence)
 
 
 def test_beyond_the_last_sample_there_is_nothing(world: World) -> None:
-    page = world.get("weights", start=N).json()
-    assert page == {"object": "list", "data": [], "has_more": False, "next_start": None}
-    answer = world.get("weights", start=N, stream=True)
+    page = world.get("weights", after=N - 1).json()
+    assert page == {"object": "list", "data": [], "has_more": False, "last_id": None}
+    answer = world.get("weights", after=N - 1, stream=True)
     assert (answer.status_code, answer.content) == (200, b"")
 
 
@@ -106,18 +106,16 @@ def test_the_stream_of_weights(world: World) -> None:
 
 
 def test_a_stream_continues_where_another_broke_off(world: World) -> None:
-    rows = [json.loads(line) for line in world.get("weights", stream=True, start=N - 20_000).text.splitlines()]
+    rows = [json.loads(line) for line in world.get("weights", stream=True, after=N - 20_001).text.splitlines()]
     assert [row["index"] for row in rows] == list(range(N - 20_000, N))
 
 
 def test_selected_pages_are_in_rank_order(world: World) -> None:
-    after, rows = -1, []
-    while True:
-        page = world.get("selected", after_rank=after, limit=180).json()
+    page = world.get("selected", limit=180).json()
+    rows = page["data"]
+    while page["has_more"]:
+        page = world.get("selected", after=page["last_id"], limit=180).json()
         rows += page["data"]
-        after = page["last_rank"]
-        if not page["has_more"]:
-            break
     assert [row.pop("rank") for row in rows] == list(range(K))
     assert all(same(row, world.row(i)) for row, i in zip(rows, world.selected.tolist(), strict=True))
 
@@ -287,7 +285,7 @@ def test_a_job_that_has_not_succeeded_has_no_results(
         ("export", {"format": "xlsx"}, "format"),
         ("weights", {"stream": True, "limit": 5}, "limit"),
         ("weights", {"limit": 10_001}, "limit"),
-        ("weights", {"start": -1}, "start"),
+        ("weights", {"after": -1}, "after"),
         ("selected", {"limit": 0}, "limit"),
     ],
 )

@@ -59,8 +59,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def page(data: list[Any], last: Any, has_more: bool, cursor: str = "last_id") -> httpx.Response:
-    return httpx.Response(200, json={"object": "list", "data": data, "has_more": has_more, cursor: last})
+def page(data: list[Any], last: Any, has_more: bool) -> httpx.Response:
+    return httpx.Response(200, json={"object": "list", "data": data, "has_more": has_more, "last_id": last})
 
 
 def test_a_request_carries_the_key() -> None:
@@ -180,10 +180,10 @@ def test_lists_go_through_their_pages() -> None:
 
 
 def test_selected_samples_go_through_their_pages() -> None:
-    server = Server(page([{"rank": 0}], 0, True, "last_rank"), page([], None, False, "last_rank"))
+    server = Server(page([{"rank": 0}], 0, True), page([], None, False))
     with server.client() as winnow:
         assert list(winnow.selected("job_1")) == [{"rank": 0}]
-    assert dict(server.requests[1].url.params) == {"after_rank": "0"}
+    assert dict(server.requests[1].url.params) == {"after": "0"}
 
 
 @pytest.mark.parametrize("method", ["datasets", "events"])

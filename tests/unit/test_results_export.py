@@ -4,8 +4,11 @@ import asyncio
 import csv
 import io
 import json
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,10 +20,10 @@ from starlette.types import Message
 from service import errors
 from service.errors import Gone
 from service.results.export import ResultStream
-from service.results.formats import ByteStream, Columns, comma_separated, jsonl, parquet
+from service.results.formats import ENCODERS, ByteStream, batch_of, comma_separated, jsonl, parquet
 
 
-def batches() -> Iterator[Columns]:
+def columns() -> Iterator[dict[str, list[Any]]]:
     for start in (0, 2):
         yield {
             "index": [start, start + 1],
@@ -32,8 +35,50 @@ def batches() -> Iterator[Columns]:
         }
 
 
+def batches() -> Iterator[pa.RecordBatch]:
+    return map(batch_of, columns())
+
+
 def rows() -> list[dict[str, object]]:
-    return [dict(zip(batch, row, strict=True)) for batch in batches() for row in zip(*batch.values(), strict=True)]
+    return [dict(zip(batch, row, strict=True)) for batch in columns() for row in zip(*batch.values(), strict=True)]
+
+
+AWKWARD = [
+    "plain",
+    "",
+    "a,b",
+    'q"q',
+    "back\\slash",
+    "line\nfeed",
+    "cr\r",
+    "\x01\x1f\x7f",
+    "é\u2028\U0001f600",
+    "=1+1",
+    " s ",
+]
+
+
+def test_every_text_comes_back_from_lines_and_from_csv() -> None:
+    batch = batch_of({"id": AWKWARD, "source": [None, *AWKWARD[1:]]})
+    assert [json.loads(line)["id"] for line in b"".join(jsonl([batch])).split(b"\n")[:-1]] == AWKWARD
+    text = b"".join(comma_separated([batch])).decode()
+    assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))][1:] == AWKWARD
+
+
+def test_every_float_comes_back_and_stays_one() -> None:
+    found = np.array([0, 1, -0.0, 1e20, 3.4e38, 1e-45, 123456.7, 1e-5, 1 / 3, -2.5, 16777216], np.float32)
+    for parts in (jsonl([batch_of({"weight": found})]), comma_separated([batch_of({"weight": found})])):
+        texts = [line.split(":")[-1].strip("}\r") for line in b"".join(parts).decode().split("\n")]
+        texts = [text for text in texts if text not in ("", "weight")]
+        np.testing.assert_array_equal(np.array(texts, np.float32), found)
+        # A reader that guesses types from the first rows must not take them for integers.
+        assert all(isinstance(json.loads(text), float) for text in texts)
+
+
+def test_messages_in_lines() -> None:
+    messages = [[{"role": "user", "content": 'é "\n'}], None]
+    lines = b"".join(jsonl([batch_of({"index": [0, 1], "messages": messages})])).splitlines()
+    assert [json.loads(line)["messages"] for line in lines] == messages
 
 
 def test_jsonl_is_one_object_a_line() -> None:
@@ -64,19 +109,22 @@ def test_parquet_yields_a_row_group_a_batch() -> None:
     assert table["influence"].to_pylist() == pa.array([0.1, -1e-45] * 2, pa.float32()).to_pylist()
 
 
-def test_parquet_holds_one_batch_at_a_time() -> None:
-    made = 0
+@pytest.mark.parametrize("encode", ENCODERS.values())
+def test_a_stream_holds_one_batch_at_a_time(encode: Any) -> None:
+    made: list[weakref.ref[pa.RecordBatch]] = []
 
-    def counted() -> Iterator[Columns]:
-        nonlocal made
-        for batch in batches():
-            made += 1
+    def counted() -> Iterator[pa.RecordBatch]:
+        for start in range(5):
+            batch = batch_of({"index": [start]})
+            made.append(weakref.ref(batch))
             yield batch
+            del batch
 
-    stream = parquet(counted())
-    next(stream)
-    assert made == 1
-    stream.close()
+    stream = encode(counted())
+    for part in stream:
+        del part
+        assert sum(batch() is not None for batch in made) <= 1
+    assert len(made) == 5
 
 
 def test_a_client_that_goes_away_closes_the_stream() -> None:
