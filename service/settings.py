@@ -97,6 +97,9 @@ class LedgerSettings(_Group):
         default=10.0, ge=0, description="Before the second attempt; six times that before the third"
     )
     cancel_seconds: float = Field(default=120.0, gt=0, description="From a cancel until it is carried through by force")
+    turn_seconds: float = Field(
+        default=60.0, ge=0, description="For so long workers stay with a tenant before another one's turn"
+    )
     sweep_seconds: float = Field(default=5.0, gt=0, description="How often the dispatcher looks without being notified")
 
     @model_validator(mode="after")

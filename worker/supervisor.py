@@ -109,10 +109,16 @@ class Supervisor:
 
     def _claim(self) -> Claim | None:
         """None also where the database is away: the dispatcher sends word once it is back."""
-        lease = self._settings.ledger.lease_seconds
+        settings = self._settings.ledger
         try:
             with self._sessions.begin() as session:
-                return ledger.claim_unit(session, worker_id=self.worker_id, lease_seconds=lease, code=worker_version())
+                return ledger.claim_unit(
+                    session,
+                    worker_id=self.worker_id,
+                    lease_seconds=settings.lease_seconds,
+                    code=worker_version(),
+                    turn_seconds=settings.turn_seconds,
+                )
         except DBAPIError as error:
             if not is_away(error):
                 raise

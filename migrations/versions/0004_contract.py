@@ -194,6 +194,9 @@ def _alter_tables_in_use() -> None:
         " CONSTRAINT fk_selection_jobs_reproduces REFERENCES selection_jobs (id)",
         "DROP INDEX CONCURRENTLY IF EXISTS ix_selection_jobs_key_id_created_at",
         "CREATE INDEX CONCURRENTLY ix_selection_jobs_key_id_created_at ON selection_jobs (key_id, created_at)",
+        "DROP INDEX CONCURRENTLY IF EXISTS ix_selection_jobs_open_of_tenant",
+        "CREATE INDEX CONCURRENTLY ix_selection_jobs_open_of_tenant ON selection_jobs (tenant_id, created_at, id)"
+        " WHERE status IN ('queued', 'running', 'cancelling')",
         "DROP INDEX CONCURRENTLY IF EXISTS ix_datasets_key_id",
         "CREATE INDEX CONCURRENTLY ix_datasets_key_id ON datasets (key_id) WHERE deleted_at IS NULL",
         _REFUSE_CHANGE,
@@ -227,6 +230,7 @@ def downgrade() -> None:
         op.execute(f"DROP FUNCTION {function}()")
     op.drop_index("ix_datasets_key_id", "datasets")
     op.drop_index("ix_selection_jobs_key_id_created_at", "selection_jobs")
+    op.drop_index("ix_selection_jobs_open_of_tenant", "selection_jobs")
     op.drop_column("selection_jobs", "reproduces")
     op.drop_column("selection_jobs", "retry_of")
     op.drop_column("datasets", "key_id")

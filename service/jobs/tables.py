@@ -30,8 +30,14 @@ class SelectionJob(CreatedAt, Base):
         Index("ix_selection_jobs_pool_id", "pool_id"),
         Index("ix_selection_jobs_key_id_created_at", "key_id", "created_at"),  # a key's quotas
         Index("ix_selection_jobs_target_id", "target_id"),
+        # What a claim looks through: the few jobs that are not finished, oldest first of each tenant.
+        Index(
+            "ix_selection_jobs_open_of_tenant",
+            *("tenant_id", "created_at", "id"),
+            postgresql_where="status IN ('queued', 'running', 'cancelling')",
+        ),
         CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_when_terminal"),
-        # What a claim looks through: the few jobs that are not finished, oldest first.
+        # What a claim of the version before looks through, and whoever looks at all jobs that are not finished.
         Index("ix_selection_jobs_open", "created_at", postgresql_where="status IN ('queued', 'running', 'cancelling')"),
     )
 

@@ -36,6 +36,7 @@ class Job:
     waves: list[Sequence[UnitSpec]]  # still to be started
     first: frozenset[Stage]
     units: list[Unit]
+    tenant: int = 0
     status: JobStatus = JobStatus.QUEUED
     overdue: bool = False  # its cancel was asked for longer ago than its workers are given
     deleted: bool = False
@@ -64,6 +65,9 @@ class Model:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.turns: dict[int, int] = {}  # by tenant, when its last turn began
+        self.now = 0
+        self.turns_since = 0  # those that began before are over
 
     def units(self) -> Iterator[tuple[Job, Unit]]:
         """In the order of their creation in each job."""
@@ -73,16 +77,28 @@ class Model:
         found = [(job, unit) for job, unit in self.units() if unit.state is UnitState.RUNNING]
         return found if lapsed is None else [(job, unit) for job, unit in found if unit.lapsed is lapsed]
 
-    def submit(self, job_id: str, waves: list[Sequence[UnitSpec]]) -> None:
+    def submit(self, job_id: str, waves: list[Sequence[UnitSpec]], tenant: int) -> None:
         stages = frozenset(spec.stage for spec in waves[0])
-        self.jobs.append(Job(job_id, waves[1:], stages, units_of(waves[0])))
+        self.jobs.append(Job(job_id, waves[1:], stages, units_of(waves[0]), tenant))
+
+    def end_turns(self) -> None:
+        self.now += 1
+        self.turns_since = self.now
+
+    def _in_turn(self, tenant: int) -> bool:
+        return self.turns.get(tenant, -1) >= self.turns_since
+
+    def _place(self, tenant: int) -> tuple[int, bool, int, int]:
+        """In the order of tenants: few running units first, then who is in turn, then who waits longest for a turn."""
+        running = sum(job.tenant == tenant for job, _ in self.running())
+        return running, not self._in_turn(tenant), self.turns.get(tenant, -1), tenant
 
     def claimable(self) -> list[tuple[Job, Unit]]:
         """What a worker may take now, the first first."""
         being_made = {unit.key for _, unit in self.running()}
         return [
             (job, unit)
-            for job in self.jobs
+            for job in sorted(self.jobs, key=lambda job: self._place(job.tenant))
             if job.status in OPEN
             for unit in sorted(job.units, key=lambda unit: unit.place)
             if unit.state is UnitState.PENDING and not unit.waits and unit.key not in being_made
@@ -92,6 +108,9 @@ class Model:
         first = next(iter(self.claimable()), None)
         if first is not None:
             job, unit = first
+            if not self._in_turn(job.tenant):
+                self.now += 1
+                self.turns[job.tenant] = self.now
             job.status = JobStatus.RUNNING
             unit.state, unit.attempt, unit.done, unit.lapsed = UnitState.RUNNING, unit.attempt + 1, 0, False
         return first

@@ -26,6 +26,7 @@ from service.tenants.tables import ApiKey, Tenant
 
 LEASE = 60.0
 CANCEL_SECONDS = 3600.0
+TURN_SECONDS = 3600.0
 AT_ONCE = Retries(max_attempts=3, seconds=0)
 
 
@@ -66,20 +67,30 @@ class LedgerWorld:
     def empty(self) -> None:
         with self.engine.begin() as connection:
             connection.execute(text("DELETE FROM selection_jobs"))
+            connection.execute(text("UPDATE tenants SET turn_started_at = NULL"))
 
-    def job(self, *units: UnitSpec) -> str:
-        """A queued job with the units, or with one unit of `prepare`."""
+    def job(self, *units: UnitSpec, owner: dict[str, str] | None = None) -> str:
+        """A queued job with the units, or with one unit of `prepare`; of the world's tenant, or of another one's `owner`."""
         job_id = new_id("job")
         with self.sessions.begin() as session:
             job = SelectionJob(
-                id=job_id, status="queued", model={}, budget=1, parameters={}, request={}, job_metadata={}, **self.owner
+                id=job_id,
+                status="queued",
+                model={},
+                budget=1,
+                parameters={},
+                request={},
+                job_metadata={},
+                **(owner or self.owner),
             )
             ledger.create_job(session, job, units or [unit(Stage.PREPARE)])
         return job_id
 
     def try_claim(self, worker_id: str = "w", lease_seconds: float = LEASE) -> Claim | None:
         with self.sessions.begin() as session:
-            return ledger.claim_unit(session, worker_id=worker_id, lease_seconds=lease_seconds)
+            return ledger.claim_unit(
+                session, worker_id=worker_id, lease_seconds=lease_seconds, turn_seconds=TURN_SECONDS
+            )
 
     def claim(self, worker_id: str = "w", lease_seconds: float = LEASE) -> Claim:
         claim = self.try_claim(worker_id, lease_seconds)
@@ -156,6 +167,12 @@ class LedgerWorld:
         """As time does: it was asked for long ago."""
         self._age("selection_jobs", "cancel_requested_at", id=job_id)
 
+    def end_turns(self) -> None:
+        """As time does."""
+        past = timedelta(seconds=2 * TURN_SECONDS)
+        with self.engine.begin() as connection:
+            connection.execute(text("UPDATE tenants SET turn_started_at = turn_started_at - :past"), {"past": past})
+
     def _age(self, table: str, column: str, **row: Any) -> None:
         past = timedelta(seconds=2 * CANCEL_SECONDS)
         with self.engine.begin() as connection:
@@ -196,6 +213,18 @@ class LedgerWorld:
             return [connection.execute(text(f"SELECT t::text FROM {t} t ORDER BY id")).all() for t in tables]
 
 
+def new_owner(sessions: Sessions) -> dict[str, str]:
+    """A tenant with a key and a dataset, as a job's columns name them."""
+    tenant_id, key_id, dataset_id = new_id("tnt"), new_id("key"), new_id("ds")
+    content = {"fingerprint": "0" * 64, "row_count": 9, "byte_count": 9, "sources": {}}
+    with sessions.begin() as session:
+        session.add(Tenant(id=tenant_id, name=tenant_id))
+        session.flush()
+        session.add(ApiKey(id=key_id, tenant_id=tenant_id, name="key", prefix=key_id, digest=bytes(32)))
+        session.add(Dataset(id=dataset_id, tenant_id=tenant_id, name="pool", **content))
+    return {"tenant_id": tenant_id, "key_id": key_id, "pool_id": dataset_id, "target_id": dataset_id}
+
+
 @contextmanager
 def ledger_world(postgres_url: str, *, lock_timeout: str = "0") -> Iterator[LedgerWorld]:
     """With a `lock_timeout` a lock that is waited for so long is an error, and no test that hangs."""
@@ -204,25 +233,8 @@ def ledger_world(postgres_url: str, *, lock_timeout: str = "0") -> Iterator[Ledg
             connection.execute(f"ALTER DATABASE {connection.info.dbname} SET lock_timeout = '{lock_timeout}'")
         engine = make_engine(DatabaseSettings(url=url, pool_size=10))
         sessions = make_sessions(engine)
-        tenant_id, key_id, dataset_id = new_id("tnt"), new_id("key"), new_id("ds")
-        with sessions.begin() as session:
-            session.add(Tenant(id=tenant_id, name="tenant"))
-            session.flush()
-            session.add(ApiKey(id=key_id, tenant_id=tenant_id, name="key", prefix="prefix", digest=bytes(32)))
-            session.add(
-                Dataset(
-                    id=dataset_id,
-                    tenant_id=tenant_id,
-                    name="pool",
-                    fingerprint="0" * 64,
-                    row_count=9,
-                    byte_count=9,
-                    sources={},
-                )
-            )
-        owner = {"tenant_id": tenant_id, "key_id": key_id, "pool_id": dataset_id, "target_id": dataset_id}
         try:
-            yield LedgerWorld(url, engine, sessions, owner)
+            yield LedgerWorld(url, engine, sessions, new_owner(sessions))
         finally:
             engine.dispose()
 

@@ -116,7 +116,7 @@ def test_a_missed_claim_keeps_no_job_locked(world: LedgerWorld) -> None:
     """Two claims that each kept the job they missed would wait for each other's."""
     first, second = world.job(unit(Stage.EMBED, key="embed/shared")), world.job()
     with world.sessions.begin() as holder, world.sessions.begin() as session:
-        missed = claims._claimable_unit(session, None, 60)
+        missed = claims._claimable_unit(session, None, 60, 60)
         assert missed is not None
         assert missed[1] == first
         ledger.claim_unit(holder, worker_id="a", lease_seconds=60)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from ledger_model import OPEN, Job, Model, Replay, Unit
-from ledger_world import LedgerWorld, ledger_world, unit
+from ledger_world import LedgerWorld, ledger_world, new_owner, unit
 from sqlalchemy import text
 
 from service.jobs import ledger
@@ -33,6 +33,7 @@ keys = st.sampled_from([None, None, "shared/0", "shared/1"])  # None: of this un
 # For each wave but the last the artifact keys of its units; the last is `publish`, as it is of every job.
 shapes = st.lists(st.lists(keys, min_size=1, max_size=3), max_size=2)
 workers = st.sampled_from("ab")
+tenants = st.integers(0, 2)
 # Taken modulo the number of what there is to choose from.
 picks = st.integers(0, 5)
 
@@ -62,10 +63,10 @@ def waves_of(shape: list[list[str | None]]) -> list[Sequence[UnitSpec]]:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    def __init__(self, world: LedgerWorld) -> None:
+    def __init__(self, world: LedgerWorld, owners: Sequence[dict[str, str]]) -> None:
         super().__init__()
         world.empty()
-        self.world = world
+        self.world, self.owners = world, owners
         self.model = Model()
         self.claims: list[Held] = []
         self.ended: dict[str, Any] = {}  # what was seen of jobs when they had ended
@@ -82,11 +83,11 @@ class LedgerMachine(RuleBasedStateMachine):
     # Jobs
 
     @precondition(lambda self: sum(job.status not in TERMINAL for job in self.model.jobs) < 4)
-    @rule(posted=st.lists(shapes, min_size=1, max_size=2))
-    def submit(self, posted: list[list[list[str | None]]]) -> None:
-        for shape in posted:
+    @rule(posted=st.lists(st.tuples(tenants, shapes), min_size=1, max_size=2))
+    def submit(self, posted: list[tuple[int, list[list[str | None]]]]) -> None:
+        for tenant, shape in posted:
             waves = waves_of(shape)
-            self.model.submit(self.world.job(*waves[0]), waves)
+            self.model.submit(self.world.job(*waves[0], owner=self.owners[tenant]), waves, tenant)
 
     @precondition(lambda self: self.model.jobs)
     @rule(pick=picks)
@@ -244,6 +245,12 @@ class LedgerMachine(RuleBasedStateMachine):
         _, unit = waiting[pick % len(waiting)]
         unit.waits = False
         self.world.end_delay(next(h.claim.unit_id for h in self.claims if h.unit is unit))
+
+    @precondition(lambda self: self.model.turns)
+    @rule()
+    def turns_end(self) -> None:
+        self.model.end_turns()
+        self.world.end_turns()
 
     @precondition(lambda self: any(job.status is JobStatus.CANCELLING for job in self.model.jobs))
     @rule(pick=picks)
@@ -409,8 +416,9 @@ def world(postgres_url: str) -> Iterator[LedgerWorld]:
 
 
 def test_the_ledger_does_as_its_model_in_every_history(world: LedgerWorld) -> None:
+    owners = sorted([world.owner, *(new_owner(world.sessions) for _ in range(2))], key=lambda owner: owner["tenant_id"])
     run_state_machine_as_test(
-        lambda: LedgerMachine(world),
+        lambda: LedgerMachine(world, owners),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,

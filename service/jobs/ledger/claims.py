@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import ColumnElement, exists, func, or_, select, text, update
+from sqlalchemy import ColumnElement, exists, func, or_, select, text, true, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, aliased
 
@@ -26,6 +26,7 @@ from service.jobs.ledger.rows import (
 )
 from service.jobs.state import JobStatus, UnitState
 from service.jobs.tables import JobUnit, SelectionJob, WorkerProcess
+from service.tenants.tables import Tenant
 
 
 def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -> None:
@@ -45,16 +46,22 @@ def start_stages(session: Session, job: SelectionJob, specs: Sequence[UnitSpec],
     add_event(session, job.id, "stages.started", stages=sorted({spec.stage.value for spec in specs}), units=len(specs))
 
 
-def claim_unit(session: Session, *, worker_id: str, lease_seconds: float, code: str | None = None) -> Claim | None:
-    """Takes the first unit that may run, or None. Oldest job first, then in the order of stages and shards.
+def claim_unit(
+    session: Session, *, worker_id: str, lease_seconds: float, code: str | None = None, turn_seconds: float = 60.0
+) -> Claim | None:
+    """Takes the first unit that may run, or None. Of the tenant with the fewest units that run; where several have as few, of the
+    one whose turn it is. Of a tenant's jobs the oldest comes first, then the order of stages and shards counts.
+
+    A turn lasts `turn_seconds`, so that a worker does not change its model with each unit. The next one is of the tenant whose
+    last turn began longest ago.
 
     A unit whose artifact is being made by another unit waits for that one. Where workers of two versions run, as in an upgrade,
     each does the units that its own version (`code`) has planned; those of a version that no live worker has are anyone's.
     A job whose row is held for longer than a moment is passed over. Commit at once: the claim holds a job's row.
     """
     held_up: list[str] = []
-    while (candidate := _claimable_unit(session, code, lease_seconds, held_up)) is not None:
-        unit_id, job_id = candidate
+    while (candidate := _claimable_unit(session, code, lease_seconds, turn_seconds, held_up)) is not None:
+        unit_id, job_id, in_turn = candidate
         # Rolled back where another was first: two claims that each kept the row of a job they missed could deadlock.
         attempt = session.begin_nested()
         try:
@@ -71,6 +78,8 @@ def claim_unit(session: Session, *, worker_id: str, lease_seconds: float, code: 
             attempt.rollback()
             continue
         attempt.commit()
+        if not in_turn:
+            _start_turn(session, job.tenant_id, turn_seconds)
         if job.status == JobStatus.QUEUED:
             job.status = JobStatus.RUNNING
             job.started_at = func.now()
@@ -89,8 +98,10 @@ def _is_claimable() -> tuple[ColumnElement[bool], ...]:
 
 
 def _claimable_unit(
-    session: Session, code: str | None, lease_seconds: float, held_up: Sequence[str] = ()
-) -> tuple[int, str] | None:
+    session: Session, code: str | None, lease_seconds: float, turn_seconds: float, held_up: Sequence[str] = ()
+) -> tuple[int, str, bool] | None:
+    """(unit, job, whether it is the turn of its tenant already). Tenants are gone through in their order: what those behind the
+    first that has a unit wait for is not looked at."""
     seen_after = func.clock_timestamp() - timedelta(seconds=lease_seconds)
     another = exists().where(
         WorkerProcess.version == JobUnit.code,
@@ -98,14 +109,50 @@ def _claimable_unit(
         WorkerProcess.stopped_at.is_(None),
         WorkerProcess.seen_at > seen_after,
     )
-    row = session.execute(
+    first = (
         select(JobUnit.id, JobUnit.job_id)
         .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
+        .where(SelectionJob.tenant_id == Tenant.id)
         .where(*_is_claimable(), ~another, SelectionJob.id.not_in(held_up))
         .order_by(SelectionJob.created_at, SelectionJob.id, JobUnit.stage, JobUnit.shard)
         .limit(1)
+        .lateral()
+    )
+    at_work = (
+        select(SelectionJob.tenant_id, func.count().label("units"))
+        .join(JobUnit, JobUnit.job_id == SelectionJob.id)
+        .where(JobUnit.state == UnitState.RUNNING)
+        .group_by(SelectionJob.tenant_id)
+        .subquery()
+    )
+    in_turn = ~_turn_is_over(turn_seconds)
+    row = session.execute(
+        select(first.c.id, first.c.job_id, in_turn.label("in_turn"))
+        .select_from(Tenant)
+        .outerjoin(at_work, at_work.c.tenant_id == Tenant.id)
+        .join(first, true())
+        .where(exists().where(SelectionJob.tenant_id == Tenant.id, SelectionJob.status.in_(OPEN)))
+        .order_by(func.coalesce(at_work.c.units, 0), in_turn.desc(), Tenant.turn_started_at.nulls_first(), Tenant.id)
+        .limit(1)
     ).one_or_none()
-    return None if row is None else (row.id, row.job_id)
+    return None if row is None else (row.id, row.job_id, row.in_turn)
+
+
+def _turn_is_over(turn_seconds: float) -> ColumnElement[bool]:
+    began_before = func.clock_timestamp() - timedelta(seconds=turn_seconds)
+    return func.coalesce(Tenant.turn_started_at <= began_before, true())
+
+
+def _start_turn(session: Session, tenant_id: str, turn_seconds: float) -> None:
+    """Waits for nobody: where another claim holds the tenant's row, it starts the turn just now."""
+    free = select(Tenant.id).where(Tenant.id == tenant_id, _turn_is_over(turn_seconds))
+    free = free.with_for_update(key_share=True, skip_locked=True)
+    session.execute(
+        update(Tenant)
+        .where(Tenant.id.in_(free))
+        .values(turn_started_at=func.clock_timestamp())
+        .execution_options(synchronize_session=False)
+    )
 
 
 def _take(session: Session, unit_id: int, worker_id: str, lease_seconds: float) -> Claim | None:
