@@ -35,6 +35,8 @@ def settings_problem(error: ValueError) -> str:
 
 def migrate() -> None:
     """Bring the database (WINNOW_DATABASE__URL) to this version."""
+    from service.audit import service as audit
+    from service.database import make_engine, make_sessions
     from service.schema import MigrationError, upgrade
     from service.settings import database_settings
 
@@ -53,6 +55,9 @@ def migrate() -> None:
     elif before.current == before.newest:
         print(f"The database is at {before.newest} already.")
     else:
+        with make_sessions(make_engine(settings)).begin() as session:
+            versions = {"before": before.current, "after": before.newest}
+            audit.record_own(session, "cli", None, "database.migrated", "database", **versions)
         print(f"The database went from {before.current or 'nothing'} to {before.newest}.")
 
 

@@ -144,16 +144,20 @@ def _provenance(
         "request_sha256": hashlib.sha256(request.encode()).hexdigest(),
         "tenant": job.tenant_id,
         "api_key": job.key_id,
+        "retry_of": job.retry_of,
+        "reproduces": job.reproduces,
         "pool": {"id": pool.id, "fingerprint": pool.fingerprint, "rows": pool.row_count},
         "target": {"id": target.id, "fingerprint": target.fingerprint, "rows": target.row_count},
         "model": {
             **job.model,
             "fingerprint": prepared["model_fingerprint"],
             "files": prepared["model_files"],
+            "tokenizer_fingerprint": prepared.get("tokenizer_fingerprint"),  # prepared by the version before: has none
             "chat_template": prepared["chat_template"],
         },
         "budget": job.budget,
         "parameters": job.parameters,
+        "seed": job.parameters["seed"],  # every random choice of every stage is drawn from it
         "max_length": prepared["max_length"],
         "dtype": prepared["dtype"],
         "device": prepared["device"],

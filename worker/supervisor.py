@@ -24,12 +24,14 @@ from service.jobs.state import JobStatus, Stage
 from service.jobs.tables import SelectionJob
 from service.observability import logs
 from service.observability.traces import Traces
+from service.results import repository as results
 from service.settings import Settings
 from worker import publish
 from worker.child import Child
 from worker.errors import ArtifactMissing, ComputeDied, UnitError
 from worker.metrics import Outcome, WorkerMetrics
 from worker.presence import Presence
+from worker.reproduction import differences
 from worker.reuse import known_result, mark_used
 from worker.stages.keys import worker_version
 from worker.units import exact_plan, next_units, unit_message, with_operations
@@ -360,6 +362,9 @@ class Supervisor:
             return
         units = next_units(session, job)
         if claim.stage == Stage.PREPARE:
+            if job.reproduces is not None:
+                record = results.provenance(session, job.reproduces).record
+                ledger.add_event(session, job.id, "job.reproduction", differences=differences(record, result))
             planned = exact_plan(session, self._store, self._settings.models, job, units)
             ledger.add_event(session, job.id, "job.planned", **planned)
         ledger.start_stages(session, job, units, code=worker_version())

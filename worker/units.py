@@ -49,6 +49,7 @@ def job_inputs(session: Session, job: SelectionJob) -> JobInputs:
         target=session.get_one(Dataset, job.target_id).fingerprint,
         budget=job.budget,
         parameters=job.parameters,
+        salt=job.id if job.reproduces else None,  # a reproduction finds nothing of any other job
     )
 
 

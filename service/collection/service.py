@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from service.artifacts import KEY_PATTERN, ArtifactStore, Stored
+from service.audit import service as audit
 from service.collection import repository
 from service.collection.repository import InUse
 from service.database import Sessions
@@ -130,7 +131,8 @@ class _Pass:
     def _delete(self, found: Iterable[tuple[str, str]]) -> None:
         for tenant_id, job_id in found:
             with self._sessions.begin() as session:
-                jobs.delete(session, tenant_id, job_id)
+                if jobs.delete(session, tenant_id, job_id):
+                    audit.record_own(session, "system", tenant_id, "selection_job.deleted", job_id, reason="retention")
             log.info("deleted %s: it ended more than %g days ago", job_id, self._retention.results_days)
 
     def workers(self) -> None:

@@ -30,6 +30,14 @@ def live_kept(session: Session, tenant_id: str, dataset_id: str) -> Dataset | No
     return session.scalar(_live(tenant_id, dataset_id).with_for_update(read=True)) if is_id(dataset_id) else None
 
 
+def live_content_kept(session: Session, tenant_id: str, fingerprint: str) -> Dataset | None:
+    """The tenant's newest dataset with this content, which cannot be deleted before the transaction ends."""
+    query = select(Dataset).where(
+        Dataset.tenant_id == tenant_id, Dataset.fingerprint == fingerprint, Dataset.deleted_at.is_(None)
+    )
+    return session.scalar(query.order_by(Dataset.id.desc()).limit(1).with_for_update(read=True))
+
+
 def live_to_delete(session: Session, tenant_id: str, dataset_id: str) -> Dataset | None:
     """The dataset, once no transaction that keeps it is open."""
     return session.scalar(_live(tenant_id, dataset_id).with_for_update()) if is_id(dataset_id) else None

@@ -42,7 +42,9 @@ def plan(
         budget=job.budget,
         estimated=counts["pool"][1] or counts["target"][1],
     )
-    already = {stage: earlier.share(stage) for stage in stages_of(job.parameters, job_counts)}
+    # A reproduction uses nothing of earlier jobs.
+    stages = () if job.reproduces else stages_of(job.parameters, job_counts)
+    already = {stage: earlier.share(stage) for stage in stages}
     return cost.plan(shape_of(settings, job.model), job.parameters, job_counts, measured_rates(session), already)
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 from fastapi.responses import JSONResponse
+from sqlalchemy.orm import Session
 
 from service.artifacts import ArtifactStore
 from service.audit import service as audit
@@ -18,10 +19,11 @@ from service.errors import (
     Unprocessable,
     responses,
 )
-from service.idempotency.service import OnceDep
-from service.jobs import repository, service
+from service.idempotency.service import Once, OnceDep
+from service.jobs import again, repository, service
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.jobs.state import TERMINAL, JobStatus
+from service.jobs.tables import SelectionJob
 from service.pages import After, Limit, Page
 from service.settings import ApiSettings
 from service.tenants.service import ReadDep, SubmitDep
@@ -49,10 +51,9 @@ def create_job(
     store: ArtifactStore = request.app.state.store
     if body.dry_run:
         return once.keep(service.plan(session, caller, body, settings.models, store), status.HTTP_200_OK)
-    job = service.create(session, caller, body, settings.models, store)
+    job = service.create(session, caller, body, settings.models, settings.limits, store)
     audit.record(session, caller, "selection_job.created", job.id, pool=job.pool_id, target=job.target_id)
-    headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": RETRY_AFTER_SECONDS}
-    return once.keep(service.describe(session, [job])[0], status.HTTP_202_ACCEPTED, headers)
+    return _accepted(session, once, job)
 
 
 @router.get("", summary="Your jobs, newest first", responses=responses(BadRequest))
@@ -84,9 +85,46 @@ def get_job(job_id: str, response: Response, session: SessionDep, caller: ReadDe
 )
 def cancel_job(job_id: str, session: SessionDep, caller: SubmitDep, once: OnceDep) -> JSONResponse:
     """Running units stop at their next batch; a job that has ended stays as it is. Safe to repeat."""
-    job = service.cancel(session, caller.tenant_id, job_id)
-    audit.record(session, caller, "selection_job.cancelled", job.id)
+    job, cancelled = service.cancel(session, caller.tenant_id, job_id)
+    if cancelled:
+        audit.record(session, caller, "selection_job.cancelled", job.id)
     return once.keep(service.describe(session, [job])[0], status.HTTP_200_OK)
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=status.HTTP_202_ACCEPTED,
+    summary="Post a failed job again",
+    response_model=SelectionJobOut,
+    responses=responses(NotFound, Conflict, Unprocessable),
+)
+def retry_job(job_id: str, request: Request, session: SessionDep, caller: SubmitDep, once: OnceDep) -> JSONResponse:
+    """A new job with the same request, parameters, metadata and model. What the first one had computed is found again."""
+    state = request.app.state
+    job = again.retry(session, caller, job_id, state.settings.models, state.settings.limits, state.store)
+    audit.record(session, caller, "selection_job.retried", job.id, retry_of=job_id)
+    return _accepted(session, once, job)
+
+
+@router.post(
+    "/{job_id}/reproduce",
+    status_code=status.HTTP_202_ACCEPTED,
+    summary="Compute a succeeded job again from its provenance",
+    response_model=SelectionJobOut,
+    responses=responses(NotFound, Conflict, Unprocessable),
+)
+def reproduce_job(job_id: str, request: Request, session: SessionDep, caller: SubmitDep, once: OnceDep) -> JSONResponse:
+    """A new job from the audit record: the same data, model, parameters and seeds, and nothing of what was computed before. Also
+    of a deleted job. It fails where the model's files are others; an event `job.reproduction` names what else differs."""
+    state = request.app.state
+    job = again.reproduce(session, caller, job_id, state.settings.models, state.settings.limits, state.store)
+    audit.record(session, caller, "selection_job.reproduced", job.id, reproduces=job_id)
+    return _accepted(session, once, job)
+
+
+def _accepted(session: Session, once: Once, job: SelectionJob) -> JSONResponse:
+    headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": RETRY_AFTER_SECONDS}
+    return once.keep(service.describe(session, [job])[0], status.HTTP_202_ACCEPTED, headers)
 
 
 @router.delete(
@@ -97,8 +135,8 @@ def cancel_job(job_id: str, session: SessionDep, caller: SubmitDep, once: OnceDe
 )
 def delete_job(job_id: str, session: SessionDep, caller: SubmitDep) -> None:
     """Its results, units and events are gone; its provenance stays. Safe to repeat."""
-    service.delete(session, caller.tenant_id, job_id)
-    audit.record(session, caller, "selection_job.deleted", job_id)
+    if service.delete(session, caller.tenant_id, job_id):
+        audit.record(session, caller, "selection_job.deleted", job_id)
 
 
 @router.get("/{job_id}/events", summary="What happened to a job, oldest first", responses=responses(NotFound))

@@ -180,6 +180,8 @@ class SelectionJobOut(BaseModel):
     parameters: JobParameters
     metadata: dict[str, str]
     error: JobError | None
+    retry_of: str | None = Field(description="The job that this one is posted again of")
+    reproduces: str | None = Field(description="The job whose provenance this one computes anew")
     created_at: datetime
     started_at: datetime | None
     cancel_requested_at: datetime | None

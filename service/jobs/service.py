@@ -18,24 +18,50 @@ from service.jobs.parameters import JobParameters
 from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
 from service.jobs.state import TERMINAL, JobStatus, Stage
 from service.jobs.tables import SelectionJob
+from service.limits import quotas
 from service.observability.traces import traceparent
 from service.results import repository as results
-from service.settings import ModelSettings
+from service.settings import LimitSettings, ModelSettings
 from service.tenants.caller import Caller
 
 
 def create(
-    session: Session, caller: Caller, request: JobRequest, settings: ModelSettings, store: ArtifactStore
+    session: Session,
+    caller: Caller,
+    request: JobRequest,
+    settings: ModelSettings,
+    limits: LimitSettings,
+    store: ArtifactStore,
 ) -> SelectionJob:
     """Writes the job, its first unit, and its first events: `job.queued` and, with its plan, `job.planned`. Never touches
     the broker: the dispatcher hears of the unit.
 
     Raises:
         Unprocessable: names the field that cannot be honoured.
+        TooManyRequests: a quota of the key does not allow it now.
     """
     job, pool, target = _make(session, caller, request, settings)
+    return start(session, caller, job, pool, target, settings, limits, store)
+
+
+def start(
+    session: Session,
+    caller: Caller,
+    job: SelectionJob,
+    pool: Dataset,
+    target: Dataset,
+    settings: ModelSettings,
+    limits: LimitSettings,
+    store: ArtifactStore,
+) -> SelectionJob:
+    """Writes a job that has been made, as `create` does: every new job goes through here.
+
+    Raises:
+        TooManyRequests: a quota of the caller's key does not allow it now.
+    """
     job.trace = traceparent()
     planned = planning.plan(session, store, settings, job, pool, target)
+    quotas.check_job(session, caller, limits, pool.row_count + target.row_count)
     prepare = ledger.UnitSpec(
         stage=Stage.PREPARE,
         shard=0,
@@ -53,7 +79,7 @@ def create(
 def plan(
     session: Session, caller: Caller, request: JobRequest, settings: ModelSettings, store: ArtifactStore
 ) -> SelectionPlan:
-    """What the job would cost. Writes nothing; refuses what `create` refuses."""
+    """What the job would cost. Writes nothing; refuses what `create` refuses, but for quotas: a plan uses none."""
     job, pool, target = _make(session, caller, request, settings)
     planned = planning.plan(session, store, settings, job, pool, target)
     asked = {"model": job.model, "pool": pool.id, "target": target.id, "budget": job.budget}
@@ -116,16 +142,17 @@ def page(
     return found[:limit], len(found) > limit
 
 
-def cancel(session: Session, tenant_id: str, job_id: str) -> SelectionJob:
+def cancel(session: Session, tenant_id: str, job_id: str) -> tuple[SelectionJob, bool]:
+    """The job, and whether this has cancelled it: repeating, or a job that has ended, changes nothing."""
     job = require(session, tenant_id, job_id)
-    ledger.request_cancel(session, job)
+    asked = ledger.request_cancel(session, job)
     session.flush()
     session.refresh(job)
-    return job
+    return job, asked
 
 
-def delete(session: Session, tenant_id: str, job_id: str) -> None:
-    """Deletes the job's results, units and events; its provenance stays. Repeating changes nothing.
+def delete(session: Session, tenant_id: str, job_id: str) -> bool:
+    """Deletes the job's results, units and events; its provenance stays. True; False where that was done before.
 
     Raises:
         NotFound: the tenant has no such job.
@@ -135,13 +162,14 @@ def delete(session: Session, tenant_id: str, job_id: str) -> None:
     if job is None:
         raise NotFound(f"No selection job {job_id!r}.", param="id")
     try:
-        ledger.delete_job(session, job)
+        deleted = ledger.delete_job(session, job)
     except ledger.NotTerminal as error:
         raise Conflict(
             f"Job {job_id} is {job.status}; cancel it first, or wait for its end.",
             code="job_not_finished",
         ) from error
     results.delete(session, job_id)
+    return deleted
 
 
 def describe(session: Session, jobs: Sequence[SelectionJob]) -> list[SelectionJobOut]:
@@ -169,6 +197,8 @@ def _describe(job: SelectionJob, rows: Sequence[Row[Any]]) -> SelectionJobOut:
         parameters=JobParameters.model_validate(job.parameters),
         metadata=job.job_metadata,
         error=None if job.error is None else JobError.model_validate(job.error),
+        retry_of=job.retry_of,
+        reproduces=job.reproduces,
         created_at=job.created_at,
         started_at=job.started_at,
         cancel_requested_at=job.cancel_requested_at,

@@ -17,6 +17,15 @@ def chunk_sha256(
     return digest.digest()
 
 
+SELECTION_ROW = np.dtype([("rank", "<i8"), ("index", "<i8"), ("influence", "<f4"), ("weight", "<f4"), ("exact", "u1")])
+"""A selected sample as it is hashed: 25 bytes without gaps, little-endian; `exact` is 0 or 1."""
+
+
+def selection_sha256(rows: npt.NDArray[np.void]) -> str:
+    """sha256, in hex, of the `SELECTION_ROW` of each selected sample in rank order, one behind the other."""
+    return hashlib.sha256(rows.astype(SELECTION_ROW).tobytes()).hexdigest()
+
+
 def merkle_root(leaves: Sequence[bytes]) -> bytes:
     """The Merkle root over the chunks' hashes in chunk order.
 

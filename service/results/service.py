@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from service.errors import Conflict, NotFound
 from service.jobs.state import TERMINAL, JobStatus
 from service.results import repository
-from service.results.merkle import chunk_sha256, merkle_root
+from service.results.merkle import SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
 from service.results.tables import CHUNK_SIZE, JobResult, Provenance
 
 HISTOGRAM_BINS = 64
@@ -112,7 +112,8 @@ def publish(
 ) -> None:
     """Writes the results of a job in the caller's transaction: weights, selection, summary and audit record.
 
-    `provenance.weights_root` is the `merkle_root` over the `chunk_sha256` of each 16,384 samples in pool order.
+    `provenance.weights_root` is the `merkle_root` over the `chunk_sha256` of each 16,384 samples in pool order; the record is
+    given `selection_sha256`.
 
     Args:
         influence: (n,) of every pool sample, in pool order; `weight` (n,), not negative; `exact` (n,), whether the
@@ -141,7 +142,11 @@ def publish(
     repository.copy_in(session, "selected_samples", _SELECTED_COLUMNS, selected_rows)
     counted = {"selected_count": selected.size, **summary}
     session.add(JobResult(job_id=job_id, sample_count=influence.size, summary=counted))
-    session.add(Provenance(job_id=job_id, weights_root=merkle_root(hashes), record=provenance))
+    rows = np.empty(selected.size, SELECTION_ROW)
+    rows["rank"], rows["index"] = np.arange(selected.size), selected
+    rows["influence"], rows["weight"], rows["exact"] = influence[selected], weight[selected], exact[selected]
+    record = {**provenance, "selection_sha256": selection_sha256(rows)}
+    session.add(Provenance(job_id=job_id, weights_root=merkle_root(hashes), record=record))
     session.flush()
 
 

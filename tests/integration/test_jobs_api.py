@@ -719,6 +719,8 @@ ROUTES = [
     ("GET", ""),
     ("DELETE", ""),
     ("POST", "/cancel"),
+    ("POST", "/retry"),
+    ("POST", "/reproduce"),
     ("GET", "/events"),
     ("GET", "/results"),
     ("GET", "/weights"),

@@ -71,10 +71,11 @@ def result_key(artifact_key: str) -> str:
     return f"{artifact_key}.json"
 
 
-def tokens_key(dataset: str, tokenizer: str, max_length: int) -> str:
-    return artifact_key(
-        Stage.PREPARE, "tokens", ".parquet", dataset=dataset, tokenizer=tokenizer, max_length=max_length
-    )
+def tokens_key(dataset: str, tokenizer: str, max_length: int, salt: str | None) -> str:
+    """Of a dataset's tokens, on whose names those of all other artifacts of a job depend: with a salt it shares none."""
+    salted = {} if salt is None else {"salt": salt}
+    named = {"dataset": dataset, "tokenizer": tokenizer, "max_length": max_length}
+    return artifact_key(Stage.PREPARE, "tokens", ".parquet", **named, **salted)
 
 
 def rows_key(tokens: str, indices: npt.NDArray[np.int64]) -> str:

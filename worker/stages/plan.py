@@ -21,13 +21,14 @@ VALIDATION_SAMPLES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobInputs:
-    """What the stages know of a job: content and parameters, no tenant and no database id."""
+    """What the stages know of a job: content and parameters, no tenant. Two jobs of another `salt` have no artifact in common."""
 
     model: dict[str, Any]
     pool: str
     target: str
     budget: int
     parameters: dict[str, Any]
+    salt: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

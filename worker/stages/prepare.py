@@ -45,6 +45,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "model_files": folder.files,
         "model_type": config.model_type,
         "is_adapter": folder.is_adapter,
+        "tokenizer_fingerprint": folder.tokenizer_fingerprint,
         "chat_template": _template_of(folder),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device_name(context.models.device),
@@ -139,7 +140,7 @@ def _warmup(parameters: Mapping[str, Any], usable: int) -> dict[str, Any]:
 def _tokenise(
     context: StageContext, folder: models.ModelFolder, dataset: str, max_length: int, *, already: int
 ) -> tuple[str, data.TokenCounts]:
-    key = keys.tokens_key(dataset, folder.tokenizer_fingerprint, max_length)
+    key = keys.tokens_key(dataset, folder.tokenizer_fingerprint, max_length, context.job.salt)
     if not context.store.exists(key):
         rows = data.tokenise(
             iter_samples(context.store, dataset),

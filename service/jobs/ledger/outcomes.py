@@ -121,18 +121,19 @@ def release_unit(session: Session, claim: Claim, *, reason: str) -> None:
     add_event(session, job.id, "unit.released", **unit_of(claim), attempt=claim.attempt, reason=reason)
 
 
-def request_cancel(session: Session, job: SelectionJob) -> None:
-    """Cancels the job: at once where no unit runs, else when the running units have stopped. Repeating changes nothing."""
+def request_cancel(session: Session, job: SelectionJob) -> bool:
+    """Cancels the job: at once where no unit runs, else when the running units have stopped. False: it had ended."""
     job = lock_job(session, job.id)
     if job.status not in OPEN:
-        return
+        return False
     job.cancel_requested_at = func.clock_timestamp()
     cancel_units(session, job.id, UnitState.PENDING)
     if job.status == JobStatus.RUNNING and running_units(session, job.id):
         job.status = JobStatus.CANCELLING
         add_event(session, job.id, "job.cancelling")
-        return
-    finish_cancelled(session, job)
+    else:
+        finish_cancelled(session, job)
+    return True
 
 
 def _end_cancelling(session: Session, job: SelectionJob) -> None:

@@ -63,8 +63,8 @@ def expire_cancels(session: Session, *, after_seconds: float) -> int:
     return len(overdue)
 
 
-def delete_job(session: Session, job: SelectionJob) -> None:
-    """Deletes what a finished job has left but for its own row and its provenance. Repeating changes nothing.
+def delete_job(session: Session, job: SelectionJob) -> bool:
+    """Deletes what a finished job has left but for its own row and its provenance. True; False where that was done before.
 
     Raises:
         NotTerminal: the job has not ended.
@@ -73,11 +73,12 @@ def delete_job(session: Session, job: SelectionJob) -> None:
     if job.status not in TERMINAL:
         raise NotTerminal
     if job.deleted_at is not None:
-        return
+        return False
     job.deleted_at = func.clock_timestamp()
     job.job_metadata = {}
     for table in (JobUnit, JobEvent):
         session.execute(delete(table).where(table.job_id == job.id))
+    return True
 
 
 def hold_artifacts(session: Session) -> None:
