@@ -13,11 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import errors, health, openapi
 from service.artifacts import ArtifactStore
 from service.audit.router import router as audit
+from service.compression import Compress
 from service.database import make_engine, make_sessions
 from service.datasets.router import router as datasets
 from service.dispatch import Dispatcher
 from service.idempotency import service as idempotency
 from service.jobs.router import router as jobs
+from service.jobs.watch import Watch
+from service.limits.rate import RateLimiter, limit_rate
+from service.limits.router import router as usage
 from service.models import router as models
 from service.observability import exposition, logs
 from service.observability.middleware import Observe, note_caller
@@ -26,6 +30,10 @@ from service.results.router import router as results
 from service.sealing import Sealer
 from service.settings import ApiSettings, api_settings
 from service.sweeper import Sweeper
+from service.tenants.router import router as keys
+from service.webhooks.connect import Outbound
+from service.webhooks.router import router as webhooks
+from service.webhooks.sender import Sender
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +84,14 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         dispatcher.start()
         sweeper = Sweeper(settings, app.state.store)
         sweeper.start()
+        sender = Sender(settings, app.state.sealer, app.state.outbound, metrics.webhooks)
+        sender.start()
         app.state.dispatcher = dispatcher
+        app.state.watch.start()
+        app.state.watch.release_on_signals()
         yield
+        app.state.watch.stop()
+        sender.stop()
         sweeper.stop()
         dispatcher.stop()
         engine.dispose()
@@ -92,7 +106,11 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.state.sessions = make_sessions(engine)
     app.state.store = ArtifactStore(settings.artifacts.url)
     app.state.sealer = Sealer(settings.secret_key.get_secret_value())
+    app.state.outbound = Outbound(settings.webhooks)
+    app.state.watch = Watch(settings.database)
     app.state.metrics = metrics
+    app.state.rate = RateLimiter()
+    app.add_middleware(Compress)
     app.add_middleware(Observe, metrics=metrics.http)
     app.add_middleware(RequestId)
     traces.instrument(app, engine)
@@ -100,11 +118,11 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     idempotency.install(app)
     for router in (health.router, exposition.router):
         app.include_router(router)
-    for router in (models, datasets, jobs, results, audit):
+    for router in (models, datasets, jobs, results, keys, usage, audit, webhooks):
         app.include_router(
             router,
             prefix="/v1",
-            dependencies=[Depends(note_caller)],
+            dependencies=[Depends(note_caller), Depends(limit_rate)],
             responses=errors.responses(errors.TooManyRequests),
         )
     openapi.install(app)

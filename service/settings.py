@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FilePath,
     SecretStr,
     ValidationInfo,
     field_serializer,
@@ -132,7 +133,7 @@ class WebhookSettings(_Group):
     allowed_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
         default=(), description="Private networks that webhooks may be delivered to; else public addresses only"
     )
-    ca_file: Path | None = Field(default=None, description="Certificates (PEM) to trust instead of the system's")
+    ca_file: FilePath | None = Field(default=None, description="Certificates (PEM) to trust instead of the system's")
     timeout_seconds: float = Field(default=10.0, gt=0, description="Of one attempt, from connecting to the answer")
 
 

@@ -65,7 +65,7 @@ def _create_webhooks() -> None:
         "webhook_deliveries",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("endpoint_id", sa.String(), nullable=False),
-        sa.Column("job_id", sa.String(), nullable=False),
+        sa.Column("job_id", sa.String(), nullable=True),
         sa.Column("type", sa.String(), nullable=False),
         sa.Column("payload", sa.String(), nullable=False),
         sa.Column("state", sa.String(), server_default="pending", nullable=False),
@@ -91,7 +91,7 @@ def _create_webhooks() -> None:
     op.create_index(
         "ix_webhook_deliveries_due",
         "webhook_deliveries",
-        ["next_attempt_at"],
+        ["endpoint_id", "next_attempt_at"],
         postgresql_where="state = 'pending'",
         if_not_exists=True,
     )

@@ -16,9 +16,11 @@ from service.database import Sessions
 from service.datasets import repository as datasets
 from service.datasets import storage
 from service.datasets.service import unused_files
+from service.idempotency import repository as idempotency
 from service.jobs import service as jobs
 from service.scratch import abandoned, temporary_folder
 from service.settings import RetentionSettings
+from service.webhooks import repository as webhooks
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ def collect(
 ) -> Collected:
     """Does one pass; with `dry_run` only says what it would remove. Ends soon once `stopping` is set, and may be repeated."""
     one = _Pass(sessions, store, retention, dry_run, stopping or threading.Event())
-    for step in (one.jobs, one.workers, one.files, one.scratch):
+    for step in (one.jobs, one.workers, one.answers, one.files, one.scratch):
         if not one.is_stopping():
             step()
     return one.collected
@@ -139,6 +141,13 @@ class _Pass:
         with self._sessions.begin() as session:
             find = repository.silent_workers if self._dry_run else repository.forget_silent_workers
             self.collected.workers = find(session)
+
+    def answers(self) -> None:
+        """Answers that are kept for who asks again, and deliveries of webhooks: nobody counts on them any more."""
+        if not self._dry_run:
+            with self._sessions.begin() as session:
+                idempotency.delete_old(session)
+                webhooks.delete_old(session)
 
     def scratch(self) -> None:
         if self._dry_run:

@@ -25,7 +25,7 @@ from service.database import make_engine, make_sessions
 from service.dispatch import QUEUE
 from service.jobs import repository
 from service.jobs.state import TERMINAL, JobStatus
-from service.observability.metrics import DispatchMetrics, HttpMetrics
+from service.observability.metrics import DispatchMetrics, HttpMetrics, WebhookMetrics
 from service.settings import ApiSettings, DatabaseSettings
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ class ApiMetrics:
         self.registry = CollectorRegistry()
         self.http = HttpMetrics(self.registry)
         self.dispatch = DispatchMetrics(self.registry)
+        self.webhooks = WebhookMetrics(self.registry)
         self._ledger = LedgerCollector(settings)
         self.registry.register(self._ledger)
         ProcessCollector(registry=self.registry)

@@ -42,3 +42,14 @@ class DispatchMetrics:
         self.broker_failures = Counter(
             "winnow_broker_failures", "Times that the broker did not take messages", registry=registry
         )
+
+
+class WebhookMetrics:
+    """What the sender of this process does."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.attempts = Counter(
+            "winnow_webhook_attempts", "Requests to endpoints of webhooks", ["outcome"], registry=registry
+        )
+        for outcome in ("delivered", "failed"):
+            self.attempts.labels(outcome)

@@ -30,21 +30,28 @@ class WebhookEndpoint(CreatedAt, Base):
     disabled_reason: Mapped[str | None]
     deleted_at: Mapped[datetime | None]
 
+    @property
+    def enabled(self) -> bool:
+        return self.disabled_at is None
+
 
 class WebhookDelivery(CreatedAt, Base):
-    """One event for one endpoint; `payload` is the body as it is sent, byte for byte, each time."""
+    """One event for one endpoint; `payload` is the body as it is sent, byte for byte, each time.
+
+    `attempts` counts since it was made or replayed; while one runs, `next_attempt_at` is when another process may take it over.
+    """
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
         CheckConstraint("state IN ('pending', 'delivered', 'failed')", name="state_known"),
         CheckConstraint("(state = 'pending') = (next_attempt_at IS NOT NULL)", name="due_when_pending"),
         Index("ix_webhook_deliveries_endpoint_id_id", "endpoint_id", "id"),
-        Index("ix_webhook_deliveries_due", "next_attempt_at", postgresql_where="state = 'pending'"),
+        Index("ix_webhook_deliveries_due", "endpoint_id", "next_attempt_at", postgresql_where="state = 'pending'"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"))
-    job_id: Mapped[str]
+    job_id: Mapped[str | None]
     type: Mapped[str]
     payload: Mapped[str]
     state: Mapped[str] = mapped_column(server_default="pending")
