@@ -1,11 +1,13 @@
 """`/v1/selection-jobs`: post, poll, list, cancel, and what happened."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response, status
+from fastapi import APIRouter, Header, Query, Request, Response, status
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
+from service import etags
 from service.artifacts import ArtifactStore
 from service.audit import service as audit
 from service.database import SessionDep
@@ -20,12 +22,13 @@ from service.errors import (
     responses,
 )
 from service.idempotency.service import Once, OnceDep
-from service.jobs import again, repository, service
+from service.jobs import again, following, repository, service
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.jobs.state import TERMINAL, JobStatus
 from service.jobs.tables import SelectionJob
 from service.pages import After, Limit, Page
 from service.settings import ApiSettings
+from service.tenants.caller import Caller
 from service.tenants.service import ReadDep, SubmitDep
 
 router = APIRouter(prefix="/selection-jobs", tags=["selection jobs"], responses=responses(Unauthorized, Forbidden))
@@ -69,12 +72,34 @@ def list_jobs(
     return Page(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
-@router.get("/{job_id}", summary="One job: status, phase and progress", responses=responses(NotFound))
-def get_job(job_id: str, response: Response, session: SessionDep, caller: ReadDep) -> SelectionJobOut:
-    job = service.require(session, caller.tenant_id, job_id)
-    if job.status not in TERMINAL:
-        response.headers["Retry-After"] = RETRY_AFTER_SECONDS
-    return service.describe(session, [job])[0]
+@router.get(
+    "/{job_id}",
+    summary="One job: status, phase and progress",
+    response_model=SelectionJobOut,
+    responses={**etags.NOT_MODIFIED, **responses(NotFound, Unprocessable)},
+)
+async def get_job(
+    job_id: str,
+    request: Request,
+    session: SessionDep,
+    caller: ReadDep,
+    wait: Annotated[
+        int, Query(ge=0, le=60, description="Seconds to wait for the job's end; then it is answered as it is")
+    ] = 0,
+) -> Response:
+    """With an `ETag` once the job has ended."""
+    job = await run_in_threadpool(_described, session, caller, job_id)
+    if wait and job.status not in TERMINAL:
+        await run_in_threadpool(session.commit)  # its connection goes back before the waiting starts
+        job = await following.until_ended(request, caller.tenant_id, job_id, wait)
+    if job.status in TERMINAL:
+        return etags.answer_by_content(request, job)
+    headers = {"Retry-After": "0" if wait else RETRY_AFTER_SECONDS}
+    return Response(job.model_dump_json(), media_type="application/json", headers=headers)
+
+
+def _described(session: Session, caller: Caller, job_id: str) -> SelectionJobOut:
+    return service.describe(session, [service.require(session, caller.tenant_id, job_id)])[0]
 
 
 @router.post(
@@ -139,15 +164,37 @@ def delete_job(job_id: str, session: SessionDep, caller: SubmitDep) -> None:
         audit.record(session, caller, "selection_job.deleted", job_id)
 
 
-@router.get("/{job_id}/events", summary="What happened to a job, oldest first", responses=responses(NotFound))
+@router.get(
+    "/{job_id}/events",
+    summary="What happened to a job, oldest first",
+    response_model=EventPage,
+    responses={
+        status.HTTP_200_OK: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        status.HTTP_204_NO_CONTENT: {"description": "A stream of a job that has ended, which has nothing more to send"},
+        **responses(NotFound, Unprocessable, Unavailable),
+    },
+)
 def list_events(
     job_id: str,
+    request: Request,
     session: SessionDep,
     caller: ReadDep,
     limit: Limit = 100,
     after: Annotated[int, Query(ge=0, lt=2**63, description="`last_id` of the page before")] = 0,
-) -> EventPage:
-    service.require(session, caller.tenant_id, job_id)
+    last_event_id: Annotated[
+        int | None, Header(ge=0, lt=2**63, description="Of a stream that broke off: it continues there")
+    ] = None,
+) -> Any:
+    """A page; or with `Accept: text/event-stream` a stream of server-sent events, each with the JSON of an event of a page as its
+    `data`. The stream ends when the job has."""
+    job = service.require(session, caller.tenant_id, job_id)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        if "limit" in request.query_params:
+            raise Unprocessable("limit goes with pages; leave it out of a stream.", param="limit")
+        after = after if last_event_id is None else last_event_id
+        if job.status in TERMINAL and not repository.events(session, job_id, after=after, limit=1):
+            return Response(status_code=status.HTTP_204_NO_CONTENT)
+        return following.EventStream(request, caller.tenant_id, job_id, after)
     events = repository.events(session, job_id, after=after, limit=limit)
-    data = [EventOut(id=e.id, type=e.type, created_at=e.created_at, data=e.data) for e in events[:limit]]
+    data = [EventOut.model_validate(event) for event in events[:limit]]
     return EventPage(data=data, has_more=len(events) > limit, last_id=data[-1].id if data else None)

@@ -18,6 +18,7 @@ from pydantic import (
 from service.jobs.parameters import JobParameters, Parameters
 from service.jobs.state import JobStatus, Stage
 from service.models import HubModel
+from service.pages import NumberedPage
 
 
 def _check_budget(value: Any, check: ValidatorFunctionWrapHandler) -> int | float:
@@ -189,16 +190,13 @@ class SelectionJobOut(BaseModel):
 
 
 class EventOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
     id: int
     type: str = Field(examples=["unit.claimed"])
     created_at: datetime
     data: dict[str, Any]
 
 
-class EventPage(BaseModel):
+class EventPage(NumberedPage[EventOut]):
     """Events oldest first; `after` = the last `last_id` continues, also while the job runs."""
-
-    object: Literal["list"] = "list"
-    data: list[EventOut]
-    has_more: bool
-    last_id: int | None

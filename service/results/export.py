@@ -31,6 +31,8 @@ BATCH_BYTES = 4 * 2**20
 # A stream that waits for its client holds one batch of bytes, one that makes a batch several times as much.
 MOST_STREAMS = 32
 _MOST_MAKING = 4
+# Arrow's own allocator keeps what was freed by each thread for that thread: twice the memory here, and no faster.
+pa.set_memory_pool(pa.system_memory_pool())
 
 # Lists or arrays by name, all of one length.
 Columns = dict[str, Any]
