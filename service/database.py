@@ -76,8 +76,9 @@ def is_away(error: DBAPIError) -> bool:
 
 def _request_session(request: Request) -> Iterator[Session]:
     sessions: Sessions = request.app.state.sessions
-    with sessions.begin() as session:
+    with sessions() as session:
         yield session
+        session.commit()
 
 
 # Commits when the route function returns and before the answer is sent: a client never hears of what was not kept.
