@@ -1,75 +1,30 @@
 """The `winnow` command."""
 
-import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
+from service import audit_commands, operate, show
 from service import demo as demonstration
-from service import operate, show
 from service.assignments import assigned
 from service.assignments import budget as read_budget
-from service.client import Winnow, WinnowError
-from service.local import StackError, StackProcess, running_stack, stop_stack
+from service.client import Winnow
+from service.console import DEFAULT_HOME, AsJson, Home, Key, Url, err, out
+from service.console import connected as _client
+from service.console import print_json as _print_json
+from service.console import told as _told
+from service.local import StackError, StackProcess, stop_stack
 
 app = typer.Typer(help="Data selection as a service for fine-tuning language models.", no_args_is_help=True)
 operate.register(app)
-
-Home = Annotated[Path, typer.Option(help="Folder of the embedded stack's state", envvar="WINNOW_HOME")]
-Url = Annotated[
-    str | None, typer.Option(help="The service; default: the stack that runs from --home", envvar="WINNOW_URL")
-]
-Key = Annotated[str | None, typer.Option("--api-key", help="wnw_...", envvar="WINNOW_API_KEY")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
-DEFAULT_HOME = Path(".winnow")
-
-out = Console()
-err = Console(stderr=True)
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"[red]winnow:[/] {escape(message)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(1)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Errors of the service and the stack as a line or a few; anything else is a fault of ours and keeps its traceback."""
-    try:
-        yield
-    except WinnowError as error:
-        more = [f"\n  {e['param']}: {e['message']}" for e in error.errors or []]
-        _fail(f"{error}{''.join(more)}")
-    except (StackError, ValueError, TimeoutError, OSError) as error:
-        _fail(str(error))
-
-
-@contextmanager
-def _client(home: Path, url: str | None, api_key: str | None) -> Iterator[Winnow]:
-    with _told():
-        if url is None or api_key is None:
-            stack = running_stack(home)
-            if stack is None:
-                raise StackError(
-                    f"no stack runs from {home}; start one with `winnow up`, or pass --url and --api-key"
-                    " (WINNOW_URL, WINNOW_API_KEY)"
-                )
-            url, api_key = url or stack.url, api_key or stack.api_key
-        with Winnow(url, api_key) as client:
-            yield client
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+audit_commands.register(app)
 
 
 @app.command()

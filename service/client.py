@@ -173,6 +173,14 @@ class Winnow:
         """Asks the job to stop; it may still be `cancelling` in the answer."""
         return self._json("POST", f"/selection-jobs/{job_id}/cancel")
 
+    def retry(self, job_id: str) -> Json:
+        """Posts a failed or cancelled job again; returns the new one."""
+        return self._json("POST", f"/selection-jobs/{job_id}/retry")
+
+    def reproduce(self, job_id: str) -> Json:
+        """Posts a job that computes a succeeded one anew from its provenance; returns the new one."""
+        return self._json("POST", f"/selection-jobs/{job_id}/reproduce")
+
     def events(self, job_id: str) -> Iterator[Json]:
         """What has happened to the job so far, oldest first."""
         return self._pages(f"/selection-jobs/{job_id}/events", {})
@@ -260,9 +268,18 @@ class Winnow:
         """The summary of a succeeded job."""
         return self._json("GET", f"/selection-jobs/{job_id}/results")
 
-    def provenance(self, job_id: str) -> Json:
-        """The audit record of a succeeded job."""
-        return self._json("GET", f"/selection-jobs/{job_id}/provenance")
+    def provenance(self, job_id: str, chunks: bool = False) -> Json:
+        """The audit record of a succeeded job; `chunks` adds the hashes that its Merkle root is over."""
+        params = {"chunks": "true"} if chunks else {}
+        return self._json("GET", f"/selection-jobs/{job_id}/provenance", params=params)
+
+    def audit_log(self, **filters: str | None) -> Iterator[Json]:
+        """Who did what in the tenant, newest first: for a key with the scope admin.
+
+        Args:
+            filters: action, object_id, key_id, created_after, created_before.
+        """
+        return self._pages("/audit-log", {name: value for name, value in filters.items() if value is not None})
 
     def selected(self, job_id: str) -> Iterator[Json]:
         """The selected samples in rank order."""

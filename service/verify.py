@@ -21,11 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from service.results.formats import JOB_METADATA
 from service.results.merkle import SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
 from service.results.tables import CHUNK_SIZE
-
-JOB_METADATA = b"winnow.job_id"
-"""Where a Parquet export says whose it is."""
 
 _TYPES = {
     "index": pa.types.is_integer,

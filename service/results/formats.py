@@ -31,6 +31,10 @@ _TYPES = {
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
+# In the schema of a Parquet file: what it is an export of.
+JOB_METADATA, ROOT_METADATA = b"winnow.job_id", b"winnow.weights_root"
+
+
 class Format(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"

@@ -91,6 +91,12 @@ def weights_root(session: Session, job_id: str) -> str:
     return session.scalars(select(Provenance.weights_root).where(Provenance.job_id == job_id)).one().hex()
 
 
+def chunk_hashes(session: Session, job_id: str) -> list[str]:
+    """Of each chunk, in hexadecimal digits; none of a deleted job."""
+    hashes = select(WeightChunk.sha256).where(WeightChunk.job_id == job_id).order_by(WeightChunk.chunk_no)
+    return [sha256.hex() for sha256 in session.scalars(hashes)]
+
+
 # Written out as SQL because the arrays are cut there: a page of 10 does not carry 16,384 samples here.
 _CUT = f"[:start - chunk_no * {CHUNK_SIZE}::bigint + 1 : :stop - chunk_no * {CHUNK_SIZE}::bigint]"
 _CHUNKS = "FROM weight_chunks WHERE job_id = :job_id AND chunk_no BETWEEN :first AND :last ORDER BY chunk_no"

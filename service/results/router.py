@@ -8,13 +8,14 @@ from starlette.responses import StreamingResponse
 
 from service import etags
 from service.artifacts import ArtifactStore
+from service.audit import service as audit
 from service.database import SessionDep
 from service.datasets import storage
 from service.errors import Conflict, Forbidden, Gone, NotFound, Unauthorized, Unavailable, Unprocessable, responses
 from service.pages import AfterNumber
 from service.results import explain, repository
 from service.results.export import ResultStream, Rows
-from service.results.formats import ENCODERS, MEDIA_TYPES, Format, jsonl
+from service.results.formats import ENCODERS, JOB_METADATA, MEDIA_TYPES, ROOT_METADATA, Format, jsonl
 from service.results.schemas import (
     ProvenanceOut,
     SampleOut,
@@ -191,13 +192,17 @@ def export(
     tag = etags.make("export", root, job.id, format.value, selected_only, include)
     if (unchanged := etags.not_modified(request, tag)) is not None:
         return unchanged
+    audit.record(
+        session, caller, "results.exported", job.id, format=format, selected_only=selected_only, include=include
+    )
     rows = Rows(request.app.state.sessions, request.app.state.store, job)
+    origin = {JOB_METADATA: job.id, ROOT_METADATA: root}  # which a Parquet file keeps
     if include is None:
         batches = rows.selected() if selected_only else rows.all()
     else:
         batches = rows.selected_with_content() if selected_only else rows.all_with_content()
     return ResultStream(
-        ENCODERS[format](batches),
+        ENCODERS[format](batch.replace_schema_metadata(origin) for batch in batches),
         media_type=MEDIA_TYPES[format],
         headers={"Content-Disposition": f'attachment; filename="{job.id}.{format}"', **etags.headers(tag)},
     )
@@ -220,11 +225,22 @@ def _require_content(job: repository.Job, format: Format) -> None:
     response_model=ProvenanceOut,
     responses=etags.NOT_MODIFIED,
 )
-def get_provenance(job_id: str, request: Request, session: SessionDep, caller: ReadDep) -> Response:
+def get_provenance(
+    job_id: str,
+    request: Request,
+    session: SessionDep,
+    caller: ReadDep,
+    chunks: Annotated[bool, Query(description="With `chunk_sha256`, to find out where a file differs")] = False,
+) -> Response:
     """Stays when the job is deleted."""
     job = finished_job(session, caller.tenant_id, job_id, or_deleted=True)
     row = repository.provenance(session, job.id)
+    audit.record(session, caller, "provenance.read", job.id)
     found = ProvenanceOut(
-        job_id=job.id, created_at=row.created_at, weights_root=row.weights_root.hex(), record=row.record
+        job_id=job.id,
+        created_at=row.created_at,
+        weights_root=row.weights_root.hex(),
+        chunk_sha256=(repository.chunk_hashes(session, job.id) or None) if chunks else None,
+        record=row.record,
     )
     return etags.answer_by_content(request, found)

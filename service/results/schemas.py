@@ -154,4 +154,5 @@ class ProvenanceOut(_Strict):
         " (float32) and exact flags (one byte, 0 or 1), little-endian; node = sha256(0x01 || left || right); the last"
         " node of an odd level is promoted.",
     )
+    chunk_sha256: list[str] | None = Field(description="With `chunks`: the leaves; null where the job was deleted")
     record: dict[str, Any] = Field(description="Request, inputs, code, environment, parameters and units of the job")
