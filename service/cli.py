@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from service import audit_commands, operate, show
+from service import audit_commands, key_commands, operate, show
 from service import demo as demonstration
 from service.assignments import assigned
 from service.assignments import budget as read_budget
@@ -24,6 +24,7 @@ from service.local import StackError, StackProcess, stop_stack
 
 app = typer.Typer(help="Data selection as a service for fine-tuning language models.", no_args_is_help=True)
 operate.register(app)
+app.add_typer(key_commands.keys, name="keys")
 audit_commands.register(app)
 
 

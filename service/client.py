@@ -338,6 +338,25 @@ class Winnow:
             part.unlink(missing_ok=True)
         return path
 
+    def create_key(self, name: str, **request: Any) -> Json:
+        """Makes an API key of your tenant; `key` in the answer is shown nowhere again.
+
+        Args:
+            request: scopes, expires_at or expires_in_days, limits.
+        """
+        return self._json("POST", "/keys", json={"name": name, **request})
+
+    def keys(self) -> Iterator[Json]:
+        """Your tenant's API keys, newest first, revoked ones too."""
+        return self._pages("/keys", {})
+
+    def revoke_key(self, key_id: str) -> None:
+        self._call("DELETE", f"/keys/{key_id}")
+
+    def usage(self) -> Json:
+        """What your key has used of its limits."""
+        return self._json("GET", "/usage")
+
     def _pages(self, path: str, params: Mapping[str, str]) -> Iterator[Json]:
         """The entries of all pages."""
         page = self._json("GET", path, params=params)

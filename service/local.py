@@ -100,6 +100,7 @@ def _own_port(number: int) -> dict[str, str]:
 def _make_key(home: Path, database_url: str, secret_key: str) -> str:
     from service.database import make_engine, make_sessions
     from service.settings import DatabaseSettings
+    from service.tenants.caller import Scope
     from service.tenants.service import create_key
 
     engine = make_engine(DatabaseSettings(url=database_url))
@@ -108,7 +109,9 @@ def _make_key(home: Path, database_url: str, secret_key: str) -> str:
             # The key is written only if its row is: the file is made inside the transaction.
             return _kept_secret(
                 home / "api_key",
-                lambda: create_key(session, tenant_name="local", key_name="winnow up", secret_key=secret_key),
+                lambda: create_key(
+                    session, tenant_name="local", key_name="winnow up", secret_key=secret_key, scopes=tuple(Scope)
+                ),
             )
     finally:
         engine.dispose()
