@@ -42,7 +42,12 @@ def _batches(file: IO[bytes], columns: list[str]) -> Iterator[Any]:
             raise ValueError(f"it has none of the columns that hold content: {', '.join(columns[2:])}")
         if len(names) != len(set(names)):
             raise ValueError("two of its columns have one name")
-        yield from parquet.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False)
+        rows = 0
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
+            rows += batch.num_rows
+            yield batch
+        if rows != parquet.metadata.num_rows:  # Arrow itself says nothing of pages that end too early
+            raise ValueError(f"its footer tells of {parquet.metadata.num_rows} rows, and it has {rows}")
 
 
 def _rows(batch: Any) -> list[dict[str, Any] | str]:

@@ -7,6 +7,8 @@ are read under a limit, and Parquet by a process of its own that turns it into l
 import errno
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -42,15 +44,14 @@ class Upload:
 
 
 def open_upload(file: IO[bytes], columns: tuple[str, ...], limits: UploadSettings) -> Upload:
-    """The rows of a seekable file, streamed; only `columns` are read where the format allows for it.
+    """The rows of a file of the file system, streamed; only `columns` are read where the format allows for it.
 
     Raises (also while the rows are read):
         TooLarge: a budget is spent.
         Unprocessable: the file as a whole cannot be read.
     """
     file.seek(0)
-    magic = file.read(4)
-    file.seek(0)
+    magic = os.pread(file.fileno(), 4, 0)  # past the buffer: another process moves the position of the file
     if magic == _PARQUET:
         return Upload("row", _parquet_rows(file, columns, limits))
     if magic.startswith(_GZIP):
@@ -160,7 +161,7 @@ def _parquet_rows(file: IO[bytes], columns: tuple[str, ...], limits: UploadSetti
         try:
             for done, row in _lines(reader.stdout, limits, "row", _told):
                 yield done, row
-            if reader.wait() == errno.ENOMEM:
+            if reader.wait() in (errno.ENOMEM, -signal.SIGABRT):  # Arrow ends by it where it cannot say so
                 raise TooLarge(_MEMORY_SPENT, code="upload_too_large")
             if reader.returncode != 0:
                 end = f"signal {-reader.returncode}" if reader.returncode < 0 else f"status {reader.returncode}"
