@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from service.database import is_away
 
@@ -67,6 +69,10 @@ class Forbidden(ApiError):
 
 class NotFound(ApiError):
     status, code, title = 404, "not_found", "Not found"
+
+
+class MethodNotAllowed(ApiError):
+    status, code, title = 405, "method_not_allowed", "Method not allowed"
 
 
 class Conflict(ApiError):
@@ -135,6 +141,13 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(parts[1:] if parts and parts[0] in ("body", "query", "path", "header") else parts) or "body"
 
 
+def _methods_of(request: Request) -> list[str]:
+    """Of every route of the path; the framework's own answer names those of the first one alone."""
+    contexts = iter_route_contexts(request.app.routes)
+    found = (c.methods or set() for c in contexts if c.path and compile_path(c.path)[0].match(request.url.path))
+    return sorted(set().union(*found))
+
+
 def field_error(error: Mapping[str, Any]) -> dict[str, str]:
     """One of pydantic's errors under the client's name of the field, without words that speak of pydantic."""
     unknown = error["type"] == "extra_forbidden"
@@ -157,6 +170,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == MethodNotAllowed.status:
+            methods = ", ".join(_methods_of(request))
+            detail = f"{request.method} is not possible here; possible: {methods}."
+            return problem_response(request, MethodNotAllowed(detail, headers={"Allow": methods}))
         kinds: dict[int, type[ApiError]] = {404: NotFound, 401: Unauthorized, 413: TooLarge}
         kind = kinds.get(error.status_code)
         if kind is None:

@@ -5,7 +5,6 @@ holds a lock on the key, so a crash leaves nothing behind that a later request w
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -22,12 +21,13 @@ from service.tenants.caller import Caller
 from service.tenants.service import CallerDep
 
 HEADER = "Idempotency-Key"
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_KEY = r"^[\x21-\x7e]{1,255}$"
 
 KeyHeader = Annotated[
     str | None,
     Header(
         alias=HEADER,
+        pattern=_KEY,
         description="Yours, new for each call (a UUID). Sent again within 24 hours, the same request gets the same answer and"
         " has no second effect; another request with it is refused (422), one that comes while the first runs as well (409).",
     ),
@@ -52,15 +52,13 @@ class Once:
 
         Raises:
             Replayed: the request has been answered; its answer.
-            Unprocessable: the key is malformed, or was used for another request.
+            Unprocessable: the key was used for another request.
             Conflict: a request with this key is running.
         """
         self._session, self._sealer, self._caller, self._key = session, sealer, caller, key
         self._request_sha256 = request_sha256
         if key is None:
             return
-        if not _KEY.fullmatch(key):
-            raise Unprocessable(f"{HEADER}: must be 1 to 255 visible ASCII characters.", param=HEADER)
         if not repository.lock_if_free(session, caller.tenant_id, key):
             raise Conflict(
                 f"A request with this {HEADER} is running; send it again when it has ended.",

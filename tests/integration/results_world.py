@@ -145,10 +145,10 @@ def move(sessions: Sessions, job_id: str, status: JobStatus) -> None:
 
 
 @contextmanager
-def make_world(postgres_url: str, folder: Path) -> Iterator[World]:
+def make_world(postgres_url: str, folder: Path, broker_url: str = "redis://localhost:1") -> Iterator[World]:
     settings = ApiSettings(
         database=DatabaseSettings(url=postgres_url, pool_size=2),
-        broker={"url": "redis://localhost:1"},
+        broker={"url": broker_url},
         artifacts={"url": str(folder / "store")},
         models={"folder": folder},
         secret_key=SecretStr(SECRET),
