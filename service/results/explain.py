@@ -28,7 +28,7 @@ from service.results.slices import Tensors, npy_row
 
 Vector = npt.NDArray[np.float64]
 
-_ROWS = 1024  # landmarks at a time: bounds what is read of their embeddings
+_ROWS = 256  # landmarks at a time: bounds what is read of their embeddings
 _TOLERANCE = 1e-5  # influence is kept in float32
 _AGAIN = (
     "Post the same job again: what is still there is reused, the rest is computed anew, and its samples are explained."

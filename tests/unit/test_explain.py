@@ -1,6 +1,7 @@
 """Explanations of whole jobs against plain torch on what the stages left: contributions add up to the influence that is shown."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from tiny import pool_rows, save_model, target_rows, write_jsonl
 
 from service.jobs.state import Stage
 from service.jobs.tables import JobUnit
+from service.results import explain
 from service.results.explain import Asked, Origin, Unexplained, explained
 from service.results.schemas import Explanation
 from service.results.slices import Tensors, npy_row
 from worker import inprocess
+from worker.stages import keys
 
 POOL, TARGET, LANDMARKS = 40, 18, 12
 MUTE, MUTE_TARGET = 11, 4  # without a response
@@ -34,6 +37,7 @@ CURVED: dict[str, Any] = {
     "curvature": {"type": "ggn", "rank": 4},
 }
 REFINED: dict[str, Any] = {"refine": 0.3}
+GROWN: dict[str, Any] = {"landmarks": {"count": 12}, "min_fidelity": 0.9}  # which the random model never reaches
 EXACT, COSINE, RANDOM = ({"method": method} for method in ("exact_influence", "rds_plus", "random"))
 
 
@@ -78,13 +82,16 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     folder = tmp_path_factory.mktemp("explain")
     rows = {"pool": pool_rows(POOL), "target": target_rows(TARGET, "python_function")}
     for name, mute in (("pool", MUTE), ("target", MUTE_TARGET)):
         rows[name][mute]["messages"][-1]["content"] = ""
     files = {name: write_jsonl(folder / f"{name}.jsonl", each) for name, each in rows.items()}
-    return Jobs(folder, save_model(folder / "bare", template=BARE), files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "_EMBED_SHARD_TOKENS", 1_000)  # several shards, and several blocks of landmarks
+        patch.setattr(explain, "_ROWS", 5)
+        yield Jobs(folder, save_model(folder / "bare", template=BARE), files)
 
 
 def indices(ran: Ran, *, exact: bool) -> list[int]:
@@ -107,7 +114,9 @@ class Truth:
         self.rows = torch.tensor(indices(ran, exact=True))
         P = torch.from_numpy(np.load(ran.path(Stage.PROPAGATE)))[:, :TARGET].double()
         result = ran.done[Stage.PROPAGATE][-1].result
-        assert store.exists(result["explanation"])
+        with store.local(result["explanation"]) as path:
+            shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
+        assert shapes["coefficients"] == shapes["influence"] == (1 + TARGET, LANDMARKS)
         self.kernel = E @ E[self.rows].T
         if result["sigma"] is not None:
             self.kernel = torch.exp(-torch.cdist(E, E[self.rows]).square() / (2 * result["sigma"] ** 2))
@@ -162,7 +171,9 @@ def test_the_rest_is_counted_with_the_landmarks_that_are_not_named(jobs: Jobs) -
 
 
 @pytest.mark.parametrize(
-    "changes", [PLAIN, REFINED, CURVED, EXACT, COSINE], ids=["plain", "refined", "curved", "exact", "rds"]
+    "changes",
+    [PLAIN, REFINED, CURVED, GROWN, EXACT, COSINE],
+    ids=["plain", "refined", "curved", "grown", "exact", "rds"],
 )
 def test_the_influence_on_the_targets_that_count_has_the_mean_that_is_shown(
     jobs: Jobs, changes: dict[str, Any]
@@ -197,6 +208,16 @@ def test_the_shortlists_influence_is_that_of_its_own_gradients(jobs: Jobs) -> No
         assert found.targets is not None
         assert [each.influence for each in found.targets.data] == pytest.approx(truth[index, :TARGET], abs=1e-5)
         assert found.influence == pytest.approx(truth[index, 2], abs=1e-5)
+
+
+def test_a_sample_that_is_not_finite_has_no_influence_to_explain(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = jobs.origin(PLAIN)
+    selected = origin.unit(Stage.SELECT)
+    selected.result = {**(selected.result or {}), "nonfinite": [MUTE]}
+    monkeypatch.setattr(Jobs, "origin", lambda *_: origin)
+    found = jobs.explained(PLAIN, MUTE)
+    assert (found.explained_by, found.influence, found.targets) == ("none", 0, None)
+    assert "not finite" in found.sentence
 
 
 def test_targets_come_in_pages_with_their_ids(jobs: Jobs) -> None:
@@ -246,6 +267,12 @@ class TestMissing:
         with pytest.raises(Unexplained, match="made anew since, and its figures differ"):
             jobs.explained(changes, index)
         jobs.explained(changes, index, target=0)  # whose row is as it was
+        landmark = indices(ran, exact=True)[0]
+        P = np.load(ran.path(Stage.PROPAGATE), mmap_mode="r+")
+        P[landmark, 0] += 0.1
+        P.flush()
+        with pytest.raises(Unexplained, match="made anew since, and its figures differ"):
+            jobs.explained(changes, landmark)
 
     @pytest.mark.parametrize("changes", [EXACT, PLAIN])
     def test_a_job_of_a_version_that_kept_less_says_so(
