@@ -106,4 +106,3 @@ def doctor(
     print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else "\n".join(map(str, findings)))
     if any(finding.level == "FAIL" for finding in findings):
         raise typer.Exit(1)
-
