@@ -1,6 +1,7 @@
 """Datasets over HTTP on a real PostgreSQL: upload, pages, tenants kept apart, deletion and what it leaves."""
 
 import gzip
+import io
 import json
 import os
 import threading
@@ -9,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
@@ -105,8 +108,12 @@ def test_the_same_rows_may_come_raw_gzipped_in_chunks_or_as_a_form(api: "Api") -
     datasets = [upload(api.client), upload(api.client, gzip.compress(ROWS)), upload(api.client, chunks())]
     form = api.client.post("/v1/datasets", params={"name": "form"}, files={"file": ("pool.jsonl", ROWS)})
     datasets.append(form.json())
+    table = io.BytesIO()
+    rows, names = [json.loads(line) for line in ROWS.splitlines()], ("id", "source", "prompt", "completion", "text")
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), table)
+    datasets.append(api.client.post("/v1/datasets", params={"name": "form"}, files={"file": table.getvalue()}).json())
     assert len({dataset["fingerprint"] for dataset in datasets}) == 1
-    assert len({dataset["id"] for dataset in datasets}) == 4
+    assert len({dataset["id"] for dataset in datasets}) == 5
 
 
 def test_a_form_without_the_file_is_refused(api: "Api") -> None:
