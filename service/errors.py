@@ -174,6 +174,8 @@ def install(app: FastAPI) -> None:
             methods = ", ".join(_methods_of(request))
             detail = f"{request.method} is not possible here; possible: {methods}."
             return problem_response(request, MethodNotAllowed(detail, headers={"Allow": methods}))
+        if error.status_code == BadRequest.status:  # a body that is not UTF-8
+            return problem_response(request, Unprocessable("The body cannot be read as JSON in UTF-8.", param="body"))
         kinds: dict[int, type[ApiError]] = {404: NotFound, 401: Unauthorized, 413: TooLarge}
         kind = kinds.get(error.status_code)
         if kind is None:

@@ -1,6 +1,6 @@
 """Cursor pages: `{object: "list", data, has_more, last_id}`; `after` = the `last_id` of the page before."""
 
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import Query
 from pydantic import BaseModel, Field
@@ -27,7 +27,17 @@ class NumberedPage(BaseModel, Generic[Item]):
 
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries of one page")]
-After = Annotated[str | None, Query(description="`last_id` of the page before")]
+
+
+def _after(prefix: str) -> Any:
+    return Query(pattern=f"^{prefix}_[0-9a-f]{{32}}$", description="`last_id` of the page before")
+
+
+AfterJob = Annotated[str | None, _after("job")]
+AfterDataset = Annotated[str | None, _after("ds")]
+AfterKey = Annotated[str | None, _after("key")]
+AfterWebhook = Annotated[str | None, _after("whk")]
+AfterDelivery = Annotated[str | None, _after("msg")]
 AfterNumber = Annotated[
     int | None, Query(ge=0, lt=2**63, description="`last_id` of the page before; without it from the first on")
 ]

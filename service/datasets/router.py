@@ -29,7 +29,7 @@ from service.errors import (
 )
 from service.idempotency.service import KeyHeader, Once, request_digest
 from service.limits import quotas
-from service.pages import After, AfterNumber, Limit
+from service.pages import AfterDataset, AfterNumber, Limit
 from service.scratch import scratch, temporary_folder
 from service.settings import ApiSettings
 from service.tenants.caller import Caller
@@ -117,8 +117,8 @@ def _sha256(file: IO[bytes]) -> bytes:
     return digest.digest()
 
 
-@router.get("", summary="List datasets, newest first", responses=responses(BadRequest, Unprocessable))
-def list_datasets(caller: ReadDep, session: SessionDep, limit: Limit = 20, after: After = None) -> DatasetPage:
+@router.get("", summary="List datasets, newest first", responses=responses(Unprocessable))
+def list_datasets(caller: ReadDep, session: SessionDep, limit: Limit = 20, after: AfterDataset = None) -> DatasetPage:
     datasets, has_more = service.page(session, caller.tenant_id, after, limit)
     data = [DatasetObject.model_validate(dataset) for dataset in datasets]
     return DatasetPage(data=data, has_more=has_more, last_id=data[-1].id if data else None)

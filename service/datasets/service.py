@@ -10,7 +10,7 @@ from service.database import Sessions
 from service.datasets import repository, storage
 from service.datasets.storage import Content, Sample
 from service.datasets.tables import Dataset
-from service.errors import BadRequest, Conflict, NotFound, Unprocessable
+from service.errors import Conflict, NotFound, Unprocessable
 from service.ids import new_id
 from service.limits import quotas
 from service.settings import LimitSettings
@@ -71,13 +71,7 @@ def require(session: Session, tenant_id: str, dataset_id: str, param: str) -> Da
 
 
 def page(session: Session, tenant_id: str, after: str | None, limit: int) -> tuple[Sequence[Dataset], bool]:
-    """A page of live datasets, newest first, and whether there are more.
-
-    Raises:
-        BadRequest: `after` is no dataset's id.
-    """
-    if after is not None and not repository.is_id(after):
-        raise BadRequest("after: must be the `last_id` of the page before", param="after")
+    """A page of live datasets, newest first, and whether there are more."""
     found = repository.page(session, tenant_id, after, limit + 1)
     return found[:limit], len(found) > limit
 

@@ -12,7 +12,6 @@ from service.artifacts import ArtifactStore
 from service.audit import service as audit
 from service.database import SessionDep
 from service.errors import (
-    BadRequest,
     Conflict,
     Forbidden,
     NotFound,
@@ -26,7 +25,7 @@ from service.jobs import again, following, repository, service
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.jobs.state import TERMINAL, JobStatus
 from service.jobs.tables import SelectionJob
-from service.pages import After, Limit, Page
+from service.pages import AfterJob, Limit, Page
 from service.settings import ApiSettings
 from service.tenants.caller import Caller
 from service.tenants.service import ReadDep, SubmitDep
@@ -59,12 +58,12 @@ def create_job(
     return _accepted(session, once, job)
 
 
-@router.get("", summary="Your jobs, newest first", responses=responses(BadRequest))
+@router.get("", summary="Your jobs, newest first")
 def list_jobs(
     session: SessionDep,
     caller: ReadDep,
     limit: Limit = 20,
-    after: After = None,
+    after: AfterJob = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state")] = None,
 ) -> Page[SelectionJobOut]:
     jobs, has_more = service.page(session, caller.tenant_id, after=after, status=status, limit=limit)

@@ -4,9 +4,9 @@ from fastapi import APIRouter, Request, status
 from fastapi.responses import JSONResponse
 
 from service.database import SessionDep
-from service.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable, responses
+from service.errors import Conflict, Forbidden, NotFound, Unauthorized, Unprocessable, responses
 from service.idempotency.service import OnceDep
-from service.pages import After, Limit, Page
+from service.pages import AfterKey, Limit, Page
 from service.settings import ApiSettings
 from service.tenants import keys
 from service.tenants.schemas import KeyObject, KeyRequest, NewKey, shown
@@ -32,8 +32,8 @@ def create_key(
     return once.keep(made, status.HTTP_201_CREATED, {"Location": f"/v1/keys/{row.id}", "Cache-Control": "no-store"})
 
 
-@router.get("", summary="Your tenant's keys, newest first", responses=responses(BadRequest, Unprocessable))
-def list_keys(session: SessionDep, caller: AdminDep, limit: Limit = 20, after: After = None) -> Page[KeyObject]:
+@router.get("", summary="Your tenant's keys, newest first", responses=responses(Unprocessable))
+def list_keys(session: SessionDep, caller: AdminDep, limit: Limit = 20, after: AfterKey = None) -> Page[KeyObject]:
     """Revoked and expired ones too."""
     found, has_more = keys.page(session, caller.tenant_id, after=after, limit=limit)
     data = [KeyObject(**shown(row, KEY_START)) for row in found]

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Query, Request, status
 from fastapi.responses import JSONResponse
 
 from service.database import SessionDep
-from service.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable, responses
+from service.errors import Conflict, Forbidden, NotFound, Unauthorized, Unprocessable, responses
 from service.idempotency.service import OnceDep
-from service.pages import After, Limit, Page
+from service.pages import AfterDelivery, AfterWebhook, Limit, Page
 from service.tenants.service import ReadDep, SubmitDep
 from service.webhooks import service
 from service.webhooks.schemas import (
@@ -43,8 +43,10 @@ def create_webhook(
     return once.keep(_with_secret(endpoint, secret), status.HTTP_201_CREATED, location)
 
 
-@router.get("", summary="Your webhooks, newest first", responses=responses(BadRequest, Unprocessable))
-def list_webhooks(session: SessionDep, caller: ReadDep, limit: Limit = 20, after: After = None) -> Page[WebhookOut]:
+@router.get("", summary="Your webhooks, newest first", responses=responses(Unprocessable))
+def list_webhooks(
+    session: SessionDep, caller: ReadDep, limit: Limit = 20, after: AfterWebhook = None
+) -> Page[WebhookOut]:
     endpoints, has_more = service.page(session, caller.tenant_id, after=after, limit=limit)
     data = [WebhookOut.model_validate(endpoint) for endpoint in endpoints]
     return Page(data=data, has_more=has_more, last_id=data[-1].id if data else None)
@@ -104,14 +106,14 @@ def test_webhook(webhook_id: str, session: SessionDep, caller: SubmitDep, once: 
 @router.get(
     "/{webhook_id}/deliveries",
     summary="The messages of a webhook, newest first",
-    responses=responses(BadRequest, NotFound, Unprocessable),
+    responses=responses(NotFound, Unprocessable),
 )
 def list_deliveries(
     webhook_id: str,
     session: SessionDep,
     caller: ReadDep,
     limit: Limit = 20,
-    after: After = None,
+    after: AfterDelivery = None,
     state: Annotated[DeliveryState | None, Query(description="Only those in this state")] = None,
 ) -> Page[DeliveryOut]:
     """They are kept for 30 days after they were delivered or given up."""

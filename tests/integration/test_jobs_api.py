@@ -598,11 +598,11 @@ def test_the_list_can_be_cut_to_one_state(api: Api, body: dict[str, Any]) -> Non
         ({"limit": 0}, 422, "limit"),
         ({"limit": 1001}, 422, "limit"),
         ({"limit": "x"}, 422, "limit"),
-        ({"after": ""}, 400, "after"),
-        ({"after": "job_"}, 400, "after"),
-        ({"after": "\0"}, 400, "after"),
-        ({"after": "ds_" + "0" * 32}, 400, "after"),
-        ({"after": "job_" + "0" * 32 + "\n"}, 400, "after"),
+        ({"after": ""}, 422, "after"),
+        ({"after": "job_"}, 422, "after"),
+        ({"after": "\0"}, 422, "after"),
+        ({"after": "ds_" + "0" * 32}, 422, "after"),
+        ({"after": "job_" + "0" * 32 + "\n"}, 422, "after"),
     ],
 )
 def test_a_page_that_cannot_be_is_refused(api: Api, params: dict[str, Any], status: int, param: str) -> None:
