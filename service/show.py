@@ -110,14 +110,21 @@ def sample(console: Console, found: Json, *, top: int = 10) -> None:
     if explanation["others"] is not None:
         console.print(_landmark_table(explanation))
     if explanation["targets"] is not None:
-        ordered = sorted(explanation["targets"]["data"], key=lambda each: -each["influence"])
-        shown = ordered if len(ordered) <= top else [*ordered[: top // 2], *ordered[-(top // 2) :]]
-        table = Table(title=f"Influence on {len(shown)} of {len(ordered)} targets, best first", title_justify="left")
-        table.add_column("target")
-        table.add_column("influence", justify="right")
-        for each in shown:
-            table.add_row(escape(each["id"]), f"{each['influence']:.4f}")
-        console.print(table)
+        console.print(_target_table(explanation["targets"], top))
+
+
+def _target_table(targets: Json, top: int) -> Table:
+    """The best and the worst where there are more than `top`."""
+    ordered = sorted(targets["data"], key=lambda each: -each["influence"])
+    shown = ordered if len(ordered) <= top else [*ordered[: top // 2], *ordered[-(top // 2) :]]
+    of = f"the first {len(ordered)}" if targets["has_more"] else str(len(ordered))
+    title = f"Influence on {len(shown)} of {of} targets, best first"
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("target", no_wrap=True, min_width=20)
+    table.add_column("influence", justify="right")
+    for each in shown:
+        table.add_row(escape(each["id"]), f"{each['influence']:.4f}")
+    return table
 
 
 def _landmark_table(explanation: Json) -> Table:

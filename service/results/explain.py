@@ -57,8 +57,8 @@ class Asked:
     index: int
     landmarks: int
     target: int | None
-    target_start: int
-    target_limit: int
+    first_target: int
+    targets_limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +202,14 @@ class _Sample:
             return npy_row(file, self._asked.index)[: self._job.target_count].astype(np.float64)
 
     def _targets(self, values: Vector) -> TargetsPage:
-        start = self._asked.target_start
-        stop = min(start + self._asked.target_limit, len(values))
+        start = self._asked.first_target
+        stop = min(start + self._asked.targets_limit, len(values))
         ids, _ = storage.read_ids(self._store, self._job.target, start, stop)
-        has_more = stop < len(values)
         data = [
             TargetInfluence(index=index, id=id, influence=values[index], counts=bool(self._counts[index]))
             for index, id in enumerate(ids, start)
         ]
-        return TargetsPage(data=data, has_more=has_more, next_start=stop if has_more else None)
+        return TargetsPage(data=data, has_more=stop < len(values), last_id=data[-1].index if data else None)
 
     def _landmarks(self, explained: float) -> tuple[list[LandmarkOut], OtherLandmarks]:
         """Those that contributed most, whichever way, and what all others contributed together."""

@@ -139,7 +139,12 @@ def _selected_page(session: Session, job: repository.Job, after: int, limit: int
     return SelectedPage(data=data, has_more=len(found) > limit, last_id=data[-1].rank if data else None)
 
 
-@router.get("/{job_id}/samples/{index}", summary="One sample, and why it has its influence")
+@router.get(
+    "/{job_id}/samples/{index}",
+    summary="One sample, and why it has its influence",
+    response_model=SampleOut,
+    responses=etags.NOT_MODIFIED,
+)
 def get_sample(
     job_id: str,
     index: int,
@@ -150,15 +155,18 @@ def get_sample(
     target: Annotated[
         int | None, Query(ge=0, description="Explains the influence on this target sample alone, by its index")
     ] = None,
-    target_start: Annotated[int, Query(ge=0, description="Index of the first target sample of `targets`")] = 0,
-    target_limit: Annotated[int, Query(ge=1, le=10_000, description="Most target samples of one page")] = DEFAULT_LIMIT,
-) -> SampleOut:
+    targets_after: AfterNumber = None,
+    targets_limit: Annotated[
+        int, Query(ge=1, le=10_000, description="Most target samples of one page")
+    ] = DEFAULT_LIMIT,
+) -> Response:
     """Where the explanation can no longer be made, `explanation` is null, and `explanation_missing` says why and what to do."""
     job = finished_job(session, caller.tenant_id, job_id)
+    first = 0 if targets_after is None else targets_after + 1
     asked = explain.Asked(
-        index=index, landmarks=landmarks, target=target, target_start=target_start, target_limit=target_limit
+        index=index, landmarks=landmarks, target=target, first_target=first, targets_limit=targets_limit
     )
-    return explain.sample(session, request.app.state.store, job, asked)
+    return etags.answer_by_content(request, explain.sample(session, request.app.state.store, job, asked))
 
 
 @router.get(

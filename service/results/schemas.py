@@ -75,13 +75,8 @@ class TargetInfluence(_Strict):
     counts: bool = Field(description="False: has no response or no finite gradient, and takes no part in the mean")
 
 
-class TargetsPage(_Strict):
-    """The sample's influence on each sample of the target, in its order."""
-
-    object: Literal["list"] = "list"
-    data: list[TargetInfluence]
-    has_more: bool
-    next_start: int | None = Field(description="`target_start` of the next page; null after the last", examples=[1000])
+class TargetsPage(NumberedPage[TargetInfluence]):
+    """The influence on each sample of the target, in order; `last_id` is the index of the last, for `targets_after`."""
 
 
 class LandmarkOut(_Strict):

@@ -65,6 +65,29 @@ def test_a_job_on_what_a_collection_has_left_selects_the_same(
     assert reused["landmark_gradients"] == reused["propagate"] == 0
 
 
+def test_a_sample_whose_explanation_was_collected_says_so(
+    world: World, datasets: tuple[str, str], selected: list[Json]
+) -> None:
+    job_id = post(world, *datasets, **PARAMETERS)
+    world.succeeded(job_id)
+    rows = world.get(f"{job_id}/weights")["data"]
+    exact, propagated = (next(r["index"] for r in rows if r["exact"] is kind) for kind in (True, False))
+    before = [world.get(f"{job_id}/samples/{index}") for index in (exact, propagated)]
+    assert [each["explanation"]["explained_by"] for each in before] == ["own_gradient", "landmarks"]
+    aged = age(world, "influence")
+    assert any(".landmarks." in key for key in aged)  # collected together with what it belongs to
+    collect(world.sessions, world.store, world.settings.retention)
+    assert not any(world.store.exists(key) for key in aged)
+    for index, was in ((exact, before[0]), (propagated, before[1])):
+        sample = world.get(f"{job_id}/samples/{index}")
+        if sample["explanation"] is not None:  # the shortlist's is beside the selection
+            assert (index, sample) == (exact, was)
+            continue
+        assert "removed to make room. Post the same job again" in sample["explanation_missing"]
+        left = {name: value for name, value in was.items() if not name.startswith("explanation")}
+        assert left == {name: value for name, value in sample.items() if not name.startswith("explanation")}
+
+
 @contextmanager
 def collecting(world: World) -> Iterator[list[int]]:
     """Pass after pass, in which everything that is not needed at the moment goes, however young. How much each has taken."""

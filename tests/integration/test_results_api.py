@@ -220,7 +220,7 @@ def test_a_selected_sample_has_its_rank(world: World) -> None:
         (0, {"target": N}, 422, "target"),
         (0, {"target": -1}, 422, "target"),
         (0, {"landmarks": 101}, 422, "landmarks"),
-        (0, {"target_limit": 0}, 422, "target_limit"),
+        (0, {"targets_limit": 0}, 422, "targets_limit"),
     ],
 )
 def test_a_sample_that_cannot_be_is_refused(

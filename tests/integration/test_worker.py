@@ -87,7 +87,7 @@ def weights(world: World, job_id: str) -> list[Json]:
     """What the pages of its weights hold together."""
     rows: list[Json] = []
     while len(rows) < POOL:
-        page = world.get(f"{job_id}/weights", limit=1000, start=len(rows))
+        page = world.get(f"{job_id}/weights", limit=1000, **({"after": rows[-1]["index"]} if rows else {}))
         rows += page["data"]
         assert page["has_more"] == (len(rows) < POOL)
     return rows
@@ -185,6 +185,9 @@ class TestJob:
             assert np.mean(values) == pytest.approx(weights[index]["influence"], abs=1e-6)
             alone = world.get(f"{job_id}/samples/{index}", target=3)["explanation"]
             assert (alone["target"], alone["influence"]) == (3, values[3])
+            page = world.get(f"{job_id}/samples/{index}", targets_after=3, targets_limit=2)["explanation"]["targets"]
+            assert [each["influence"] for each in page["data"]] == values[4:6]
+            assert (page["has_more"], page["last_id"]) == (True, 5)
         for index in (propagated[0], propagated[-1]):
             sample = world.get(f"{job_id}/samples/{index}", landmarks=20)
             assert sample["influence"] == weights[index]["influence"]

@@ -70,7 +70,7 @@ class Jobs:
 
     def explained(self, changes: dict[str, Any], index: int, **asked: Any) -> Explanation:
         ran = self.ran(changes)
-        question = {"landmarks": 100, "target": None, "target_start": 0, "target_limit": 100, **asked}
+        question = {"landmarks": 100, "target": None, "first_target": 0, "targets_limit": 100, **asked}
         return explained(
             ran.compute.store,
             self.origin(changes),
@@ -222,15 +222,16 @@ def test_a_sample_that_is_not_finite_has_no_influence_to_explain(jobs: Jobs, mon
 
 def test_targets_come_in_pages_with_their_ids(jobs: Jobs) -> None:
     ids = [row["id"] for row in target_rows(TARGET, "python_function")]
-    first = jobs.explained(EXACT, 0, target_limit=10).targets
-    rest = jobs.explained(EXACT, 0, target_start=10).targets
-    beyond = jobs.explained(EXACT, 0, target_start=TARGET).targets
+    first = jobs.explained(EXACT, 0, targets_limit=10).targets
+    rest = jobs.explained(EXACT, 0, first_target=10).targets
+    beyond = jobs.explained(EXACT, 0, first_target=TARGET).targets
     assert first is not None
     assert rest is not None
     assert [each.id for each in first.data + rest.data] == ids
     assert [each.index for each in first.data + rest.data] == list(range(TARGET))
-    assert (first.has_more, first.next_start, rest.has_more, rest.next_start) == (True, 10, False, None)
-    assert (beyond and beyond.data, beyond and beyond.has_more) == ([], False)
+    assert (first.has_more, first.last_id, rest.has_more, rest.last_id) == (True, 9, False, TARGET - 1)
+    assert beyond is not None
+    assert (beyond.data, beyond.has_more, beyond.last_id) == ([], False, None)
 
 
 def test_random_has_nothing_to_explain(jobs: Jobs) -> None:

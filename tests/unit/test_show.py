@@ -1,4 +1,4 @@
-"""What the command line shows of a plan."""
+"""What the command line shows of a plan, and of a sample."""
 
 import io
 from typing import Any
@@ -31,3 +31,41 @@ def test_a_plan_is_a_table_with_its_sum_and_its_sentences() -> None:
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["embed", "2.50", "61.2", "3", "2,048", "50%"]
     assert "Lower [max_length]." in text
     assert "method exact_influence would cost less." in text
+
+
+def shown(found: dict[str, Any]) -> list[list[str]]:
+    """The lines that are printed, those of tables cut into cells."""
+    written = io.StringIO()
+    show.sample(Console(file=written, width=140), found)
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in written.getvalue().splitlines()]
+
+
+SAMPLE = {"id": "row-[7]", "source": "flan", "selected": True, "rank": 3, "weight": 1.5, "influence": 0.25}
+
+
+def test_a_sample_is_its_landmarks_and_the_targets_it_is_best_and_worst_for() -> None:
+    landmark = {"id": "row-[1]", "influence": 0.5, "kernel": 0.75, "contribution": -0.125, "share": 0.25}
+    targets = [{"id": f"dev-{i}", "influence": i / 10} for i in range(12)]
+    explanation = {
+        "sentence": "By landmarks.",
+        "target": 4,
+        "influence": 0.3,
+        "landmarks": [landmark],
+        "others": {"count": 11, "contribution": 0.375, "share": 0.75},
+        "targets": {"data": targets, "has_more": False},
+    }
+    lines = shown({**SAMPLE, "explanation": explanation, "explanation_missing": None})
+    assert lines[:2] == [
+        ["row-[7] (flan): selected, rank 3, weight 1.500"],
+        ["influence on target 4 0.3000. By landmarks."],
+    ]
+    assert ["row-[1]", "0.5000", "0.7500", "-0.1250", "25.0%"] in lines
+    assert ["11 others", "", "", "0.3750", "75.0%"] in lines
+    assert ["Influence on 10 of 12 targets, best first"] in lines
+    listed = [line[0] for line in lines if line[0].startswith("dev-")]
+    assert listed == [f"dev-{i}" for i in (11, 10, 9, 8, 7, 4, 3, 2, 1, 0)]
+
+
+def test_a_sample_without_explanation_says_why() -> None:
+    lines = shown({**SAMPLE, "selected": False, "explanation": None, "explanation_missing": "It was [removed]."})
+    assert lines == [["row-[7] (flan): not selected, weight 1.500"], ["influence 0.2500"], ["It was [removed]."]]
