@@ -14,14 +14,6 @@ CHANNEL = "winnow_webhooks"
 KEPT = timedelta(days=30)
 
 
-def is_endpoint_id(value: str) -> bool:
-    return ids.is_id("whk", value)
-
-
-def is_delivery_id(value: str) -> bool:
-    return ids.is_id("msg", value)
-
-
 def lock_tenant(session: Session, tenant_id: str) -> None:
     """Until the transaction ends no other one creates an endpoint of the tenant."""
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"webhooks/{tenant_id}", 0))))
@@ -34,7 +26,7 @@ def count(session: Session, tenant_id: str) -> int:
 
 def get(session: Session, tenant_id: str, endpoint_id: str, *, lock: bool = False) -> WebhookEndpoint | None:
     """The endpoint, if it is not deleted; with `lock` nothing else changes it until the transaction ends."""
-    if not is_endpoint_id(endpoint_id):
+    if not ids.is_id("whk", endpoint_id):
         return None
     found = select(WebhookEndpoint).where(
         WebhookEndpoint.id == endpoint_id,
@@ -54,7 +46,7 @@ def page(session: Session, tenant_id: str, *, after: str | None, limit: int) -> 
 
 
 def get_delivery(session: Session, endpoint_id: str, delivery_id: str, *, lock: bool = False) -> WebhookDelivery | None:
-    if not is_delivery_id(delivery_id):
+    if not ids.is_id("msg", delivery_id):
         return None
     found = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id, WebhookDelivery.endpoint_id == endpoint_id)
     return session.scalar(found.with_for_update() if lock else found)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy.orm import Session
 
 from service.audit import service as audit
-from service.errors import BadRequest, Conflict, NotFound, Unprocessable
+from service.errors import Conflict, NotFound, Unprocessable
 from service.ids import new_id
 from service.sealing import Sealer
 from service.tenants.caller import Caller
@@ -66,13 +66,7 @@ def find(session: Session, tenant_id: str, endpoint_id: str, *, lock: bool = Fal
 
 
 def page(session: Session, tenant_id: str, *, after: str | None, limit: int) -> tuple[Sequence[WebhookEndpoint], bool]:
-    """A page of endpoints, newest first, and whether there are more.
-
-    Raises:
-        BadRequest: `after` is no endpoint's id.
-    """
-    if after is not None and not repository.is_endpoint_id(after):
-        raise _bad_cursor()
+    """A page of endpoints, newest first, and whether there are more."""
     found = repository.page(session, tenant_id, after=after, limit=limit + 1)
     return found[:limit], len(found) > limit
 
@@ -160,11 +154,8 @@ def deliveries(
 
     Raises:
         NotFound: there is no endpoint of this id.
-        BadRequest: `after` is no delivery's id.
     """
     endpoint = find(session, tenant_id, endpoint_id)
-    if after is not None and not repository.is_delivery_id(after):
-        raise _bad_cursor()
     found = repository.deliveries(session, endpoint.id, after=after, state=state, limit=limit + 1)
     return found[:limit], len(found) > limit
 
@@ -197,8 +188,8 @@ def replay(session: Session, caller: Caller, endpoint_id: str, delivery_id: str)
     found = repository.get_delivery(session, endpoint.id, delivery_id, lock=True)
     if found is None:
         raise _no_delivery()
-    found.state, found.attempts, found.finished_at = "pending", 0, None
-    found.next_attempt_at = repository.now(session)
+    now = repository.now(session)
+    found.state, found.attempts, found.next_attempt_at, found.finished_at = "pending", 0, now, None
     session.flush()
     repository.notify(session)
     audit.record(session, caller, "webhook.replayed", endpoint.id, delivery=found.id)
@@ -223,7 +214,3 @@ def _check(outbound: Outbound, url: str) -> None:
 
 def _no_delivery() -> NotFound:
     return NotFound("There is no such delivery; see GET /v1/webhooks/{id}/deliveries. They are kept for 30 days.")
-
-
-def _bad_cursor() -> BadRequest:
-    return BadRequest("after: is no id of this list; send `last_id` of the page before.", param="after")
