@@ -47,8 +47,8 @@ class RateLimiter:
         return per_minute - self._limiter.get_window_stats(_item(per_minute), key_id).remaining if per_minute else 0
 
     def _seconds_until_one_fits(self, item: RateLimitItem, key_id: str) -> int:
-        """Whole seconds, rounded up past the moment: at the moment itself it does not fit yet."""
-        return max(1, int(self._limiter.get_window_stats(item, key_id).reset_time - time.time()) + 1)
+        """Whole seconds, rounded up past the moment: at the moment itself it does not fit yet, and that is known to a hair."""
+        return max(1, int(self._limiter.get_window_stats(item, key_id).reset_time - time.time() + 0.01) + 1)
 
 
 def limit_rate(request: Request, caller: CallerDep) -> None:
