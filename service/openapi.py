@@ -35,7 +35,17 @@ def _build(app: FastAPI) -> dict[str, Any]:
     problem = {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}}}
     for operations in document["paths"].values():
         for operation in operations.values():
+            for parameter in operation.get("parameters", []):
+                _leave_null_out(parameter["schema"])
             for status, response in operation["responses"].items():
                 if status >= "400":
                     response["content"] = problem
     return document
+
+
+def _leave_null_out(schema: dict[str, Any]) -> None:
+    """A parameter that is not sent is none: there is no way to send a null, and one that reads `null` is refused."""
+    some = [choice for choice in schema.get("anyOf", []) if choice != {"type": "null"}]
+    if len(some) == 1:
+        del schema["anyOf"]
+        schema.update(some[0])

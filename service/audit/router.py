@@ -3,12 +3,13 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, StringConstraints
+from pydantic import StringConstraints
 
 from service.audit import repository
 from service.audit.schemas import AuditEntryOut, AuditKey, AuditPage
 from service.database import SessionDep
 from service.errors import Forbidden, Unauthorized, Unprocessable, responses
+from service.moments import Moment
 from service.pages import Limit
 from service.tenants.service import AdminDep
 
@@ -27,8 +28,8 @@ def list_entries(
     action: Annotated[Name | None, Query(description="Only this, as `selection_job.deleted`")] = None,
     object_id: Annotated[Name | None, Query(description="Only what was done to this")] = None,
     key_id: Annotated[Name | None, Query(description="Only what was done with this API key")] = None,
-    created_after: Annotated[AwareDatetime | None, Query(description="Only later, with a time zone")] = None,
-    created_before: Annotated[AwareDatetime | None, Query(description="Only earlier, with a time zone")] = None,
+    created_after: Annotated[Moment | None, Query(description="Only later")] = None,
+    created_before: Annotated[Moment | None, Query(description="Only earlier")] = None,
 ) -> AuditPage:
     """Needs a key with the scope `admin`. Entries are written in the transaction of what they tell of, and cannot be changed."""
     found = repository.page(

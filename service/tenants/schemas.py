@@ -3,8 +3,9 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from service.moments import Moment
 from service.tenants.caller import Scope
 from service.tenants.tables import ApiKey
 
@@ -31,7 +32,7 @@ class KeyRequest(BaseModel):
     scopes: list[Scope] = Field(
         default=[Scope.READ, Scope.SUBMIT], min_length=1, max_length=len(Scope), description="None includes another"
     )
-    expires_at: AwareDatetime | None = Field(default=None, description="With neither of the two it never expires")
+    expires_at: Moment | None = Field(default=None, description="With neither of the two it never expires")
     expires_in_days: int | None = Field(default=None, ge=1, le=3650)
     limits: KeyLimits = Field(
         default=KeyLimits(),
