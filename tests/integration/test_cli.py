@@ -11,8 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from tiny import pool_rows, target_rows, write_jsonl
+from typer.testing import CliRunner, Result
 from worker_world import until
 
+from service.cli import app
 from service.local import StackProcess
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -45,6 +47,12 @@ def winnow(*words: str, home: Path | None = None, columns: int = 200) -> subproc
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
     environment |= {"COLUMNS": str(columns)} | ({} if home is None else {"WINNOW_HOME": str(home)})
     return subprocess.run([WINNOW, *words], capture_output=True, text=True, env=environment, timeout=200, check=False)
+
+
+def typed(*words: str, home: Path | None = None) -> Result:
+    """As `winnow`, in this process: a new one takes a second to start."""
+    environment = {"COLUMNS": "200", "WINNOW_HOME": None if home is None else str(home)}
+    return CliRunner().invoke(app, words, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +88,67 @@ def test_a_sample_is_explained(home: Path, job: str) -> None:
     beyond = winnow("explain", job, "40", home=home)
     assert (beyond.returncode, beyond.stdout) == (1, "")
     assert "of index 0 to 39" in beyond.stderr
+
+
+def test_a_job_is_reproduced_bit_for_bit_and_computes_everything_anew(home: Path, job: str) -> None:
+    done = typed("reproduce", job, "--json", home=home)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["equal"], found["is_same"], found["shared_artifacts"], found["differs"]) == (True, True, 0, {})
+    again = found["second"]
+    record = json.loads(typed("provenance", again, home=home).stdout)["record"]
+    assert record["reproduces"] == job
+    assert not any(unit["reused"] for unit in record["units"])
+    of_first = json.loads(typed("provenance", job, home=home).stdout)["record"]
+    for of in (record, of_first):
+        assert {"all_packages_sha256", "torch"} <= of["versions"].keys()
+        assert of["model"]["tokenizer_fingerprint"] == record["model"]["tokenizer_fingerprint"] is not None
+        assert (of["seed"], len(of["landmarks"])) == (0, 12)
+    told = [
+        event
+        for event in json.loads(typed("events", again, "--json", home=home).stdout)
+        if "differences" in event["data"]
+    ]
+    assert [(event["type"], event["data"]) for event in told] == [("job.reproduction", {"differences": {}})]
+    assert "bit for bit" in typed("compare", job, again, home=home).stdout
+    entries = json.loads(typed("audit", "--object", again, "--json", home=home).stdout)
+    assert entries[-1]["action"] == "selection_job.reproduced"
+    assert entries[-1]["detail"] == {"reproduces": job}
+
+
+def test_with_another_model_under_its_name_a_job_is_not_reproduced(home: Path, job: str) -> None:
+    config = home / "models" / "tiny" / "config.json"
+    kept = config.read_bytes()
+    config.write_bytes(kept + b"\n")
+    try:
+        done = typed("reproduce", job, home=home)
+    finally:
+        config.write_bytes(kept)
+    assert done.exit_code == 1
+    assert "config.json differs" in done.stderr
+
+
+def test_a_download_is_verified(home: Path, job: str, tmp_path: Path) -> None:
+    for words in (["all.parquet"], ["selection.parquet", "--selected-only", "--messages"], ["all.csv"], ["all.jsonl"]):
+        path = str(tmp_path / words[0])
+        assert typed("export", job, path, *words[1:], home=home).exit_code == 0
+        of_job = [] if path.endswith(".parquet") else ["--job", job]
+        done = typed("verify", path, *of_job, "--json", home=home)
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["verified"]
+    record = tmp_path / "provenance.json"
+    record.write_text(typed("provenance", job, home=home).stdout)
+    away = ["verify", str(tmp_path / "all.csv"), "--provenance", str(record)]
+    assert "all 40 samples" in typed(*away).stdout
+    altered = (tmp_path / "all.csv").read_bytes().replace(b"false,false", b"true,false", 1)
+    (tmp_path / "all.csv").write_bytes(altered)
+    for words in (away, ["verify", str(tmp_path / "all.csv"), "--job", job]):
+        done = typed(*words, home=home)
+        assert done.exit_code == 3
+        assert "is not what the job has found" in done.stderr
+    assert "in the rows 0 to 39" in done.stderr
+    done = typed("verify", str(tmp_path / "all.jsonl"), home=home)
+    assert (done.exit_code, "--job" in done.stderr) == (1, True)
 
 
 def test_events_and_jobs_for_people(home: Path, job: str) -> None:

@@ -355,6 +355,29 @@ class TestKeys:
         monkeypatch.setattr(plan, "VALIDATION_SAMPLES", 64)
         assert artifacts(job())[Stage.VALIDATE] != before[Stage.VALIDATE]
 
+    def test_with_a_salt_the_tokens_have_another_name_and_without_one_that_of_ever(self) -> None:
+        named = {"dataset": "d", "tokenizer": "t", "max_length": 9}
+        unsalted = keys.tokens_key(**named, salt=None)
+        assert unsalted == keys.artifact_key(Stage.PREPARE, "tokens", ".parquet", **named)
+        assert len({unsalted, *(keys.tokens_key(**named, salt=salt) for salt in ("job_1", "job_2"))}) == 3
+
+    @pytest.mark.parametrize("parameters", [
+        NAMED, WARM, CURVED, {"optimizer": {"type": "adam"}, "min_fidelity": 0.5}, {"method": "exact_influence"},
+        {"method": "rds_plus"}, {"method": "random"}, {"embedding": {"kind": "jvp"}, "refine": 0.3},
+    ])  # fmt: skip
+    def test_all_names_follow_from_those_of_the_tokens(
+        self, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any]
+    ) -> None:
+        """So that a salt in these makes a job find nothing of any other."""
+        tokens = {name: f"{key}/salted" for name, key in PREPARED.items() if str(key).startswith("tokens/")}
+        before = artifacts(job(**parameters))
+        monkeypatch.setitem(
+            SHORTLIST, "tokens", "tokens/shortlist/salted"
+        )  # rows of the pool's tokens, named after these
+        after = artifacts(job(**parameters), **tokens)
+        assert before.keys() == after.keys()
+        assert not set().union(*before.values()) & set().union(*after.values())
+
     def test_chosen_rows_have_a_name_of_their_own(self) -> None:
         rows = np.array([1, 5, 9])
         assert keys.rows_key("a", rows) == keys.rows_key("a", rows.copy())
