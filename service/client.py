@@ -353,6 +353,45 @@ class Winnow:
     def revoke_key(self, key_id: str) -> None:
         self._call("DELETE", f"/keys/{key_id}")
 
+    def create_webhook(self, url: str, **request: Any) -> Json:
+        """Has you told of your jobs; `secret` in the answer, for a Standard Webhooks library, is shown nowhere again.
+
+        Args:
+            request: events, description.
+        """
+        return self._json("POST", "/webhooks", json={"url": url, **request})
+
+    def webhooks(self) -> Iterator[Json]:
+        """Newest first."""
+        return self._pages("/webhooks", {})
+
+    def change_webhook(self, webhook_id: str, **changes: Any) -> Json:
+        """Changes url, events, description or enabled."""
+        return self._json("PATCH", f"/webhooks/{webhook_id}", json=changes)
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        self._call("DELETE", f"/webhooks/{webhook_id}")
+
+    def rotate_webhook_secret(self, webhook_id: str) -> Json:
+        """A new `secret`; for 24 hours messages are signed with the one before it as well."""
+        return self._json("POST", f"/webhooks/{webhook_id}/rotate-secret")
+
+    def test_webhook(self, webhook_id: str) -> Json:
+        """Sends a message of the type `webhook.test`; its delivery."""
+        return self._json("POST", f"/webhooks/{webhook_id}/test")
+
+    def deliveries(self, webhook_id: str, state: str | None = None) -> Iterator[Json]:
+        """The messages of a webhook, newest first."""
+        return self._pages(f"/webhooks/{webhook_id}/deliveries", {} if state is None else {"state": state})
+
+    def delivery(self, webhook_id: str, delivery_id: str) -> Json:
+        """A message with its payload and every attempt to deliver it."""
+        return self._json("GET", f"/webhooks/{webhook_id}/deliveries/{delivery_id}")
+
+    def replay(self, webhook_id: str, delivery_id: str) -> Json:
+        """Sends a message again, under the same id."""
+        return self._json("POST", f"/webhooks/{webhook_id}/deliveries/{delivery_id}/replay")
+
     def usage(self) -> Json:
         """What your key has used of its limits."""
         return self._json("GET", "/usage")

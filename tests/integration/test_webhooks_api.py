@@ -3,15 +3,19 @@
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from http_world import serving
 from ledger_world import at_once
 from sqlalchemy import text
 from standardwebhooks import Webhook, WebhookVerificationError
 from webhook_receiver import status
 from webhook_world import PATIENCE, SECRET, WEBHOOKS, World, verified, wait_until, webhook_world
 
+from service.client import Winnow
 from service.ids import new_id
 from service.tenants.caller import Scope
 from service.tenants.service import create_key
@@ -307,3 +311,34 @@ def test_every_change_is_in_the_audit_log_without_what_is_secret(world: World) -
     assert entries[4].detail == {"url": "127.0.0.1", "enabled": True}
     told = json.dumps([e.detail for e in entries])
     assert not any(hidden in told for hidden in ("whsec_", "secret-of-the-receiver", "private words"))
+
+
+def test_the_client_makes_every_call(world: World) -> None:
+    key = world.client.headers["Authorization"].removeprefix("Bearer ")
+    with serving(world.app) as url, Winnow(url, key) as winnow:
+        webhook = winnow.create_webhook(world.receiver.url, events=["selection_job.failed"])
+        assert winnow.change_webhook(webhook["id"], description="ours")["description"] == "ours"
+        assert winnow.rotate_webhook_secret(webhook["id"])["secret"] != webhook["secret"]
+        delivery = winnow.test_webhook(webhook["id"])
+        assert [w["id"] for w in winnow.webhooks()] == [webhook["id"]]
+        assert list(winnow.deliveries(webhook["id"], state="pending")) == [delivery]
+        assert winnow.delivery(webhook["id"], delivery["id"])["log"] == []
+        assert winnow.replay(webhook["id"], delivery["id"])["id"] == delivery["id"]
+        winnow.delete_webhook(webhook["id"])
+        assert list(winnow.webhooks()) == []
+
+
+def test_the_receiver_of_the_documentation_verifies(world: World) -> None:
+    webhook = world.create()
+    with world.sending():
+        world.wait_for_attempts(webhook, world.test(webhook), 1)
+    (request,) = world.receiver.requests
+    section = (Path(__file__).parents[2] / "docs" / "api.md").read_text().partition("## Webhooks")[2]
+    example: dict[str, Any] = {}
+    exec(section.split("```python\n")[1].split("```")[0].replace("whsec_...", webhook["secret"]), example)
+    with TestClient(example["app"]) as receiver:
+        answers = [
+            receiver.post("/winnow", content=body, headers=request.headers) for body in (request.body, b"{}", b"")
+        ]
+    assert [a.status_code for a in answers] == [204, 401, 401]
+    assert example["seen"] == {request.headers["webhook-id"]}

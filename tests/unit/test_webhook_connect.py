@@ -202,6 +202,11 @@ def test_allowed_networks_open_themselves_and_nothing_else() -> None:
             outbound(names=Names([address]), allowed=allowed).check("https://example.com/")
 
 
+def test_plain_http_is_named_as_what_is_wrong() -> None:
+    with pytest.raises(Refused, match="nothing is delivered over plain HTTP"):
+        outbound().check("http://example.com/")
+
+
 def test_a_url_is_taken_apart_once_and_whole() -> None:
     found = parse("https://Example.COM?a=/b")
     assert (found.host, found.port, found.target, found.authority) == ("example.com", 443, "/?a=/b", "example.com")
