@@ -1,10 +1,13 @@
 """Engine, sessions and the declarative base. Tables stand in `tables.py` beside the domain that owns them."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+from anyio import CancelScope, CapacityLimiter, fail_after
+from anyio.lowlevel import RunVar
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import DateTime, Engine, MetaData, create_engine, func, make_url
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -31,6 +34,7 @@ class CreatedAt:
 
 
 Sessions = sessionmaker[Session]
+Found = TypeVar("Found")
 
 
 # A connection whose other end has gone without a word is found out within a minute, by either side.
@@ -74,11 +78,65 @@ def is_away(error: DBAPIError) -> bool:
     return bool(state.startswith(("08", "57P")))
 
 
-def _request_session(request: Request) -> Iterator[Session]:
+class Busy(Exception):
+    """All connections were in use for half a minute."""
+
+
+_TURN_SECONDS = 30.0
+_turns: RunVar[CapacityLimiter] = RunVar("turns")
+
+
+def _limiter(request: Request) -> CapacityLimiter:
+    """As many turns as there are connections. A request takes several threads one after the other, and keeps its connection in
+    between: with more requests than connections, those that have none would hold all threads that those with one wait for."""
+    try:
+        return _turns.get()
+    except LookupError:
+        limiter = CapacityLimiter(2 * request.app.state.settings.database.pool_size)
+        _turns.set(limiter)
+        return limiter
+
+
+async def _take_turn(request: Request, borrower: object) -> CapacityLimiter:
+    limiter = _limiter(request)
+    try:
+        with fail_after(_TURN_SECONDS):
+            await limiter.acquire_on_behalf_of(borrower)
+    except TimeoutError as error:
+        raise Busy from error
+    return limiter
+
+
+async def in_turn(request: Request, work: Callable[[], Found]) -> Found:
+    """What the work gives, done in a thread when there is a connection for it."""
+    borrower = object()
+    limiter = await _take_turn(request, borrower)
+    try:
+        return await run_in_threadpool(work)
+    finally:
+        limiter.release_on_behalf_of(borrower)
+
+
+async def give_back(session: Session) -> None:
+    """Commits, and lets others have the connection: for a request that goes on without it."""
+    await run_in_threadpool(session.commit)
+    session.info.pop("turns").release_on_behalf_of(session)
+
+
+async def _request_session(request: Request) -> AsyncIterator[Session]:
     sessions: Sessions = request.app.state.sessions
-    with sessions() as session:
+    session = sessions()
+    session.info["turns"] = await _take_turn(request, session)
+    try:
         yield session
-        session.commit()
+        if session.in_transaction():
+            await run_in_threadpool(session.commit)
+    finally:
+        with CancelScope(shield=True):
+            if session.in_transaction():
+                await run_in_threadpool(session.close)
+            if "turns" in session.info:
+                session.info.pop("turns").release_on_behalf_of(session)
 
 
 # Commits when the route function returns and before the answer is sent: a client never hears of what was not kept.

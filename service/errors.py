@@ -18,7 +18,8 @@ from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
-from service.database import is_away
+from service.database import Busy, is_away
+from service.observability import logs
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +191,11 @@ def install(app: FastAPI) -> None:
         detail = "The database does not answer. Try again soon; what you sent may have been kept: look before you post it again."
         return problem_response(request, Unavailable(detail, code="database_away", headers={"Retry-After": "2"}))
 
+    @app.exception_handler(Busy)
+    async def _busy(request: Request, error: Busy) -> JSONResponse:  # noqa: ARG001
+        detail = "The service has more to do than it can at the moment; nothing was done. Try again soon."
+        return problem_response(request, Unavailable(detail, code="busy", headers={"Retry-After": "5"}))
+
     @app.exception_handler(OSError)
     async def _storage(request: Request, error: OSError) -> JSONResponse:
         if isinstance(error, FileNotFoundError):
@@ -204,7 +210,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.exception("unforeseen error in %s %s", request.method, request.url.path, exc_info=error)
+        # What crashed is told outside of the middlewares, hence of what they have bound.
+        with logs.bound(request_id=getattr(request.state, "request_id", "")):
+            log.exception("unforeseen error in %s %s", request.method, request.url.path, exc_info=error)
         return problem_response(
             request, ApiError("Something went wrong on our side; it is logged under this request_id.")
         )

@@ -10,7 +10,7 @@ from typing import IO, Any
 from fastapi import APIRouter, BackgroundTasks, Request, Response, status
 
 from service.audit import service as audit
-from service.database import SessionDep
+from service.database import SessionDep, give_back
 from service.datasets import service
 from service.datasets.convert import convert
 from service.datasets.formats import Form
@@ -86,7 +86,7 @@ async def upload(
     if idempotency_key is None:  # else it may have been answered before
         await asyncio.to_thread(quotas.check_stored, session, caller, settings.limits, 1)
     # An upload may last for hours: the connection that told the caller goes back before it starts.
-    await asyncio.to_thread(session.commit)
+    await give_back(session)
     async with received(request, settings.uploads) as file:
         # What is logged and traced there is of this request.
         keep = partial(copy_context().run, _keep, request, file, caller, idempotency_key, name=name, form=form)

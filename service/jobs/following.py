@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Sequence
 from threading import BoundedSemaphore
 
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy.exc import DBAPIError
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.database import Sessions, is_away
+from service.database import Sessions, in_turn, is_away
 from service.errors import Unavailable
 from service.jobs import repository, service
 from service.jobs.schemas import EventOut, SelectionJobOut
@@ -49,9 +48,9 @@ async def until_ended(request: Request, tenant_id: str, job_id: str, seconds: fl
             return service.describe(session, [service.require(session, tenant_id, job_id)])[0]
 
     async with watch.waiting(job_id, request) as waiter:
-        while not await run_in_threadpool(has_ended) and not waiter.gone and (left := deadline - loop.time()) > 0:
+        while not await in_turn(request, has_ended) and not waiter.gone and (left := deadline - loop.time()) > 0:
             await waiter.wait(left)
-    return await run_in_threadpool(describe)
+    return await in_turn(request, describe)
 
 
 class EventStream(StreamingResponse):
@@ -83,7 +82,7 @@ class EventStream(StreamingResponse):
         sent_at = loop.time()
         async with watch.waiting(self._job_id, self._request) as waiter:
             while True:
-                is_over, events = await run_in_threadpool(self._look)
+                is_over, events = await in_turn(self._request, self._look)
                 for event in events:
                     yield format_sse_event(event=event.type, id=str(event.id), data_str=event.model_dump_json())
                     self._after, sent_at = event.id, loop.time()

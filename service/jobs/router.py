@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from service import etags
 from service.artifacts import ArtifactStore
 from service.audit import service as audit
-from service.database import SessionDep
+from service.database import SessionDep, give_back
 from service.errors import (
     Conflict,
     Forbidden,
@@ -89,7 +89,7 @@ async def get_job(
     """With an `ETag` once the job has ended."""
     job = await run_in_threadpool(_described, session, caller, job_id)
     if wait and job.status not in TERMINAL:
-        await run_in_threadpool(session.commit)  # its connection goes back before the waiting starts
+        await give_back(session)
         job = await following.until_ended(request, caller.tenant_id, job_id, wait)
     if job.status in TERMINAL:
         return etags.answer_by_content(request, job)

@@ -26,11 +26,14 @@ from service.results import repository
 from service.results.formats import ByteStream, batch_of
 from service.results.tables import CHUNK_SIZE
 
-# Content of the pool that one batch holds; the estimate for a selection is made from the pool's mean row.
-BATCH_BYTES = 4 * 2**20
+# Content of the pool that one batch holds; on the way to bytes it is there a dozen times. Each batch of a selection reads the
+# whole pool, so it is larger; the estimate for it is made from the pool's mean row.
+BATCH_BYTES = 2**20
+SELECTED_BATCH_BYTES = 2 * 2**20
 # A stream that waits for its client holds one batch of bytes, one that makes a batch several times as much.
 MOST_STREAMS = 32
-_MOST_MAKING = 4
+_MOST_MAKING = 2
+_LOOK_ROWS = 256  # a row may have a megabyte
 # Arrow's own allocator keeps what was freed by each thread for that thread: twice the memory here, and no faster.
 pa.set_memory_pool(pa.system_memory_pool())
 
@@ -109,9 +112,9 @@ class Rows:
         return map(batch_of, self._selected(CHUNK_SIZE))
 
     def selected_with_content(self) -> Iterator[pa.RecordBatch]:
-        """Like `selected`, with the samples' content; as many a batch as hold BATCH_BYTES at the pool's mean size."""
+        """Like `selected`, with the samples' content; as many a batch as hold SELECTED_BATCH_BYTES at the pool's mean size."""
         kinds = content_kinds(self._store, self._pool.fingerprint)
-        rows = BATCH_BYTES * self._pool.row_count // self._pool.byte_count
+        rows = SELECTED_BATCH_BYTES * self._pool.row_count // self._pool.byte_count
         for columns in self._selected(min(max(rows, 1), CHUNK_SIZE)):
             samples = storage.read_samples(self._store, self._pool.fingerprint, columns["index"])
             yield batch_of(columns | _content(samples, kinds))
@@ -183,8 +186,8 @@ def content_kinds(store: ArtifactStore, fingerprint: str) -> list[str]:
     A file's columns must stand before its first row is written, hence this look through the rows, at about 1 GB a second.
     """
     found: set[str] = set()
-    with store.open(storage.rows_key(fingerprint)) as file, pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(columns=["sample"], use_threads=False):
+    with store.open(storage.rows_key(fingerprint)) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
+        for batch in parquet.iter_batches(_LOOK_ROWS, columns=["sample"], use_threads=False):
             is_messages = pc.starts_with(batch.column("sample"), '{"messages"')
             found.update("messages" if value else "text" for value in pc.unique(is_messages).to_pylist())
             if len(found) == 2:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import BoundedSemaphore, Thread
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from sqlalchemy import select, text
 from service.client import Winnow, WinnowError
 from service.datasets import storage
 from service.jobs.state import JobStatus
-from service.results import repository
+from service.results import export, repository
 from service.results.merkle import merkle_root
 from service.results.tables import CHUNK_SIZE, WeightChunk
 
@@ -185,6 +185,8 @@ def test_a_deleted_pool_keeps_its_results_but_not_its_text(world: World, tmp_pat
     world.store.delete(storage.rows_key(content.fingerprint))
     gone = world.get("export", job_id=job_id, include="messages")
     assert (gone.status_code, gone.json()["code"], gone.json()["param"]) == (410, "pool_deleted", "include")
+    url, key = f"/v1/selection-jobs/{job_id}/export?include=messages", f"Bearer {world.key}"
+    assert world.client.get(url, headers={"Authorization": key, "If-None-Match": "*"}).status_code == 410
     assert [row["id"] for row in read_export(world.get("export", job_id=job_id), "parquet")] == ["a", "b"]
     sample = world.get("samples/1", job_id=job_id).json()
     assert (sample["id"], sample["influence"], sample["rank"]) == ("b", 1.0, 0)
@@ -319,6 +321,81 @@ def test_the_client_reads_all_of_it_from_a_real_server(world: World, url: str, t
         winnow.delete_dataset(dataset["id"])
         with pytest.raises(WinnowError, match="not_found"):
             winnow.results("job_0")
+
+
+CACHED = [
+    "results",
+    "provenance",
+    "weights",
+    "weights?after=5&limit=3",
+    "weights?stream=true",
+    "selected",
+    "export?format=jsonl",
+    "export?format=csv&selected_only=true",
+    "export?format=parquet&include=messages",
+    "export?format=parquet",
+    "",
+]
+
+
+def fetch(world: World, path: str, **headers: str) -> Any:
+    headers = {"Authorization": f"Bearer {world.key}"} | {name.replace("_", "-"): v for name, v in headers.items()}
+    return world.client.get(f"/v1/selection-jobs/{world.job_id}/{path}".rstrip("/"), headers=headers)
+
+
+def test_who_has_a_result_is_not_sent_it_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {path: fetch(world, path, Accept_Encoding="identity") for path in CACHED}
+    tags = [answer.headers["etag"] for answer in whole.values()]
+    assert len(set(tags)) == len(tags)
+    for path, answer in whole.items():
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "private, no-cache")
+        assert "Accept-Encoding" in answer.headers["vary"]
+        same = fetch(world, path, Accept_Encoding="identity")
+        assert (same.content, same.headers["etag"]) == (answer.content, answer.headers["etag"])
+
+    def read(*_: object) -> None:
+        raise AssertionError("nothing is read for who has it")
+
+    for name in ("weights", "weight_arrays", "selected_after"):
+        monkeypatch.setattr(repository, name, read)
+    for path, answer in whole.items():
+        for sent in (answer.headers["etag"], f'"x", W/{answer.headers["etag"]}', "*"):
+            unchanged = fetch(world, path, If_None_Match=sent)
+            assert (unchanged.status_code, unchanged.content) == (304, b"")
+            assert unchanged.headers["etag"] == answer.headers["etag"]
+            assert unchanged.headers["x-request-id"]
+    for path in ("results", "export?format=jsonl", "weights"):
+        foreign = fetch(world, path, If_None_Match="*", Authorization=f"Bearer {world.other_key}")
+        assert foreign.status_code == 404
+
+
+@pytest.mark.parametrize("sent", ['"other"', "", "no tag", '"gzip'])
+def test_who_has_something_else_gets_it_all(world: World, sent: str) -> None:
+    assert fetch(world, "results", If_None_Match=sent).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["results", "weights", "weights?stream=true", "export?format=csv"])
+def test_what_is_compressed_is_the_same_under_a_tag_of_its_own(world: World, path: str) -> None:
+    plain, small = (fetch(world, path, Accept_Encoding=how) for how in ("identity", "gzip"))
+    assert small.headers["content-encoding"] == "gzip"
+    assert small.content == plain.content
+    assert small.headers["etag"] == plain.headers["etag"][:-1] + '-gzip"'
+    assert fetch(world, path, If_None_Match=small.headers["etag"], Accept_Encoding="gzip").status_code == 304
+    assert fetch(world, path, If_None_Match=small.headers["etag"], Accept_Encoding="identity").status_code == 200
+    assert "content-encoding" not in fetch(world, path, Accept_Encoding="br, gzip;q=0").headers
+
+
+def test_parquet_is_compressed_already(world: World) -> None:
+    assert "content-encoding" not in fetch(world, "export?format=parquet", Accept_Encoding="gzip").headers
+
+
+def test_results_are_sent_to_so_many_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_streams", BoundedSemaphore(1))
+    assert fetch(world, "export?format=csv").status_code == 200
+    export._streams.acquire()
+    refused = fetch(world, "export?format=csv")
+    assert (refused.status_code, refused.json()["code"]) == (503, "too_many_streams")
+    assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("5", "true")
 
 
 def test_a_client_that_goes_away_leaves_no_connection(world: World, url: str) -> None:

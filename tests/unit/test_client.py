@@ -101,6 +101,25 @@ def test_the_registered_models() -> None:
     assert server.requests[0].url.path == "/v1/models"
 
 
+def test_keys_are_made_listed_and_revoked_and_tell_of_their_use() -> None:
+    made = httpx.Response(201, json={"id": "key_2", "key": "wnw_new"})
+    pages = page([{"id": "key_2"}], "key_2", True), page([{"id": "key_1"}], "key_1", False)
+    server = Server(made, *pages, httpx.Response(204), httpx.Response(200, json={"object": "usage"}))
+    with server.client() as winnow:
+        assert winnow.create_key("CI", scopes=["read"], expires_in_days=3)["key"] == "wnw_new"
+        assert [key["id"] for key in list(winnow.keys())] == ["key_2", "key_1"]
+        winnow.revoke_key("key_1")
+        assert winnow.usage() == {"object": "usage"}
+    assert json.loads(server.requests[0].content) == {"name": "CI", "scopes": ["read"], "expires_in_days": 3}
+    assert [(r.method, str(r.url).partition("/v1/")[2]) for r in server.requests] == [
+        ("POST", "keys"),
+        ("GET", "keys"),
+        ("GET", "keys?after=key_2"),
+        ("DELETE", "keys/key_1"),
+        ("GET", "usage"),
+    ]
+
+
 def test_content_needs_a_name() -> None:
     server = Server(httpx.Response(201, json={}))
     with server.client() as winnow:
@@ -204,21 +223,34 @@ def states(*jobs: dict[str, Any], retry_after: str = "3") -> list[httpx.Response
     return [httpx.Response(200, json={"id": "job_1"} | job, headers={"Retry-After": retry_after}) for job in jobs]
 
 
-def test_wait_polls_as_the_server_asks_and_tells_of_changes(pauses: list[float]) -> None:
+def test_wait_tells_of_changes(pauses: list[float]) -> None:
     server = Server(
         *states({"status": "queued"}, {"status": "running"}, {"status": "running"}, {"status": "succeeded"})
     )
     seen: list[str] = []
     with server.client() as winnow:
-        assert winnow.wait("job_1", on_update=lambda job: seen.append(job["status"]))["status"] == "succeeded"
+        found = winnow.wait("job_1", on_update=lambda job: seen.append(job["status"]), poll_seconds=3)
+    assert found["status"] == "succeeded"
     assert seen == ["queued", "running", "succeeded"]
-    assert pauses == [3.0] * 3
+    assert [dict(request.url.params) for request in server.requests] == [{}, *[{"wait": "3"}] * 3]
+    assert len(pauses) == 2  # the server holds nothing here: the client does not ask again at once
+    assert all(1 < pause <= 2 for pause in pauses)
+
+
+def test_wait_leaves_the_waiting_to_the_service() -> None:
+    server = Server(*states({"status": "queued"}, {"status": "succeeded"}))
+    with server.client(timeout=10) as winnow:
+        winnow.wait("job_1")
+    assert dict(server.requests[1].url.params) == {"wait": "30"}
+    assert server.requests[1].extensions["timeout"]["read"] == 40
 
 
 def test_wait_polls_as_the_caller_asks(pauses: list[float]) -> None:
-    with Server(*states({"status": "queued"}, {"status": "succeeded"})).client() as winnow:
-        winnow.wait("job_1", poll_seconds=0.1)
+    server = Server(*states({"status": "queued"}, {"status": "succeeded"}))
+    with server.client() as winnow:
+        winnow.wait("job_1", on_update=print, poll_seconds=0.1)
     assert pauses == [0.1]
+    assert dict(server.requests[1].url.params) == {}
 
 
 def test_wait_raises_what_failed() -> None:
@@ -245,6 +277,33 @@ def test_wait_polls_once_more_when_time_is_up(pauses: list[float]) -> None:
     with Server(*states({"status": "running"}, {"status": "succeeded"})).client() as winnow:
         winnow.wait("job_1", timeout=1)
     assert 0 < pauses[0] <= 1
+
+
+def stream(*events: dict[str, Any], broken: bool = False) -> httpx.Response:
+    sent = (f"event: {e['type']}\ndata: {json.dumps(e)}\nid: {e['id']}\n\n".encode() for e in events)
+    return httpx.Response(200, stream=Chunks(b"retry: 2000\n\n", *sent, b": ping\n\n", broken=broken))
+
+
+def test_follow_goes_on_where_a_stream_broke_off(pauses: list[float]) -> None:
+    events = [{"id": 7, "type": "job.running"}, {"id": 9, "type": "unit.claimed"}, {"id": 12, "type": "job.failed"}]
+    server = Server(stream(*events[:2], broken=True), stream(), stream(events[2]))
+    with server.client() as winnow:
+        assert list(winnow.follow("job_1")) == events
+    assert [request.headers["last-event-id"] for request in server.requests] == ["0", "9", "9"]
+    assert {request.headers["accept"] for request in server.requests} == {"text/event-stream"}
+    assert pauses == [2.0, 2.0]
+
+
+def test_follow_ends_where_there_is_nothing_more() -> None:
+    with Server(httpx.Response(204)).client() as winnow:
+        assert list(winnow.follow("job_1", after=12)) == []
+
+
+def test_follow_gives_up_on_streams_that_send_nothing() -> None:
+    server = Server(*[httpx.Response(200, stream=Chunks(broken=True)) for _ in range(3)])
+    with server.client(retries=2) as winnow, pytest.raises(Unreachable):
+        list(winnow.follow("job_1"))
+    assert server.script == []
 
 
 class Chunks(httpx.SyncByteStream):

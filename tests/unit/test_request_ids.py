@@ -1,0 +1,98 @@
+"""Every answer carries the request's id, and so does every line that is logged while the request runs."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from anyio.to_thread import run_sync
+
+from service.app import create_app
+from service.observability import logs
+from service.results.export import ResultStream
+from service.settings import ApiSettings
+
+log = logging.getLogger("service.test")
+ID = "mine-1"
+
+
+def lines_of_a_stream() -> Iterator[bytes]:
+    for part in (b"a", b"b"):
+        log.info("in the stream")
+        yield part
+
+
+def crash() -> None:
+    log.info("in a thread")
+    raise RuntimeError("a fault of ours")
+
+
+async def awaited() -> str:
+    await run_sync(log.info, "in another thread")
+    return "x"
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str | None]]]:
+    """(message, request id) of every record."""
+    found: list[tuple[str, str | None]] = []
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append((record.getMessage(), logs.context().get("request_id")))
+
+    handler = Note()
+    root = logging.getLogger()
+    root.addHandler(handler)
+    monkeypatch.setattr(root, "level", logging.INFO)
+    monkeypatch.setattr(log, "level", logging.INFO)
+    monkeypatch.setattr(logging.getLogger("service.access"), "level", logging.INFO)
+    yield found
+    root.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "told"),
+    [
+        ("GET", "/healthz", 200, []),
+        ("GET", "/nowhere", 404, []),
+        ("PUT", "/v1/models", 405, []),
+        ("GET", "/v1/models", 401, []),
+        ("GET", "/stream", 200, ["in the stream", "in the stream"]),
+        ("GET", "/async", 200, ["in another thread"]),
+        ("GET", "/crash", 500, ["in a thread", "unforeseen error in GET /crash"]),
+    ],
+)
+def test_answers_and_lines_carry_the_id(
+    seen: list[tuple[str, str | None]], tmp_path: Path, method: str, path: str, status: int, told: list[str]
+) -> None:
+    app = create_app(
+        ApiSettings(
+            database={"url": "postgresql://nobody@127.0.0.1:1/none"},
+            broker={"url": "redis://127.0.0.1:1"},
+            artifacts={"url": str(tmp_path)},
+            models={"folder": tmp_path},
+            secret_key="unit-tests-only-0123456789abcdef0123",
+        )
+    )
+    app.add_api_route(
+        "/stream", lambda: ResultStream(lines_of_a_stream(), media_type="text/plain"), response_model=None
+    )
+    app.add_api_route("/crash", crash)
+    app.add_api_route("/async", awaited)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://winnow.test") as client:
+            return await client.request(method, path, headers={"X-Request-Id": ID})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers.get_list("x-request-id")) == (status, [ID])
+    if status >= 400:
+        assert answer.json()["request_id"] == ID
+    ours = [(message, id) for message, id in seen if not message.startswith("HTTP Request")]
+    assert [message for message, _ in ours if message in told] == told
+    assert {id for _, id in ours} == {ID}
+    app.state.engine.dispose()
