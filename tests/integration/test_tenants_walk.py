@@ -24,6 +24,7 @@ from results_world import add_job, move, publish_small
 from sqlalchemy import text
 
 from service.app import create_app
+from service.datasets import repository as datasets
 from service.datasets.tables import Dataset
 from service.ids import new_id
 from service.jobs.state import JobStatus
@@ -247,6 +248,18 @@ def test_a_job_cannot_be_given_another_tenants_dataset(world: World, field: str)
         assert shape(found, theirs) == shape(expected, absent)
         assert found.json()["param"] == field
     assert world.image() == before
+
+
+def test_the_same_content_of_two_tenants_is_looked_for_in_the_own_one(world: World) -> None:
+    with world.app.state.sessions() as session:
+        first, second = (
+            session.get_one(Dataset, tenant.ids["dataset_id"][0]) for tenant in (world.first, world.second)
+        )
+        assert first.fingerprint == second.fingerprint
+        for dataset in (first, second):
+            found = datasets.live_content_kept(session, dataset.tenant_id, dataset.fingerprint)
+            assert found is dataset
+        assert datasets.live_content_kept(session, new_id("tnt"), first.fingerprint) is None
 
 
 # Keys that do not open

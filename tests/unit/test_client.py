@@ -120,6 +120,25 @@ def test_keys_are_made_listed_and_revoked_and_tell_of_their_use() -> None:
     ]
 
 
+def test_keys_are_made_listed_and_revoked_and_tell_of_their_use() -> None:
+    made = httpx.Response(201, json={"id": "key_2", "key": "wnw_new"})
+    pages = page([{"id": "key_2"}], "key_2", True), page([{"id": "key_1"}], "key_1", False)
+    server = Server(made, *pages, httpx.Response(204), httpx.Response(200, json={"object": "usage"}))
+    with server.client() as winnow:
+        assert winnow.create_key("CI", scopes=["read"], expires_in_days=3)["key"] == "wnw_new"
+        assert [key["id"] for key in list(winnow.keys())] == ["key_2", "key_1"]
+        winnow.revoke_key("key_1")
+        assert winnow.usage() == {"object": "usage"}
+    assert json.loads(server.requests[0].content) == {"name": "CI", "scopes": ["read"], "expires_in_days": 3}
+    assert [(r.method, str(r.url).partition("/v1/")[2]) for r in server.requests] == [
+        ("POST", "keys"),
+        ("GET", "keys"),
+        ("GET", "keys?after=key_2"),
+        ("DELETE", "keys/key_1"),
+        ("GET", "usage"),
+    ]
+
+
 def test_content_needs_a_name() -> None:
     server = Server(httpx.Response(201, json={}))
     with server.client() as winnow:
