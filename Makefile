@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test chaos lint format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core
+.PHONY: help install demo up test chaos lint format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -75,6 +75,9 @@ bench-downstream: $(INSTALLED)  ## loss on held-out targets after training on wh
 
 bench-core: $(INSTALLED)  ## speed of every stage; ARGS="--authors DIR" runs the authors' code beside it
 	@$(BENCH)
+
+bench-export: $(INSTALLED)  ## downloads of 5,000,000 weights: memory of the API, time, every row there; some ten minutes
+	@$(BIN)/python benchmarks/export.py --cache $(BENCH_CACHE)/export --out $(BENCH_OUT) $(ARGS)
 
 clean:  ## remove the environment and the embedded stack's state
 	rm -rf $(VENV) .winnow

@@ -152,11 +152,16 @@ def jobs(
 
 @app.command()
 def status(
-    job_id: str, home: Home = DEFAULT_HOME, url: Url = None, api_key: Key = None, as_json: AsJson = False
+    job_id: str,
+    wait: Annotated[bool, typer.Option(help="Show progress until it has ended")] = False,
+    home: Home = DEFAULT_HOME,
+    url: Url = None,
+    api_key: Key = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show where a job is."""
     with _client(home, url, api_key) as client:
-        job = client.job(job_id)
+        job = show.follow(client, job_id, err if as_json else out) if wait else client.job(job_id)
     if as_json:
         _print_json(job)
         return

@@ -41,7 +41,7 @@ def follow(client: Winnow, job_id: str, console: Console) -> Json:
                 if stage["seconds"] is not None:
                     progress.stop_task(bars[name])
 
-        return client.wait(job_id, on_update=update, poll_seconds=0.5)
+        return client.wait(job_id, on_update=update, poll_seconds=1)
 
 
 def _note(stage: Json) -> str:
