@@ -36,11 +36,13 @@ from service.operate import settings_problem
 from service.packages import unsafe_packages
 from service.schema import MIGRATION_LOCK, lock_holder, standing
 from service.settings import ApiSettings, ArtifactSettings, BrokerSettings, DatabaseSettings, ModelSettings, Settings
+from service.webhooks import repository as webhooks
 
 OLDEST_POSTGRESQL = 15
 _SLOW_SECONDS = 0.1  # of one round trip to the database, of which a claim takes several
 _BEATS = 3
 _TAKEN_SECONDS = 3.0  # a message that nobody has taken for so long, though a worker is free, is left alone
+_OVERDUE_SECONDS = 120.0
 _GIB = 2**30
 
 Level = Literal["ok", "warning", "FAIL", "skipped"]
@@ -299,6 +301,15 @@ def _jobs(patient: _Patient) -> Told:
     return "ok", found
 
 
+def _webhooks(patient: _Patient) -> Told:
+    with Session(patient.engine) as session:
+        overdue = webhooks.overdue(session, seconds=_OVERDUE_SECONDS)
+    if overdue:
+        why = f"{overdue} messages have been due for more than {_OVERDUE_SECONDS:g} seconds"
+        return "warning", why, "start the API; where it runs, look for `webhooks` in its log"
+    return "ok", "no message is overdue"
+
+
 _CORRECT_FOLDER = "correct WINNOW_MODELS__FOLDER, or its owner and mode"
 
 
@@ -325,4 +336,5 @@ CHECKS = (
     _Check("packages", _packages, "install them anew"),
     _Check("models", _models, _CORRECT_FOLDER),
     _Check("jobs", _jobs, _ASK, ("database", "migrations")),
+    _Check("webhooks", _webhooks, _ASK, ("database", "migrations")),
 )

@@ -185,6 +185,13 @@ def disable(session: Session, endpoint_id: str, reason: str) -> bool:
     return bool(changed.rowcount)  # type: ignore[attr-defined]
 
 
+def overdue(session: Session, *, seconds: float) -> int:
+    """How many have been due for so long and nobody has sent them."""
+    since = func.now() - timedelta(seconds=seconds)
+    found = select(func.count()).where(WebhookDelivery.state == "pending", WebhookDelivery.next_attempt_at < since)
+    return session.scalar(found) or 0
+
+
 def delete_old(session: Session) -> int:
     """Deletes what ended long ago, with its attempts. How many."""
     old = delete(WebhookDelivery).where(WebhookDelivery.finished_at < func.now() - KEPT)

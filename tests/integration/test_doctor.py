@@ -39,6 +39,7 @@ NAMES = [
     "packages",
     "models",
     "jobs",
+    "webhooks",
 ]
 LEASE, SWEEP, CANCEL, BEAT = 60.0, 0.2, 120.0, 10.0
 
@@ -156,7 +157,7 @@ def test_a_database_that_is_away_is_the_only_one_blamed(clinic: Clinic) -> None:
     assert clinic.failing() == {"database"}
     assert "WINNOW_DATABASE__URL" in found["database"].remedy
     skipped = {name for name, finding in found.items() if finding.level == "skipped"}
-    assert skipped == {"migrations", "leader", "workers", "queue", "jobs"}
+    assert skipped == {"migrations", "leader", "workers", "queue", "jobs", "webhooks"}
     assert found["queue"].found == "not looked at: it needs database and migrations"
     assert "hunter2" not in str(found)
 
@@ -345,3 +346,23 @@ def test_it_looks_at_a_running_stack(tmp_path: Path) -> None:
         assert {f.level for f in doctor.examine(tmp_path / "home") if f.check != "disk"} == {"ok"}
     finally:
         process.stop()
+
+
+def test_messages_that_nobody_sends_are_told(clinic: Clinic) -> None:
+    with clinic.world.engine.begin() as connection:
+        connection.execute(
+            text(
+                "WITH endpoint AS (INSERT INTO webhook_endpoints (id, tenant_id, url, description, events, sealed_secret)"
+                " VALUES ('whk', :tenant, '', '', '{}', '') RETURNING id)"
+                " INSERT INTO webhook_deliveries (id, endpoint_id, type, payload, next_attempt_at)"
+                " SELECT 'msg', id, '', '', now() FROM endpoint"
+            ),
+            {"tenant": clinic.world.owner["tenant_id"]},
+        )
+    assert clinic.look()["webhooks"].level == "ok"
+    with clinic.world.engine.begin() as connection:
+        connection.execute(text("UPDATE webhook_deliveries SET next_attempt_at = now() - interval '10 minutes'"))
+    found = clinic.look()["webhooks"]
+    assert (found.level, found.found) == ("warning", "1 messages have been due for more than 120 seconds")
+    with clinic.world.engine.begin() as connection:
+        connection.execute(text("TRUNCATE webhook_endpoints, webhook_deliveries, webhook_attempts"))
