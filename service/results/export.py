@@ -4,6 +4,7 @@ A stream takes a session for each batch and gives it back before the batch is se
 one that goes away leaves nothing open.
 """
 
+import ctypes
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from threading import BoundedSemaphore
 from typing import Any
@@ -28,14 +29,18 @@ from service.results.tables import CHUNK_SIZE
 
 # Content of the pool that one batch holds; on the way to bytes it is there a dozen times. Each batch of a selection reads the
 # whole pool, so it is larger; the estimate for it is made from the pool's mean row.
-BATCH_BYTES = 2**20
+BATCH_BYTES = 2**19
 SELECTED_BATCH_BYTES = 2 * 2**20
 # A stream that waits for its client holds one batch of bytes, one that makes a batch several times as much.
 MOST_STREAMS = 32
-_MOST_MAKING = 2
+_MOST_MAKING = 1
 _LOOK_ROWS = 256  # a row may have a megabyte
 # Arrow's own allocator keeps what was freed by each thread for that thread: twice the memory here, and no faster.
 pa.set_memory_pool(pa.system_memory_pool())
+# glibc moves this up to 32 MB by itself, and from then on what buffers of megabytes leave is not given back to the system.
+_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**18
+if hasattr(_libc := ctypes.CDLL(None), "mallopt"):
+    _libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 # Lists or arrays by name, all of one length.
 Columns = dict[str, Any]

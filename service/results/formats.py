@@ -57,10 +57,14 @@ def batch_of(columns: Mapping[str, Any]) -> pa.RecordBatch:
 def jsonl(batches: Iterable[pa.RecordBatch]) -> ByteStream:
     """One JSON object a line."""
     for batch in batches:
-        parts: list[Any] = []
-        for name in batch.schema.names:
-            parts += [f'{"," if parts else "{"}"{name}":', _json(batch.column(name))]
-        yield _joined(*parts, "}\n", nothing="null")
+        yield _json_lines(batch)
+
+
+def _json_lines(batch: pa.RecordBatch) -> bytes:
+    parts: list[Any] = []
+    for name in batch.schema.names:
+        parts += [f'{"," if parts else "{"}"{name}":', _json(batch.column(name))]
+    return _joined(*parts, "}\n", nothing="null")
 
 
 def comma_separated(batches: Iterable[pa.RecordBatch]) -> ByteStream:
@@ -70,10 +74,14 @@ def comma_separated(batches: Iterable[pa.RecordBatch]) -> ByteStream:
         if not has_header:
             yield f"{','.join(batch.schema.names)}\r\n".encode()
             has_header = True
-        parts: list[Any] = []
-        for name in batch.schema.names:
-            parts += [*([","] if parts else []), _csv(batch.column(name))]
-        yield _joined(*parts, "\r\n", nothing="")
+        yield _csv_lines(batch)
+
+
+def _csv_lines(batch: pa.RecordBatch) -> bytes:
+    parts: list[Any] = []
+    for name in batch.schema.names:
+        parts += [*([","] if parts else []), _csv(batch.column(name))]
+    return _joined(*parts, "\r\n", nothing="")
 
 
 def _joined(*parts: Any, nothing: str) -> bytes:
