@@ -21,10 +21,12 @@ from service.datasets import storage
 from service.datasets.formats import CanonicalRow
 from service.datasets.tables import Dataset
 from service.ids import new_id
+from service.jobs.parameters import JobParameters
 from service.jobs.state import JobStatus
 from service.jobs.tables import SelectionJob
 from service.results.service import distribution, publish
 from service.settings import ApiSettings, DatabaseSettings
+from service.tenants.caller import Scope
 from service.tenants.service import authenticate, create_key
 
 N, K = 40_000, 500
@@ -88,7 +90,9 @@ def write_pool(store: ArtifactStore, folder: Path, samples: list[tuple[str, str 
     return content
 
 
-def add_job(sessions: Sessions, key: str, content: Any, status: JobStatus, deleted: bool = False) -> str:
+def add_job(
+    sessions: Sessions, key: str, content: Any, status: JobStatus, deleted: bool = False, model: str = "small"
+) -> str:
     """A job on the content that walked to `status` along the transitions; nothing is published."""
     job_id = new_id("job")
     way = {
@@ -122,9 +126,9 @@ def add_job(sessions: Sessions, key: str, content: Any, status: JobStatus, delet
                 status=JobStatus.QUEUED,
                 pool_id=dataset.id,
                 target_id=dataset.id,
-                model={},
+                model={"kind": "registered", "name": model},
                 budget=K,
-                parameters={},
+                parameters=JobParameters().model_dump(mode="json"),
                 request={},
                 job_metadata={},
             )
@@ -145,18 +149,19 @@ def move(sessions: Sessions, job_id: str, status: JobStatus) -> None:
 
 
 @contextmanager
-def make_world(postgres_url: str, folder: Path, broker_url: str = "redis://localhost:1") -> Iterator[World]:
+def make_world(postgres_url: str, folder: Path, **more: Any) -> Iterator[World]:
+    """`more`: further settings."""
     settings = ApiSettings(
         database=DatabaseSettings(url=postgres_url, pool_size=2),
-        broker={"url": broker_url},
         artifacts={"url": str(folder / "store")},
         models={"folder": folder},
         secret_key=SecretStr(SECRET),
+        **{"broker": {"url": "redis://localhost:1"}, **more},
     )
     app = create_app(settings)
     engine, sessions, store = app.state.engine, app.state.sessions, app.state.store
     with sessions.begin() as session:
-        key = create_key(session, tenant_name=new_id("tenant"), key_name="a", secret_key=SECRET)
+        key = create_key(session, tenant_name=new_id("tenant"), key_name="a", secret_key=SECRET, scopes=Scope)
         other_key = create_key(session, tenant_name=new_id("tenant"), key_name="b", secret_key=SECRET)
 
     rng = np.random.default_rng(7)
@@ -196,7 +201,7 @@ def make_world(postgres_url: str, folder: Path, broker_url: str = "redis://local
     engine.dispose()
 
 
-def publish_small(session: Session, job_id: str, n: int) -> None:
+def publish_small(session: Session, job_id: str, n: int, provenance: dict[str, Any] | None = None) -> None:
     """Results of a small pool, of which sample 1 is the selection."""
     publish(
         session,
@@ -208,7 +213,7 @@ def publish_small(session: Session, job_id: str, n: int) -> None:
         sample_ids=["1"],
         sources=[None],
         summary={},
-        provenance={},
+        provenance=provenance or {},
     )
 
 
