@@ -52,9 +52,11 @@ def migrate() -> None:
     elif before.current == before.newest:
         print(f"The database is at {before.newest} already.")
     else:
-        with make_sessions(make_engine(settings)).begin() as session:
+        engine = make_engine(settings)
+        with make_sessions(engine).begin() as session:
             versions = {"before": before.current, "after": before.newest}
             audit.record_own(session, "cli", None, "database.migrated", "database", **versions)
+        engine.dispose()
         print(f"The database went from {before.current or 'nothing'} to {before.newest}.")
 
 

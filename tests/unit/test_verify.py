@@ -170,8 +170,9 @@ def test_values_under_another_index_and_another_rank_are_found(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.9999])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9999, 1.0])
 def test_a_file_that_breaks_off_is_found(tmp_path: Path, kind: str, part: float) -> None:
+    """Also where only the last byte is missing."""
     path = write(tmp_path, kind, table(selected_only=False))
     content = path.read_bytes()
     path.write_bytes(content[: min(int(len(content) * part), len(content) - 1)])
