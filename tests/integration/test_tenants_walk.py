@@ -258,7 +258,8 @@ def test_the_same_content_of_two_tenants_is_looked_for_in_the_own_one(world: Wor
         assert first.fingerprint == second.fingerprint
         for dataset in (first, second):
             found = datasets.live_content_kept(session, dataset.tenant_id, dataset.fingerprint)
-            assert found is dataset
+            assert found is not None
+            assert found.tenant_id == dataset.tenant_id
         assert datasets.live_content_kept(session, new_id("tnt"), first.fingerprint) is None
 
 
