@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test chaos lint format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export
+.PHONY: help install demo up test chaos lint openapi format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -49,6 +49,9 @@ lint: $(INSTALLED)  ## style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+openapi: $(INSTALLED)  ## write docs/openapi.json anew, after a change of the API that is meant
+	@PYTHONPATH=. $(BIN)/python tests/openapi_document.py > docs/openapi.json
 
 format: $(INSTALLED)  ## rewrite to the style
 	@$(BIN)/ruff format .

@@ -15,26 +15,15 @@ import requests
 import schemathesis
 from http_world import serving
 from hypothesis import HealthCheck, settings
-from pydantic import SecretStr
-from results_world import SECRET, World, add_job, make_world, move, publish_small, write_pool
+from openapi_document import document
+from results_world import World, add_job, make_world, move, publish_small, write_pool
 
-from service.app import create_app
 from service.ids import new_id
 from service.jobs.parameters import JobParameters
 from service.jobs.state import JobStatus
-from service.settings import ApiSettings
 
-DOCUMENT = create_app(
-    ApiSettings(
-        database={"url": "postgresql://localhost:1/none"},
-        broker={"url": "redis://localhost:1"},
-        artifacts={"url": "/nowhere"},
-        models={"folder": "/nowhere"},
-        secret_key=SecretStr(SECRET),
-    )
-).openapi()
 config = schemathesis.Config.from_dict({"generation": {"allow-extra-parameters": False}})
-schema = schemathesis.openapi.from_dict(DOCUMENT, config=config)
+schema = schemathesis.openapi.from_dict(document(), config=config)
 # What the schema alone cannot say, and is refused with the field's name: which fields go together, what a file must hold, where a
 # webhook's name leads, which scopes the caller may give.
 SAYS_MORE = {
