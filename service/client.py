@@ -23,7 +23,7 @@ import httpx
 
 Json = dict[str, Any]
 
-_RETRY_STATUSES = frozenset({502, 503, 504})
+_RETRY_STATUSES = frozenset({429, 502, 503, 504})
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 _POLL_SECONDS = 2.0
@@ -74,7 +74,8 @@ class JobFailed(WinnowError):
 class Winnow:
     """A connection to the service, for one API key.
 
-    A GET is repeated when the connection fails and after 502, 503 and 504; any other call only when no connection could
+    A GET and a POST, which has an `Idempotency-Key`, are repeated when the connection fails and after 429, 502, 503 and 504, unless
+    the service says that it is of no use or asks for more than half a minute; any other call only when no connection could
     be made, since it may otherwise have been carried out.
     """
 
@@ -131,11 +132,13 @@ class Winnow:
         timeout = httpx.Timeout(self._http.timeout.connect, read=None)
         options: Json = {"params": {"name": name, "format": format}, "timeout": timeout}
 
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+
         def send() -> httpx.Response:
             if isinstance(source, bytes):
-                return self._http.post("/datasets", content=source, **options)
+                return self._http.post("/datasets", content=source, headers=headers, **options)
             with open(source, "rb") as file:
-                return self._http.post("/datasets", content=file, **options)
+                return self._http.post("/datasets", content=file, headers=headers, **options)
 
         return cast(Json, self._send("POST", send).json())
 
@@ -408,6 +411,8 @@ class Winnow:
         return cast(Json, self._call(method, path, **options).json())
 
     def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        if method == "POST":
+            options["headers"] = {"Idempotency-Key": str(uuid.uuid4())}
         return self._send(method, lambda: self._http.request(method, path, **options))
 
     @contextmanager
@@ -424,7 +429,8 @@ class Winnow:
             response.close()
 
     def _send(self, method: str, send: Callable[[], httpx.Response]) -> httpx.Response:
-        """The answer to a request that succeeded, repeated where that cannot do harm."""
+        """The answer to a request that succeeded, repeated where that cannot do harm: a GET, and a POST by its key."""
+        is_safe = method in ("GET", "POST")
         pause = _FIRST_PAUSE_SECONDS
         for left in range(self._retries, -1, -1):
             asked: float | None = None
@@ -433,12 +439,11 @@ class Winnow:
                 if response.is_success:
                     return response
                 refusal = _refusal(response)
-                if method != "GET" or response.status_code not in _RETRY_STATUSES or left == 0:
+                if not is_safe or not _may_succeed(response, refusal) or left == 0:
                     raise refusal
                 asked = _retry_after(response)
             except httpx.TransportError as error:
-                is_safe = method == "GET" or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-                if not is_safe or left == 0:
+                if not (is_safe or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)) or left == 0:
                     raise Unreachable(error) from error
             time.sleep(asked if asked is not None else pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -453,10 +458,17 @@ def _lines(response: httpx.Response) -> Iterator[bytes]:
         yield from lines
 
 
+def _may_succeed(response: httpx.Response, refusal: WinnowError) -> bool:
+    """Whether the same request is worth sending again soon."""
+    if response.headers.get("x-should-retry") == "false" or (_retry_after(response) or 0) > _LONGEST_PAUSE_SECONDS:
+        return False
+    return response.status_code in _RETRY_STATUSES or refusal.code == "idempotency_key_in_use"
+
+
 def _retry_after(response: httpx.Response) -> float | None:
     """Seconds that the service asks to wait; it never sends the other form, a date."""
     value = response.headers.get("Retry-After", "")
-    return min(float(value), _LONGEST_PAUSE_SECONDS) if value.isdigit() else None
+    return float(value) if value.isdigit() else None
 
 
 def _refusal(response: httpx.Response) -> WinnowError:

@@ -184,7 +184,9 @@ def test_lists_are_newest_first_and_paged(api: "Api") -> None:
     assert (second["has_more"], second["last_id"]) == (False, ids[4])
     assert [dataset["id"] for dataset in first["data"] + second["data"]] == ids
     for after in ("ds_x", "\0"):
-        assert problem(api.client.get("/v1/datasets", params={"after": after}), 400, "bad_request")["param"] == "after"
+        assert (
+            problem(api.client.get("/v1/datasets", params={"after": after}), 422, "invalid_request")["param"] == "after"
+        )
 
 
 def test_rows_are_paged_in_order(api: "Api") -> None:

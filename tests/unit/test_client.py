@@ -120,25 +120,6 @@ def test_keys_are_made_listed_and_revoked_and_tell_of_their_use() -> None:
     ]
 
 
-def test_keys_are_made_listed_and_revoked_and_tell_of_their_use() -> None:
-    made = httpx.Response(201, json={"id": "key_2", "key": "wnw_new"})
-    pages = page([{"id": "key_2"}], "key_2", True), page([{"id": "key_1"}], "key_1", False)
-    server = Server(made, *pages, httpx.Response(204), httpx.Response(200, json={"object": "usage"}))
-    with server.client() as winnow:
-        assert winnow.create_key("CI", scopes=["read"], expires_in_days=3)["key"] == "wnw_new"
-        assert [key["id"] for key in list(winnow.keys())] == ["key_2", "key_1"]
-        winnow.revoke_key("key_1")
-        assert winnow.usage() == {"object": "usage"}
-    assert json.loads(server.requests[0].content) == {"name": "CI", "scopes": ["read"], "expires_in_days": 3}
-    assert [(r.method, str(r.url).partition("/v1/")[2]) for r in server.requests] == [
-        ("POST", "keys"),
-        ("GET", "keys"),
-        ("GET", "keys?after=key_2"),
-        ("DELETE", "keys/key_1"),
-        ("GET", "usage"),
-    ]
-
-
 def test_content_needs_a_name() -> None:
     server = Server(httpx.Response(201, json={}))
     with server.client() as winnow:
@@ -188,18 +169,47 @@ def test_a_get_that_was_refused_is_not_repeated(status: int) -> None:
         winnow.results("job_1")
 
 
-@pytest.mark.parametrize("failure", [httpx.ReadTimeout("slow"), httpx.ReadError("reset"), problem(503)])
-def test_a_post_that_may_have_arrived_is_not_repeated(failure: Any) -> None:
+FAILURES = [httpx.ReadTimeout("slow"), httpx.ReadError("reset"), problem(503), problem(429)]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_post_that_may_have_arrived_is_repeated_under_its_key(failure: Any) -> None:
+    again = problem(409, code="idempotency_key_in_use")
+    server = Server(failure, again, *[httpx.Response(200, json={"id": "job_1"})] * 2)
+    with server.client() as winnow:
+        assert winnow.cancel("job_1")["id"] == winnow.cancel("job_1")["id"] == "job_1"
+    keys = [request.headers["Idempotency-Key"] for request in server.requests]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+
+
+def test_an_upload_that_may_have_arrived_is_repeated_under_its_key() -> None:
+    server = Server(httpx.ReadError("reset"), *[httpx.Response(201, json={"id": "ds_1"})] * 2)
+    with server.client() as winnow:
+        assert winnow.upload_dataset(b"{}", "d") == winnow.upload_dataset(b"{}", "d")
+    keys = [request.headers["Idempotency-Key"] for request in server.requests]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_delete_that_may_have_arrived_is_not_repeated(failure: Any) -> None:
     server = Server(failure)
     with server.client() as winnow, pytest.raises(WinnowError):
-        winnow.cancel("job_1")
+        winnow.delete_job("job_1")
     assert len(server.requests) == 1
 
 
-def test_a_post_is_repeated_where_no_connection_was_made() -> None:
-    server = Server(httpx.ConnectTimeout("slow"), httpx.Response(202, json={"id": "job_1"}))
+@pytest.mark.parametrize("headers", [{"x-should-retry": "false"}, {"Retry-After": "31"}])
+def test_what_is_of_no_use_now_is_not_repeated(headers: dict[str, str]) -> None:
+    server = Server(problem(429, headers))
+    with server.client() as winnow, pytest.raises(WinnowError):
+        winnow.create_job()
+    assert len(server.requests) == 1
+
+
+def test_a_delete_is_repeated_where_no_connection_was_made() -> None:
+    server = Server(httpx.ConnectTimeout("slow"), httpx.Response(204))
     with server.client() as winnow:
-        assert winnow.create_job()["id"] == "job_1"
+        winnow.delete_job("job_1")
 
 
 def test_a_server_that_is_away_is_named() -> None:
