@@ -74,9 +74,9 @@ class JobFailed(WinnowError):
 class Winnow:
     """A connection to the service, for one API key.
 
-    A GET and a POST, which has an `Idempotency-Key`, are repeated when the connection fails and after 429, 502, 503 and 504, unless
-    the service says that it is of no use or asks for more than half a minute; any other call only when no connection could
-    be made, since it may otherwise have been carried out.
+    A GET and a POST, which has an `Idempotency-Key`, are repeated when the connection fails and after 429, 502, 503 and 504,
+    unless the service says that it is of no use or asks for more than half a minute; any other call only when no connection
+    could be made, since it may otherwise have been carried out.
     """
 
     def __init__(
