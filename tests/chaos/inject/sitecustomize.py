@@ -153,7 +153,8 @@ def _of_sessions(points: Points, orm: ModuleType) -> None:
 
     def ended(session: Any, transaction: Any) -> None:
         if transaction.parent is None:
-            session.info.clear()
+            for noted in ("writes", "calls", "tables", "name"):
+                session.info.pop(noted, None)
 
     for name, listener in (
         ("do_orm_execute", executed),
