@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -115,7 +116,7 @@ def _write(path: Path, store: ArtifactStore, pool: str, arrays: Mapping[str, Any
 
 def _columns(
     store: ArtifactStore, pool: str, arrays: Mapping[str, Any], selected_only: bool
-) -> Iterator[dict[str, list[Any]]]:
+) -> Iterator[pa.RecordBatch]:
     rank = np.full(len(arrays["influence"]), -1)
     rank[arrays["selected"]] = np.arange(len(arrays["selected"]))
     start = 0
@@ -125,16 +126,18 @@ def _columns(
         if selected_only:
             rows = rows[rank[rows] >= 0]
         base = start - len(ids)
-        yield {
-            "index": rows.tolist(),
-            "id": [ids[row - base] for row in rows],
-            "source": [sources[row - base] for row in rows],
-            "influence": arrays["influence"][rows].tolist(),
-            "weight": arrays["weight"][rows].tolist(),
-            "exact": arrays["exact"][rows].tolist(),
-            "selected": (rank[rows] >= 0).tolist(),
-            "rank": [None if r < 0 else r for r in rank[rows].tolist()],
-        }
+        yield formats.batch_of(
+            {
+                "index": rows,
+                "id": [ids[row - base] for row in rows],
+                "source": [sources[row - base] for row in rows],
+                "influence": arrays["influence"][rows],
+                "weight": arrays["weight"][rows],
+                "exact": arrays["exact"][rows],
+                "selected": rank[rows] >= 0,
+                "rank": pa.array(rank[rows], mask=rank[rows] < 0),
+            }
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
