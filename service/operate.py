@@ -77,11 +77,13 @@ def collect(
         settings = Settings()
     except ValidationError as error:
         fail(str(error))
-    sessions, store = make_sessions(make_engine(settings.database)), ArtifactStore(settings.artifacts.url)
+    engine, store = make_engine(settings.database), ArtifactStore(settings.artifacts.url)
     try:
-        found = collect(sessions, store, settings.retention, dry_run=dry_run)
+        found = collect(make_sessions(engine), store, settings.retention, dry_run=dry_run)
     except DBAPIError as error:
         fail(f"the database: {str(error.orig).strip()}. What was removed stays so; run it again.")
+    finally:
+        engine.dispose()
     if as_json:
         print(json.dumps({"dry_run": dry_run, **asdict(found)}))
         return

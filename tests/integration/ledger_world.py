@@ -76,7 +76,7 @@ class LedgerWorld:
             job = SelectionJob(
                 id=job_id,
                 status="queued",
-                model={},
+                model={"kind": "registered", "name": "none"},
                 budget=1,
                 parameters={},
                 request={},

@@ -58,11 +58,13 @@ def growth_bounded(most: int) -> Iterator[None]:
     """Watches the memory of this process and of those that it starts meanwhile."""
     process, over = psutil.Process(), threading.Event()
     before = {child.pid for child in process.children(recursive=True)}
+    own = process.cmdline()
     base, peak = process.memory_info().rss, 0
 
     def resident(child: psutil.Process) -> int:
         try:
-            return 0 if child.pid in before else int(child.memory_info().rss)
+            # One that is still this program has just been forked, and its memory is this process's.
+            return 0 if child.pid in before or child.cmdline() == own else int(child.memory_info().rss)
         except psutil.Error:
             return 0
 

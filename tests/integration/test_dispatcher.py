@@ -334,7 +334,7 @@ def test_a_database_that_is_away_at_the_start_takes_nothing_down(world: LedgerWo
     ):
         time.sleep(0.4)
         assert dispatcher._thread.is_alive()
-        patch.setattr(dispatch, "_libpq_url", lambda _: world.url)
+        patch.setattr(dispatch, "libpq_url", lambda _: world.url)
         wait_until(lambda: leaders(world), SOON, "a leader, once the database is there")
 
 
@@ -348,10 +348,10 @@ def test_a_pass_that_fails_is_not_the_last(
     real = ledger.claimable_count
     failures = iter([RuntimeError("bad pass"), RuntimeError("bad pass")])
 
-    def failing(session: object) -> int:
+    def failing(session: object, **options: int) -> int:
         for failure in failures:
             raise failure
-        return real(session)
+        return real(session, **options)
 
     monkeypatch.setattr(ledger, "claimable_count", failing)
     world.job()

@@ -105,7 +105,7 @@ def test_a_lost_lease_and_samples_are_counted(
     class Talking:
         death, is_alive = None, True
 
-        def __init__(self, _: Any) -> None:
+        def __init__(self, *_: Any, **__: Any) -> None:
             self._messages: Iterator[Any] = iter(())
 
         def send(self, **message: Any) -> None:
@@ -186,12 +186,12 @@ def test_what_a_worker_gives_back_and_beats_that_the_database_missed_are_counted
 def test_a_child_that_makes_room_for_another_model_is_told_from_one_that_was_killed(of_world: ApiSettings) -> None:
     quick = WorkerSettings(device="cpu", threads=1, cancel_grace_seconds=0.2)
     with supervising(of_world.model_copy(update={"worker": quick})) as supervisor:
-        for model in ("one", "another", "another"):
-            child = supervisor._child_for(model)
+        for name in ("one", "another", "another"):
+            child = supervisor._child_for({"kind": "registered", "name": name})
         assert value(counted(supervisor), "worker_child_starts_total") == 2
         child._process.kill()
         child._process.wait()
-        supervisor._child_for("another")
+        supervisor._child_for({"kind": "registered", "name": "another"})
         found = counted(supervisor)
     assert value(found, "worker_child_starts_total") == 3
     deaths = {dict(labels)["cause"]: count for (name, labels), count in found.items() if "child_deaths" in name}
