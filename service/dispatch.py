@@ -98,7 +98,7 @@ class Dispatcher:
             with self._sessions.begin() as session:
                 leases = ledger.expire_leases(session, retries=self._retries)
                 cancels = ledger.expire_cancels(session, after_seconds=self._settings.ledger.cancel_seconds)
-                waiting = ledger.claimable_count(session)
+                waiting = ledger.claimable_count(session, most=_MOST_MESSAGES)
         except Exception:
             # One bad pass (a deadlock, a failover) must not end the dispatcher: the next sweep looks again.
             log.exception("dispatcher: the pass over the ledger failed; the next sweep tries again")
@@ -109,7 +109,7 @@ class Dispatcher:
         if leases or cancels:
             log.warning("dispatcher: took %d units back from silent workers, forced %d cancels", leases, cancels)
         if waiting:
-            self._wake(min(waiting, _MOST_MESSAGES))
+            self._wake(waiting)
 
     def _wake(self, wanted: int) -> None:
         try:

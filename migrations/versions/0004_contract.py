@@ -74,7 +74,7 @@ def _create_webhooks() -> None:
         _time("finished_at"),
         _created_at(),
         sa.CheckConstraint(
-            "state IN ('pending', 'delivered', 'failed')", name=op.f("ck_webhook_deliveries_state_known")
+            "state::text IN ('pending', 'delivered', 'failed')", name=op.f("ck_webhook_deliveries_state_known")
         ),
         sa.CheckConstraint(
             "(state = 'pending') = (next_attempt_at IS NOT NULL)", name=op.f("ck_webhook_deliveries_due_when_pending")
@@ -87,6 +87,12 @@ def _create_webhooks() -> None:
     )
     op.create_index(
         "ix_webhook_deliveries_endpoint_id_id", "webhook_deliveries", ["endpoint_id", "id"], if_not_exists=True
+    )
+    op.create_index(
+        "ix_webhook_deliveries_endpoint_id_state_id",
+        "webhook_deliveries",
+        ["endpoint_id", "state", "id"],
+        if_not_exists=True,
     )
     op.create_index(
         "ix_webhook_deliveries_due",
@@ -131,6 +137,9 @@ def _create_audit_log() -> None:
         if_not_exists=True,
     )
     op.create_index("ix_audit_log_tenant_id_id", "audit_log", ["tenant_id", "id"], if_not_exists=True)
+    op.create_index(
+        "ix_audit_log_tenant_id_object_id_id", "audit_log", ["tenant_id", "object_id", "id"], if_not_exists=True
+    )
 
 
 # What is refused to every role; only who may alter the table can go round it.
@@ -197,6 +206,9 @@ def _alter_tables_in_use() -> None:
         "DROP INDEX CONCURRENTLY IF EXISTS ix_selection_jobs_open_of_tenant",
         "CREATE INDEX CONCURRENTLY ix_selection_jobs_open_of_tenant ON selection_jobs (tenant_id, created_at, id)"
         " WHERE status IN ('queued', 'running', 'cancelling')",
+        "DROP INDEX CONCURRENTLY IF EXISTS ix_selection_jobs_live_by_status",
+        "CREATE INDEX CONCURRENTLY ix_selection_jobs_live_by_status ON selection_jobs (tenant_id, status, id)"
+        " WHERE deleted_at IS NULL",
         "DROP INDEX CONCURRENTLY IF EXISTS ix_datasets_key_id",
         "CREATE INDEX CONCURRENTLY ix_datasets_key_id ON datasets (key_id) WHERE deleted_at IS NULL",
         _REFUSE_CHANGE,
@@ -231,6 +243,7 @@ def downgrade() -> None:
     op.drop_index("ix_datasets_key_id", "datasets")
     op.drop_index("ix_selection_jobs_key_id_created_at", "selection_jobs")
     op.drop_index("ix_selection_jobs_open_of_tenant", "selection_jobs")
+    op.drop_index("ix_selection_jobs_live_by_status", "selection_jobs")
     op.drop_column("selection_jobs", "reproduces")
     op.drop_column("selection_jobs", "retry_of")
     op.drop_column("datasets", "key_id")

@@ -13,6 +13,8 @@ from service.jobs.state import JobStatus, UnitState
 from service.jobs.tables import JobEvent, JobUnit, SelectionJob, Worker, WorkerProcess
 from service.settings import LedgerSettings
 
+_LOOKED_AT = 300  # jobs, for similar ones
+
 
 def is_id(value: str) -> bool:
     return ids.is_id("job", value)
@@ -80,16 +82,24 @@ def last_event(session: Session, job_id: str, kind: str) -> dict[str, Any] | Non
 def similar_jobs(
     session: Session, tenant_id: str, *, model: Mapping[str, Any], pool: str, target: str, limit: int
 ) -> list[tuple[SelectionJob, str, str]]:
-    """The tenant's newest succeeded jobs on the model and one of the contents, each with its pool's and target's fingerprint."""
-    pools, targets = aliased(Dataset), aliased(Dataset)
-    found = session.execute(
-        select(SelectionJob, pools.fingerprint, targets.fingerprint)
-        .join(pools, pools.id == SelectionJob.pool_id)
-        .join(targets, targets.id == SelectionJob.target_id)
+    """The tenant's newest succeeded jobs on the model and one of the contents, each with its pool's and target's fingerprint.
+
+    Only among its last hundreds, so that a tenant with very many, none of them similar, does not have all looked at.
+    """
+    newest = (
+        select(SelectionJob)
         .where(SelectionJob.tenant_id == tenant_id, SelectionJob.status == JobStatus.SUCCEEDED)
         .where(SelectionJob.deleted_at.is_(None))
-        .where(SelectionJob.model == dict(model), or_(pools.fingerprint == pool, targets.fingerprint == target))
         .order_by(SelectionJob.id.desc())
+        .limit(_LOOKED_AT)
+    ).subquery()
+    job, pools, targets = aliased(SelectionJob, newest), aliased(Dataset), aliased(Dataset)
+    found = session.execute(
+        select(job, pools.fingerprint, targets.fingerprint)
+        .join(pools, pools.id == job.pool_id)
+        .join(targets, targets.id == job.target_id)
+        .where(job.model == dict(model), or_(pools.fingerprint == pool, targets.fingerprint == target))
+        .order_by(job.id.desc())
         .limit(limit)
     )
     return [(row[0], row[1], row[2]) for row in found]

@@ -27,6 +27,11 @@ class SelectionJob(CreatedAt, Base):
         CheckConstraint("(status = 'failed') = (error IS NOT NULL)", name="error_when_failed"),
         CheckConstraint("budget > 0", name="budget_positive"),
         Index("ix_selection_jobs_tenant_id_id", "tenant_id", "id"),
+        Index(
+            "ix_selection_jobs_live_by_status",
+            *("tenant_id", "status", "id"),
+            postgresql_where="deleted_at IS NULL",
+        ),
         Index("ix_selection_jobs_pool_id", "pool_id"),
         Index("ix_selection_jobs_key_id_created_at", "key_id", "created_at"),  # a key's quotas
         Index("ix_selection_jobs_target_id", "target_id"),

@@ -28,7 +28,8 @@ def check_job(session: Session, caller: Caller, settings: LimitSettings, samples
     """
     limits = of_key(caller, settings)
     repository.lock(session, caller.key_id, "jobs")
-    if limits.concurrent_jobs and repository.open_jobs(session, caller.key_id) >= limits.concurrent_jobs:
+    open_jobs = repository.open_jobs(session, caller.tenant_id, caller.key_id) if limits.concurrent_jobs else 0
+    if limits.concurrent_jobs and open_jobs >= limits.concurrent_jobs:
         raise TooManyRequests(
             f"This key has {limits.concurrent_jobs:,} jobs that have not ended, which is its limit."
             " Wait for the end of one, or cancel one.",

@@ -51,7 +51,7 @@ class RateLimiter:
         return max(1, int(self._limiter.get_window_stats(item, key_id).reset_time - time.time() + 0.01) + 1)
 
 
-def limit_rate(request: Request, caller: CallerDep) -> None:
+async def limit_rate(request: Request, caller: CallerDep) -> None:  # async: a thread would cost more than it does
     """A dependency of all routes that need a key."""
     settings: ApiSettings = request.app.state.settings
     request.app.state.rate.hit(caller.key_id, quotas.of_key(caller, settings.limits).requests_per_minute)

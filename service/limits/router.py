@@ -34,7 +34,7 @@ def get_usage(request: Request, session: SessionDep, caller: ReadDep) -> Usage:
     limits = quotas.of_key(caller, settings.limits)
     used = {
         "requests_per_minute": request.app.state.rate.used(caller.key_id, limits.requests_per_minute),
-        "concurrent_jobs": repository.open_jobs(session, caller.key_id),
+        "concurrent_jobs": repository.open_jobs(session, caller.tenant_id, caller.key_id),
         "stored_bytes": repository.stored_bytes(session, caller.key_id),
         "samples_per_day": repository.samples_today(session, caller.key_id)[0],
     }

@@ -5,10 +5,10 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -148,8 +148,8 @@ def _caller(
     return replace(_caller_of(row), request_id=request.state.request_id)
 
 
-def _allowed(scope: Scope) -> Callable[[Caller], Caller]:
-    def check(caller: CallerDep) -> Caller:
+def _allowed(scope: Scope) -> Callable[[Caller], Coroutine[Any, Any, Caller]]:
+    async def check(caller: CallerDep) -> Caller:  # async: a thread would cost more than it does
         if scope not in caller.scopes:
             has = ", ".join(sorted(caller.scopes)) or "none"
             raise Forbidden(

@@ -43,9 +43,10 @@ class WebhookDelivery(CreatedAt, Base):
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
-        CheckConstraint("state IN ('pending', 'delivered', 'failed')", name="state_known"),
+        CheckConstraint("state::text IN ('pending', 'delivered', 'failed')", name="state_known"),
         CheckConstraint("(state = 'pending') = (next_attempt_at IS NOT NULL)", name="due_when_pending"),
         Index("ix_webhook_deliveries_endpoint_id_id", "endpoint_id", "id"),
+        Index("ix_webhook_deliveries_endpoint_id_state_id", "endpoint_id", "state", "id"),
         Index("ix_webhook_deliveries_due", "endpoint_id", "next_attempt_at", postgresql_where="state = 'pending'"),
     )
 

@@ -182,17 +182,11 @@ def _take(session: Session, unit_id: int, worker_id: str, lease_seconds: float) 
     return claim_of(unit)
 
 
-def claimable_count(session: Session) -> int:
-    """How many units a worker could take now; those that wait for another job's artifact are told of when it is done."""
-    return (
-        session.scalar(
-            select(func.count())
-            .select_from(JobUnit)
-            .join(SelectionJob, SelectionJob.id == JobUnit.job_id)
-            .where(*_is_claimable())
-        )
-        or 0
-    )
+def claimable_count(session: Session, *, most: int | None = None) -> int:
+    """How many units a worker could take now, counted up to `most`; those that wait for another job's artifact are told of when
+    it is done."""
+    units = select(JobUnit.id).join(SelectionJob, SelectionJob.id == JobUnit.job_id).where(*_is_claimable())
+    return session.scalar(select(func.count()).select_from(units.limit(most).subquery())) or 0
 
 
 def beat(session: Session, claim: Claim, *, lease_seconds: float, done: int) -> Beat:
