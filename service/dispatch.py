@@ -85,7 +85,7 @@ class Dispatcher:
 
     def _wait_for_notification(self, connection: psycopg.Connection) -> None:
         """Returns on a notification, after one sweep interval, or soon after `stop`."""
-        step = min(0.5, self._settings.ledger.sweep_seconds)
+        step = min(0.1, self._settings.ledger.sweep_seconds)
         waited = 0.0
         while waited < self._settings.ledger.sweep_seconds and not self._stopping.is_set():
             if list(connection.notifies(timeout=step, stop_after=1)):

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CHANNEL = "winnow_events"  # its payload is the id of the job; a trigger on job_events notifies
 _LOOK_SECONDS = 5.0
 _BLIND_LOOK_SECONDS = 1.0
-_STEP_SECONDS = 0.5
+_STEP_SECONDS = 0.1  # how soon it ends when it is told to
 _RECONNECT_SECONDS = 1.0
 
 _Handler: TypeAlias = Callable[[int, FrameType | None], Any]

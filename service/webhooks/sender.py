@@ -42,6 +42,7 @@ _OF_TENANT = 8
 _OF_ENDPOINT = 2
 
 _SWEEP_SECONDS = 2.0
+_STEP_SECONDS = 0.1  # how soon it ends when it is told to
 _SPARE_SECONDS = 30.0  # of a lease, beyond the request: for what is written before and after it
 
 
@@ -100,9 +101,9 @@ class Sender:
                 self.send_due()
                 waited = 0.0
                 while waited < _SWEEP_SECONDS and not self._stopping.is_set():
-                    if list(connection.notifies(timeout=0.5, stop_after=1)):
+                    if list(connection.notifies(timeout=_STEP_SECONDS, stop_after=1)):
                         break
-                    waited += 0.5
+                    waited += _STEP_SECONDS
 
     def send_due(self) -> None:
         """Claims as many of what is due as may be under way, and hands them to threads. Each calls it again when it is done."""

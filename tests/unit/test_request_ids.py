@@ -35,7 +35,7 @@ async def awaited() -> str:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str | None]]]:
+def seen(caplog: pytest.LogCaptureFixture) -> Iterator[list[tuple[str, str | None]]]:
     """(message, request id) of every record."""
     found: list[tuple[str, str | None]] = []
 
@@ -46,9 +46,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str | None
     handler = Note()
     root = logging.getLogger()
     root.addHandler(handler)
-    monkeypatch.setattr(root, "level", logging.INFO)
-    monkeypatch.setattr(log, "level", logging.INFO)
-    monkeypatch.setattr(logging.getLogger("service.access"), "level", logging.INFO)
+    for name in ("", log.name, "service.access"):
+        caplog.set_level(logging.INFO, name)
     yield found
     root.removeHandler(handler)
 
