@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test chaos lint openapi format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export
+.PHONY: help install demo up test chaos lint openapi format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export bench-api
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -81,6 +81,10 @@ bench-core: $(INSTALLED)  ## speed of every stage; ARGS="--authors DIR" runs the
 
 bench-export: $(INSTALLED)  ## downloads of 5,000,000 weights: memory of the API, time, every row there; some ten minutes
 	@$(BIN)/python benchmarks/export.py --cache $(BENCH_CACHE)/export --out $(BENCH_OUT) $(ARGS)
+
+bench-api: $(INSTALLED)  ## the API under load: pollers, submissions, lists over 100,000 jobs; some five minutes
+	@$(BIN)/pip show -q locust 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_CONSTRAINTS) -e '.[load]'
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/api.py --out $(BENCH_OUT) $(ARGS)
 
 clean:  ## remove the environment and the embedded stack's state
 	rm -rf $(VENV) .winnow

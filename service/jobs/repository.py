@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Row, cast, func, or_, select, text
+from sqlalchemy import BigInteger, Row, bindparam, cast, func, or_, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
@@ -39,26 +39,29 @@ def page(
     return list(session.scalars(jobs.order_by(SelectionJob.id.desc()).limit(limit)))
 
 
+# Made once: with every poll this takes as long as running it.
+_STAGE_ROWS = (
+    select(
+        JobUnit.job_id,
+        JobUnit.stage,
+        func.count().label("units"),
+        func.count().filter(JobUnit.state == UnitState.SUCCEEDED).label("units_done"),
+        func.count().filter(JobUnit.result["reused"].as_boolean()).label("units_reused"),
+        cast(func.sum(JobUnit.progress_done), BigInteger).label("done"),  # the sum of bigints is numeric
+        cast(func.sum(JobUnit.progress_total), BigInteger).label("total"),
+        func.min(JobUnit.started_at).label("started_at"),
+        func.max(JobUnit.finished_at).label("finished_at"),
+        func.clock_timestamp().label("now"),
+    )
+    .where(JobUnit.job_id.in_(bindparam("job_ids", expanding=True)))
+    .group_by(JobUnit.job_id, JobUnit.stage)
+    .order_by(JobUnit.job_id, JobUnit.stage)
+)
+
+
 def stage_rows(session: Session, job_ids: Sequence[str]) -> Sequence[Row[Any]]:
     """One row for each job and stage: counts, progress and times of its units."""
-    done = JobUnit.state == UnitState.SUCCEEDED
-    return session.execute(
-        select(
-            JobUnit.job_id,
-            JobUnit.stage,
-            func.count().label("units"),
-            func.count().filter(done).label("units_done"),
-            func.count().filter(JobUnit.result["reused"].as_boolean()).label("units_reused"),
-            cast(func.sum(JobUnit.progress_done), BigInteger).label("done"),  # the sum of bigints is numeric
-            cast(func.sum(JobUnit.progress_total), BigInteger).label("total"),
-            func.min(JobUnit.started_at).label("started_at"),
-            func.max(JobUnit.finished_at).label("finished_at"),
-            func.clock_timestamp().label("now"),
-        )
-        .where(JobUnit.job_id.in_(job_ids))
-        .group_by(JobUnit.job_id, JobUnit.stage)
-        .order_by(JobUnit.job_id, JobUnit.stage)
-    ).all()
+    return session.execute(_STAGE_ROWS, {"job_ids": job_ids}).all()
 
 
 def events(session: Session, job_id: str, *, after: int, limit: int) -> list[JobEvent]:

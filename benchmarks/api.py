@@ -1,0 +1,214 @@
+"""How much one process of the API takes: pollers, waiters, submissions, lists over 100,000 jobs, on loopback, by locust.
+
+    python benchmarks/api.py --out benchmarks/results
+
+A real PostgreSQL and broker, the API by uvicorn, no worker, the limits of a key off; the callers are a process of their own on
+the same machine, and what they use of it is told. Five minutes. With `--before DIR` each scenario is first put on another
+checkout's API, so that the two can be compared within one run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from load_world import Watch, World, ending, make_world, serving, upload
+from measuring import heading
+from reporting import table, write_json
+from rich.console import Console
+
+from service.processes import Parts
+
+console = Console(stderr=True)
+ROOT = Path(__file__).resolve().parent.parent
+Json = dict[str, Any]
+
+LISTS = [
+    ("list, 20", "limit=20"),
+    ("list, 100", "limit=100"),
+    ("list, 20, after a cursor", "limit=20&after={cursor}"),
+    ("list, 100, after a cursor", "limit=100&after={cursor}"),
+    ("list, 20, running", "limit=20&status=running"),
+    ("list, 20, failed, after a cursor", "limit=20&status=failed&after={cursor}"),
+    ("list, 20, cancelling (none)", "limit=20&status=cancelling"),
+]
+PACING_SECONDS = 5  # of `Poster`
+WARM_UP = {"Poller": 10.0, "Waiter": 12.0, "Poster": 8.0}
+HOLDS_SECONDS = 1.0  # a rate of submissions is held where p99 is below this
+ENDING = 500  # jobs at most that end during a scenario
+FULL = 0.9  # of a core: a process of Python takes no more
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    users: dict[str, int]
+    seconds: float
+    workers: int = 1
+    ends_every: float = 0.0
+
+
+def submissions(rate: int, seconds: float) -> Scenario:
+    return Scenario(f"{rate} submissions a second", {"Poster": rate * PACING_SECONDS}, seconds)
+
+
+def scenarios(small: bool) -> list[Scenario]:
+    n, seconds = (20, 1.5) if small else (1000, 25.0)
+    mixed = {"Poller": 3 * n // 10, "Waiter": 3 * n // 10, "Poster": 10 * PACING_SECONDS, "SlowLister": n // 100}
+    found = [
+        Scenario(f"{n} pollers", {"Poller": n}, seconds),
+        Scenario(f"{n} pollers, 2 processes", {"Poller": n}, seconds, workers=2),
+        Scenario(f"{n} waiters", {"Waiter": n}, seconds, ends_every=0.1),
+        Scenario("8 listers", {"Lister": 8}, seconds / 2),
+        Scenario("all together", mixed, seconds, ends_every=0.1),
+    ]
+    return [found[0], found[2], found[3]] if small else found
+
+
+def drive(world: World, scenario: Scenario, code: Path, request: Json) -> Json:
+    """One scenario on an API that has just started."""
+    warm_up = max((WARM_UP.get(kind, 5.0) for kind in scenario.users), default=5.0)
+    warm_up = min(warm_up, 3 * scenario.seconds)
+    postgres = psutil.Process(int((world.folder / "postgres" / "postmaster.pid").read_text().split()[0]))
+    with serving(world, code, scenario.workers) as (url, api):
+        task = {
+            "url": url,
+            "warm_up": warm_up,
+            "seconds": scenario.seconds,
+            "users": scenario.users,
+            "running": world.running,
+            "keys": world.keys,
+            "cursors": world.cursors,
+            "lists": LISTS,
+            "request": request or upload(url, world.keys[0]),
+        }
+        request.update(task["request"])
+        path = world.folder / "task.json"
+        path.write_text(json.dumps(task))
+        # The callers take from the end of the list: what they wait for ends there first.
+        ends = [job for _, job in world.running[-ENDING:]] if scenario.ends_every else []
+        command = [sys.executable, str(ROOT / "benchmarks" / "load_users.py"), str(path)]
+        with ending(world, ends, scenario.ends_every) if ends else nullcontext(), callers(command) as process:
+            process.stdout.readline()  # they are warm, and count from here on
+            with Watch(world, api, postgres) as watch:
+                told = process.communicate(timeout=120)[0]
+    del world.running[len(world.running) - len(ends) :]
+    return _summary(scenario, json.loads(told), watch.found)
+
+
+@contextmanager
+def callers(command: list[str]) -> Iterator[Any]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _summary(scenario: Scenario, seen: Json, used: Json) -> Json:
+    calls = [_call(name, times, seen["seconds"]) for name, times in sorted(seen["calls"].items())]
+    generator = round(seen["cpu_seconds"] / seen["seconds"], 2)
+    found = {
+        "name": scenario.name,
+        "users": scenario.users,
+        "seconds": round(seen["seconds"], 1),
+        "calls": calls,
+        "requests": sum(c["requests"] for c in calls),
+        "errors": seen["errors"],
+        "crashed": seen["crashed"],
+        "under_way_at_the_end": seen["under_way"],
+        "generator_cores": generator,
+        **used,
+    }
+    found["limit"] = _limit(found, scenario.workers)
+    console.print(found)
+    return found
+
+
+def _limit(found: Json, workers: int) -> str:
+    """What had no room left, by its share of a core."""
+    if found["generator_cores"] >= FULL:
+        return "the generator"
+    if found["api_cores"] >= FULL * workers:
+        return "the API's process"
+    return "the machine" if found["machine_busy"] >= FULL else "none"
+
+
+def _call(name: str, seconds: list[float], window: float) -> Json:
+    p50, p95, p99 = np.percentile(seconds, [50, 95, 99])
+    milliseconds = {"p50": p50, "p95": p95, "p99": p99, "max": max(seconds)}
+    told = {key: round(1000 * float(value), 1) for key, value in milliseconds.items()}
+    return {"call": name, "requests": len(seconds), "per_second": round(len(seconds) / window, 1), **told}
+
+
+def most_submissions(world: World, code: Path, request: Json, small: bool) -> list[Json]:
+    """Raised until it gives: the answers of the last rate come too late, or not as often as they were asked for."""
+    found = []
+    for rate in (10,) if small else (25, 50, 100, 200, 400):
+        found.append(drive(world, submissions(rate, 2.0 if small else 15.0), code, request))
+        call = found[-1]["calls"][0] if found[-1]["calls"] else {"p99": float("inf"), "per_second": 0.0}
+        held = call["p99"] < 1000 * HOLDS_SECONDS and call["per_second"] > 0.9 * rate and not found[-1]["errors"]
+        found[-1]["held"] = bool(held)
+        if not held:
+            break
+    return found
+
+
+def measure(world: World, options: argparse.Namespace) -> dict[str, list[Json]]:
+    codes = {**({"before": options.before.resolve()} if options.before else {}), "now": ROOT}
+    found: dict[str, list[Json]] = {name: [] for name in codes}
+    request: Json = {}
+    for scenario in scenarios(options.small):
+        for name, code in codes.items():
+            found[name].append(drive(world, scenario, code, request))
+    for name, code in codes.items():
+        found[name] += most_submissions(world, code, request, options.small)
+    return found
+
+
+def report(found: list[Json]) -> str:
+    head = ["", "requests a second", "p50, ms", "p95", "p99", "max", "errors", "cores: API; PostgreSQL; callers"]
+    head += ["API, MiB", "connections", "full"]
+    rows = []
+    for scenario in found:
+        used = f"{scenario['api_cores']}; {scenario['postgres_cores']}; {scenario['generator_cores']}"
+        of_all = [used, scenario["api_peak_rss_mib"], scenario["connections"], scenario["limit"]]
+        for call in scenario["calls"]:
+            errors = sum(n for name, n in scenario["errors"].items() if name.startswith(f"{call['call']}: "))
+            figures = [f"{call[key]:,.0f}" for key in ("p50", "p95", "p99", "max")]
+            rows.append([f"{scenario['name']}: {call['call']}", call["per_second"], *figures, errors, *of_all])
+            of_all = [""] * 4
+    return table(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=100_000)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--before", type=Path, help="Another checkout, measured before this one in each scenario")
+    parser.add_argument("--small", action="store_true", help="Half a minute, to see that it runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beside", default="nothing", help="What else the machine did, for the record")
+    options = parser.parse_args()
+    jobs = 2_000 if options.small else options.jobs
+    with (
+        tempfile.TemporaryDirectory(prefix="winnow-load-") as folder,
+        make_world(Path(folder), jobs, running=min(jobs // 4, 6_000), parts=Parts(Path(folder))) as world,
+    ):
+        found = measure(world, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "api.json", {**heading(options), "jobs": jobs, **found})
+    (options.out / "api.md").write_text("\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""What the load of `api.py` is put on: a real PostgreSQL and broker, 100,000 jobs, and an API of its own in front of them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import psycopg
+
+from service.database import make_engine, make_sessions
+from service.jobs.parameters import JobParameters
+from service.processes import Parts, free_port, start_postgres, start_valkey
+from service.schema import upgrade
+from service.settings import DatabaseSettings
+from service.tenants.caller import Scope
+from service.tenants.service import create_key
+
+SECRET = "benchmark-only-0123456789abcdef0123456789"
+MODEL = "tiny"
+DAYS = 60
+SHARES = (0.9, 0.05, 0.05)  # of the three tenants
+READY_SECONDS = 60
+
+# The rows as they are in the end, without the walk of each along its transitions: no triggers and foreign keys in this session.
+_FILL = """
+SET session_replication_role = replica;
+CREATE TEMP TABLE filled AS
+SELECT n, 'job_' || lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0') || substr(md5(n::text), 1, 20) AS id, at,
+    CASE WHEN n > {jobs} - {running} THEN 'running' WHEN n % 200 = 0 THEN 'cancelled' WHEN n % 40 = 0 THEN 'failed'
+        ELSE 'succeeded' END::job_status AS status,
+    CASE WHEN n > {jobs} - {running} THEN 1 + n % 3 WHEN n % 100 < 90 THEN 1 ELSE 2 + n % 2 END AS tenant
+FROM (SELECT n, now() - interval '{days} days' * (1 - n::float8 / {jobs}) AS at FROM generate_series(1, {jobs}) n) s;
+INSERT INTO datasets (id, tenant_id, name, fingerprint, row_count, byte_count, sources, created_at)
+    SELECT 'ds_' || md5(t.id), t.id, 'pool', encode(sha256(t.id::bytea), 'hex'), 1000, 100000, '{{}}', now() FROM tenants t;
+INSERT INTO selection_jobs (id, tenant_id, key_id, status, pool_id, target_id, model, budget, parameters, request,
+        job_metadata, error, started_at, finished_at, created_at)
+    SELECT f.id, t.id, k.id, f.status, 'ds_' || md5(t.id), 'ds_' || md5(t.id), '{{"kind": "registered", "name": "other"}}', 50,
+        %(parameters)s::jsonb, '{{}}', '{{}}',
+        CASE f.status WHEN 'failed' THEN '{{"code": "out_of_memory", "detail": "-"}}'::jsonb END,
+        f.at, CASE f.status WHEN 'running' THEN NULL ELSE f.at + interval '1 hour' END, f.at
+    FROM filled f JOIN tenants t ON t.name = 'tenant ' || f.tenant JOIN api_keys k ON k.tenant_id = t.id;
+INSERT INTO job_units (job_id, stage, shard, artifact_key, spec, state, attempt, progress_done, progress_total, worker_id,
+        lease_expires_at, started_at, finished_at, result, created_at)
+    SELECT f.id, u.stage::stage, u.shard, u.stage || '/' || f.id || u.shard, '{{}}', u.state::unit_state, 1,
+        CASE u.state WHEN 'succeeded' THEN 500 ELSE 200 END, 500, 'worker',
+        CASE u.state WHEN 'running' THEN now() + interval '1 day' END,
+        f.at, CASE u.state WHEN 'succeeded' THEN f.at + interval '5 minutes' END,
+        CASE u.state WHEN 'succeeded' THEN '{{"reused": false, "operations": 1e12, "seconds": 10}}'::jsonb END, f.at
+    FROM filled f, LATERAL (VALUES ('prepare', 0, 'succeeded'), ('landmark_gradients', 0, 'succeeded'),
+        ('embed', 0, CASE f.status WHEN 'running' THEN 'running' ELSE 'succeeded' END)) u (stage, shard, state);
+INSERT INTO job_events (job_id, type, data, created_at)
+    SELECT f.id, e.type, '{{"stage": "embed", "shard": 0}}', f.at FROM filled f,
+        LATERAL (VALUES ('job.queued'), ('job.running'), ('unit.claimed'), ('unit.succeeded')) e (type);
+"""
+
+_END = """
+WITH ended AS (UPDATE selection_jobs SET status = 'succeeded', finished_at = clock_timestamp() WHERE id = %s RETURNING id)
+INSERT INTO job_events (job_id, type, data) SELECT id, 'job.succeeded', '{}' FROM ended
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    """`running`: (key, job) of the jobs that run; `cursors`: ids of the big tenant's jobs, spread over all of them."""
+
+    folder: Path
+    database_url: str
+    broker_url: str
+    keys: list[str]
+    running: list[tuple[str, str]]
+    cursors: list[str]
+
+    @property
+    def libpq(self) -> str:
+        return self.database_url.replace("+psycopg", "")
+
+
+@contextmanager
+def make_world(folder: Path, jobs: int, running: int, parts: Parts) -> Iterator[World]:
+    """A database with so many jobs of three tenants, most of one of them; everything is stopped in the end."""
+    for name in ("logs", "store", f"models/{MODEL}"):
+        (folder / name).mkdir(parents=True)
+    config = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512}
+    (folder / "models" / MODEL / "config.json").write_text(json.dumps(config))
+    try:
+        url, broker = start_postgres(folder, parts), start_valkey(folder, parts)
+        upgrade(url)
+        engine = make_engine(DatabaseSettings(url=url))
+        with make_sessions(engine).begin() as session:
+            made = [
+                create_key(session, tenant_name=f"tenant {i}", key_name="load", secret_key=SECRET, scopes=tuple(Scope))
+                for i in (1, 2, 3)
+            ]
+        engine.dispose()
+        yield _fill(folder, url, broker, made, jobs, running)
+    finally:
+        parts.stop()
+
+
+def _fill(folder: Path, url: str, broker: str, keys: list[str], jobs: int, running: int) -> World:
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        parameters = json.dumps(JobParameters().model_dump(mode="json")).replace("'", "''")
+        script = _FILL.format(jobs=jobs, running=running, days=DAYS).replace("%(parameters)s", f"'{parameters}'")
+        connection.execute(script)
+        connection.execute("VACUUM ANALYZE")
+        found = connection.execute("SELECT tenant, id FROM filled WHERE status = 'running' ORDER BY n").fetchall()
+        every = max(1, jobs // 500)
+        cursors = connection.execute(
+            "SELECT id FROM filled WHERE tenant = 1 AND n %% %s = 1 ORDER BY n", [every]
+        ).fetchall()
+    random.Random(0).shuffle(found)
+    return World(folder, url, broker, keys, [(keys[t - 1], job) for t, job in found], [row[0] for row in cursors])
+
+
+@contextmanager
+def serving(world: World, code: Path, workers: int) -> Iterator[tuple[str, psutil.Process]]:
+    """The URL and the process of an API; with more than one worker, that of their supervisor."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--no-access-log", *(["--workers", str(workers)] if workers > 1 else [])]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")},
+        "PYTHONPATH": str(code),
+        "WINNOW_DATABASE__URL": world.database_url,
+        "WINNOW_BROKER__URL": world.broker_url,
+        "WINNOW_ARTIFACTS__URL": str(world.folder / "store"),
+        "WINNOW_MODELS__FOLDER": str(world.folder / "models"),
+        "WINNOW_SECRET_KEY": SECRET,
+        "WINNOW_LIMITS__REQUESTS_PER_MINUTE": "0",
+        "WINNOW_LIMITS__CONCURRENT_JOBS": "0",
+    }
+    with (world.folder / "logs" / "api.log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=code, env=environment, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_ready(url, process, world.folder / "logs" / "api.log")
+        yield url, psutil.Process(process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/healthz").is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise RuntimeError(f"the API did not start; see {log}")
+
+
+def upload(url: str, key: str) -> dict[str, Any]:
+    """What a submission sends: a model, a pool and a target that are there."""
+    found = {}
+    for name, rows in (("pool", 1000), ("target", 20)):
+        content = "".join(f'{{"prompt": "ask {name} {i}", "completion": "b"}}\n' for i in range(rows))
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{url}/v1/datasets", params={"name": name}, content=content, headers=headers, timeout=60)
+        found[name] = answer.raise_for_status().json()["id"]
+    return {"model": MODEL, "budget": 50, **found}
+
+
+@contextmanager
+def ending(world: World, jobs: list[str], every_seconds: float) -> Iterator[None]:
+    """Ends these jobs one after the other while the block runs, as a worker does: the status and its event in one transaction."""
+    done = threading.Event()
+
+    def end() -> None:
+        with psycopg.connect(world.libpq, autocommit=True) as connection:
+            for job in jobs:
+                if done.wait(every_seconds):
+                    return
+                connection.execute(_END, [job])
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class Watch:
+    """What the API, PostgreSQL and the whole machine use while a scenario runs."""
+
+    def __init__(self, world: World, api: psutil.Process, postgres: psutil.Process) -> None:
+        self._world, self._api, self._postgres = world, api, postgres
+        self.peak_rss = self.connections = 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Watch":
+        self._started, self._cpu = time.monotonic(), self._seconds()
+        psutil.cpu_percent()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        seconds = time.monotonic() - self._started
+        used = {name: now - self._cpu[name] for name, now in self._seconds().items()}
+        self.found = {
+            "api_cpu_seconds": round(used["api"], 1),
+            "api_cores": round(used["api"] / seconds, 2),
+            "postgres_cores": round(used["postgres"] / seconds, 2),
+            "machine_busy": round(psutil.cpu_percent() / 100, 2),
+            "api_peak_rss_mib": self.peak_rss >> 20,
+            "connections": self.connections,
+        }
+
+    def _run(self) -> None:
+        with psycopg.connect(self._world.libpq, autocommit=True) as connection:
+            ours = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            while not self._stopping.wait(0.5):
+                self.peak_rss = max(self.peak_rss, sum(p.memory_info().rss for p in _family(self._api)))
+                self.connections = max(self.connections, connection.execute(ours).fetchone()[0])  # type: ignore[index]
+
+    def _seconds(self) -> dict[str, float]:
+        parts = {"api": self._api, "postgres": self._postgres}
+        return {name: sum(_cpu(p) for p in _family(process)) for name, process in parts.items()}
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _cpu(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
