@@ -9,9 +9,23 @@ from pydantic import BaseModel, ConfigDict
 
 from service import errors
 from service.app import RequestId
-from service.errors import ApiError, BadRequest, Conflict, NotFound, TooLarge, Unauthorized, Unavailable, Unprocessable
+from service.errors import (
+    ApiError,
+    BadRequest,
+    Conflict,
+    Forbidden,
+    Gone,
+    NotFound,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+)
 
-KINDS = [BadRequest, Unauthorized, NotFound, Conflict, TooLarge, Unprocessable, Unavailable]
+FINAL = [BadRequest, Unauthorized, Forbidden, NotFound, Conflict, Gone, TooLarge, Unprocessable]
+PASSING = [TooManyRequests, Unavailable, ApiError]
+KINDS = [*FINAL, *PASSING]
 
 
 class Inner(BaseModel):
@@ -48,12 +62,31 @@ def client() -> Iterator[TestClient]:
     def take(body: Body, limit: int = Query(default=1, ge=1)) -> None:
         pass
 
+    @app.get("/both")
+    def read() -> None: ...
+
+    @app.post("/both")
+    def write() -> None: ...
+
     @app.get("/crash")
     def crash() -> None:
         raise RuntimeError("password=hunter2")
 
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_says_whether_the_same_request_may_succeed_later(client: TestClient, kind: type[ApiError]) -> None:
+    assert client.get(f"/raise/{kind.__name__}").headers["x-should-retry"] == str(kind in PASSING).lower()
+    assert kind("", retry=kind in FINAL).headers["x-should-retry"] == str(kind in FINAL).lower()
+
+
+def test_a_method_that_is_not_there_is_told_with_all_that_are(client: TestClient) -> None:
+    for path, allowed in (("/both", "GET, POST"), ("/body", "POST"), ("/raise/x", "GET")):
+        answer = client.request("PUT", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert answer.json()["code"] == "method_not_allowed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
