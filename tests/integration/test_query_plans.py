@@ -35,13 +35,13 @@ JOBS, OPEN, MODEL = 30_000, 200, "small"
 MOST_ROWS = 1_500  # that one statement reads; a scan of the smallest big table reads more
 SMALL = frozenset({"tenants", "webhook_endpoints", "worker_processes", "workers"})
 
-# As it is in the end; triggers and foreign keys are off for this session. Tenant 1 has four of five jobs.
+# As it is in the end; no triggers and foreign keys in this session. Tenant 1 has four of five jobs, tenant 3 a few old ones.
 FILL = """
 SET session_replication_role = replica;
 CREATE TEMP TABLE filled AS
 SELECT n, 'job_' || lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0') || substr(md5(n::text), 1, 20) AS id, at,
     CASE WHEN n > {jobs} - {open} THEN 'running' WHEN n % 400 = 0 THEN 'failed' ELSE 'succeeded' END::job_status AS status,
-    CASE WHEN n > {jobs} - {open} THEN 1 + n % 2 WHEN n % 100 < 80 THEN 1 WHEN n % 2 = 0 THEN 2 ELSE 3 END AS tenant
+    CASE WHEN n > {jobs} - {open} THEN 1 + n % 2 WHEN n <= 60 THEN 3 WHEN n % 100 < 80 THEN 1 ELSE 2 END AS tenant
 FROM (SELECT n, now() - interval '60 days' * (1 - n::float8 / {jobs}) AS at FROM generate_series(1, {jobs}) n) s;
 CREATE TEMP TABLE owner AS
     SELECT substr(t.name, 8)::int AS tenant, t.id, k.id AS key_id, 
@@ -49,7 +49,7 @@ CREATE TEMP TABLE owner AS
     JOIN api_keys k ON k.tenant_id = t.id;
 INSERT INTO datasets (id, tenant_id, key_id, name, fingerprint, row_count, byte_count, sources)
     SELECT 'ds_' || md5(o.id || i), o.id, CASE WHEN i < 500 THEN o.key_id END, 'pool', encode(sha256((o.id || i)::bytea), 'hex'),
-        9, 9, '{{}}' FROM owner o, generate_series(1, 2000) i;
+        9, 9, '{{}}' FROM owner o, generate_series(1, CASE tenant WHEN 3 THEN 20 ELSE 3000 END) i;
 INSERT INTO api_keys (id, tenant_id, name, prefix, digest)
     SELECT 'key_' || md5(o.id || i), 'tnt_' || i, 'k', md5(o.id || i), sha256('') FROM owner o, generate_series(1, 2000) i;
 INSERT INTO selection_jobs (id, tenant_id, key_id, status, pool_id, target_id, model, budget, parameters, request, job_metadata,
@@ -57,7 +57,7 @@ INSERT INTO selection_jobs (id, tenant_id, key_id, status, pool_id, target_id, m
     SELECT f.id, o.id, o.key_id, f.status, o.pool, o.pool, '{{"kind": "registered", "name": "other"}}', 9,
         $parameters$, '{{}}', '{{}}',
         CASE f.status WHEN 'failed' THEN '{{"code": "c", "detail": "d"}}'::jsonb END, f.at,
-        CASE f.status WHEN 'running' THEN NULL ELSE f.at END, CASE f.tenant WHEN 3 THEN f.at END, f.at
+        CASE f.status WHEN 'running' THEN NULL ELSE f.at END, NULL, f.at
     FROM filled f JOIN owner o USING (tenant);
 INSERT INTO job_units (job_id, stage, shard, artifact_key, spec, state, attempt, progress_done, progress_total, worker_id,
         lease_expires_at, started_at, finished_at, result, created_at)
@@ -183,6 +183,7 @@ def _fill(url: str) -> dict[str, str]:
             "middle": f"{one} n = {JOBS // 2 + 1}",
             "pool": "SELECT pool FROM owner WHERE tenant = 1",
             "webhook": "SELECT 'whk_' || md5(id || 1) FROM owner WHERE tenant = 1",
+            "webhook_of_3": "SELECT 'whk_' || md5(id || 1) FROM owner WHERE tenant = 3",
             "delivery": "SELECT max(d.id) FROM webhook_deliveries d JOIN owner o ON endpoint_id = 'whk_' || md5(o.id || 1)"
             " WHERE o.tenant = 1",
         }
@@ -230,11 +231,13 @@ READS = [
     ("selection-jobs?status=failed&after={middle}", 1),
     ("selection-jobs?limit=100", 2),
     ("selection-jobs?status=cancelling", 2),
+    ("selection-jobs?limit=100", 3),
     ("selection-jobs/{running}/events?limit=100", 1),
     ("selection-jobs/{succeeded}/results", 1),
     ("selection-jobs/{succeeded}/weights?limit=5", 1),
     ("selection-jobs/{succeeded}/selected?limit=5", 1),
     ("datasets?limit=100", 1),
+    ("datasets?limit=100", 3),
     ("datasets/{pool}", 1),
     ("keys?limit=100", 1),
     ("usage", 1),
@@ -243,6 +246,7 @@ READS = [
     ("audit-log?object_id={succeeded}", 1),
     ("webhooks", 1),
     ("webhooks/{webhook}/deliveries?limit=100", 1),
+    ("webhooks/{webhook_of_3}/deliveries?limit=100", 3),
     ("webhooks/{webhook}/deliveries?state=failed", 1),
     ("webhooks/{webhook}/deliveries/{delivery}", 1),
 ]
