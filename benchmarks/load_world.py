@@ -245,4 +245,6 @@ def _cpu(process: psutil.Process) -> float:
         times = process.cpu_times()
     except psutil.NoSuchProcess:
         return 0.0
-    return float(times.user + times.system)
+    # Of processes that were waited for as well: connections come and go.
+    ended = times.children_user + times.children_system
+    return float(times.user + times.system + ended)
