@@ -200,13 +200,14 @@ def main() -> None:
     parser.add_argument("--beside", default="nothing", help="What else the machine did, for the record")
     options = parser.parse_args()
     jobs = 2_000 if options.small else options.jobs
+    head = heading(options)  # of the commit that is measured, not of one made meanwhile
     with (
         tempfile.TemporaryDirectory(prefix="winnow-load-") as folder,
         make_world(Path(folder), jobs, running=min(jobs // 4, 6_000), parts=Parts(Path(folder))) as world,
     ):
         found = measure(world, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "api.json", {**heading(options), "jobs": jobs, **found})
+    write_json(options.out / "api.json", {**head, "jobs": jobs, **found})
     (options.out / "api.md").write_text("\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items()))
 
 
