@@ -13,10 +13,8 @@ from world import World
 
 # Those of the short form: each at another boundary between what was written and what was not yet.
 TELLING = (
-    "api: after commit of create_job+add_event",
     "api: before rename to datasets/rows.parquet",
     "compute: before rename to gradients/*.safetensors.json",
-    "worker: after commit of claim_unit",
     "worker: before commit of finish_unit+start_stages",
     "worker: before commit of publish+finish_unit+succeed_job",
 )

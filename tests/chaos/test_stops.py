@@ -62,6 +62,7 @@ def test_a_worker_that_stood_still_while_computing_is_fenced(
     ]
 
 
+@only_in_full
 def test_a_unit_that_takes_many_leases_is_not_taken_over(
     pair: World, undisturbed: Undisturbed, record_property: Told
 ) -> None:

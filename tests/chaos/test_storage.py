@@ -16,8 +16,11 @@ _ROOM = "16m"
 
 @pytest.mark.parametrize(
     ("kind", "suffix"),
-    [("gradients", ".safetensors"), ("gradients", ".json"), ("datasets", "/rows.parquet")],
-    ids=["an artifact", "a result", "a dataset"],
+    [
+        pytest.param("gradients", ".safetensors", id="an artifact"),
+        pytest.param("gradients", ".json", id="a result", marks=only_in_full),
+        pytest.param("datasets", "/rows.parquet", id="a dataset", marks=only_in_full),
+    ],
 )
 def test_half_a_file_is_made_whole(
     pair: World, undisturbed: Undisturbed, record_property: Told, kind: str, suffix: str
