@@ -249,7 +249,9 @@ def usage_after_upload(api: Api) -> int:
 def test_uploads_at_once_do_not_pass_the_bound(api: Api) -> None:
     size = usage_after_upload(api)
     client = limited(api, stored_bytes=2 * size)
-    outcomes = at_once([lambda: upload(client).status_code] * 5)
+    # Each of other content: equal ones wait for each other all the same, to be written once.
+    contents = [ROWS.replace(b'"a"', word) for word in (b'"v"', b'"w"', b'"x"', b'"y"', b'"z"')]
+    outcomes = at_once([lambda content=content: upload(client, content).status_code for content in contents])
     assert sorted(outcomes) == [201] * 2 + [429] * 3
 
 
