@@ -93,6 +93,16 @@ def test_an_export_as_it_was_downloaded_is_verified(tmp_path: Path, kind: str, s
     assert "rank" not in found.unchecked
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_export_with_its_content_is_verified_all_the_same(tmp_path: Path, kind: str) -> None:
+    columns = table(selected_only=True)
+    columns["messages"] = [[{"role": "user", "content": 'a "b"\n'}] for _ in columns["index"]]
+    assert verify(write(tmp_path, kind, columns), RECORD).selected == K
+    columns["weight"][1] = next_float(columns["weight"][1])
+    with pytest.raises(NotVerified):
+        verify(write(tmp_path, kind, columns), RECORD)
+
+
 def altered(name: str, row: int, value: Callable[[Any], Any]) -> Callable[[Table], None]:
     def change(columns: Table) -> None:
         columns[name][row] = value(columns[name][row])
