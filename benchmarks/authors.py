@@ -1,8 +1,8 @@
-"""The authors' own code beside ours: their JVP embedding and their per-sample gradient on the same samples, in turns.
+"""The authors' code compared with ours: their JVP embedding and per-sample gradient on the same samples, alternating.
 
-Nothing of theirs is here: `--authors` names a checkout of github.com/IST-DASLab/influence_distillation. What it imports that
-needs CUDA is stood in for, and its random projections are left out (its JVP's is an identity's stand-in, its gradients are
-kept whole), which favours it: ours project.
+This repository contains none of their code: `--authors` names a checkout of github.com/IST-DASLab/influence_distillation. Imports
+that need CUDA are replaced by stubs, and its random projections are skipped (the JVP's is replaced by an identity, gradients
+are kept whole), which favours it, since ours project.
 """
 
 import argparse
@@ -25,23 +25,23 @@ from core_stages import MODULES, PROJECTION
 from torch import Tensor
 
 from worker.influence import EmbeddingOptions, Samples, embed, per_sample_gradients
-from worker.influence.dual import attention_named, dual_forward
-from worker.influence.models import first_blocks, hidden_states
+from worker.influence.causal_lm import first_blocks, hidden_states
+from worker.influence.forward_mode import attention_named, forward_mode
 
-# What their modules import by name, of packages that may not be there. None of it is called.
+# Names that their modules import from packages that may not be installed. None of them is called.
 NEEDED = {
     "fast_hadamard_transform": ("hadamard_transform",),
     "trak.projectors": ("BasicProjector", "CudaProjector", "ProjectionType"),
 }
 RAN = {
     "gradients": "_create_grad_store (calc_grad, normalisation, stacking), projector None",
-    "jvp": "create_jvp_store, 4 blocks, 2 tangents, directions in the blocks' parameters alone, without its projection",
-    "attention": "eager for the JVP (the fused one has no forward-mode derivative here); the model's own for gradients",
+    "jvp": "create_jvp_store, 4 blocks, 2 tangents, directions only in the blocks' parameters, without its projection",
+    "attention": "eager for the JVP (fused attention has no forward-mode derivative here); the model's default for gradients",
 }
 
 
 def measure(model: Any, samples: Samples, options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
-    """Ratios over all samples but the first; what a call does once, and the first sample, are subtracted on both sides."""
+    """Ratios over all samples except the first; the setup of a call and the first sample are subtracted on both sides."""
     their, stood_in = _their_code(options.authors)
     embedding = EmbeddingOptions(kind="jvp", pooling="last", blocks=min(4, len(model.base_model.layers)))
     pairs: dict[str, tuple[Callable[[Samples], Any], Callable[[Samples], Any]]] = {
@@ -91,13 +91,13 @@ def _ratio(rounds: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 def _agreement(their: SimpleNamespace, model: Any, one: Samples, embedding: EmbeddingOptions) -> dict[str, Any]:
-    """Of the first sample: both gradients unprojected, and both derivatives along the directions that theirs drew."""
+    """For the first sample: both unprojected gradients, and both derivatives along the directions that their code drew."""
     gradient = per_sample_gradients(model, one, modules=MODULES, projection=None).values
     theirs, drawn = their.derivatives(model, one, embedding)
     base = first_blocks(model.base_model, embedding.blocks)
     names = [name for name, _ in base.named_parameters() if name.startswith("layers.")]
     directions = {name: torch.stack(parts) for name, *parts in zip(names, *drawn, strict=True)}
-    with torch.no_grad(), dual_forward(base, directions):
+    with torch.no_grad(), forward_mode(base, directions):
         ours = hidden_states(model, base, plain.ids_of(one, 0, model.device))[1:, -1]
     return {
         "gradient_cosine": _cosine(gradient[0], their.gradients(model, one)[0]),
@@ -110,14 +110,14 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _commit(folder: Path) -> str:
-    told = subprocess.run(
+    completed = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    return told.stdout.strip()
+    return completed.stdout.strip()
 
 
 def _their_code(folder: Path) -> tuple[SimpleNamespace, list[str]]:
-    """What is called of theirs, and the names of the modules that are stood in for."""
+    """Their functions that are called, and the names of the modules replaced by stubs."""
     stood_in = [name for name in NEEDED if importlib.util.find_spec(name.partition(".")[0]) is None]
     for name in stood_in:
         package, _, inner = name.partition(".")
@@ -166,7 +166,7 @@ def _their_embeddings(jvp: ModuleType, model: Any, part: Samples, embedding: Emb
 def _their_derivatives(
     jvp: ModuleType, model: Any, one: Samples, embedding: EmbeddingOptions
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """Of one sample, the derivatives one after the other, and each one's directions in the order of the parameters."""
+    """For one sample: the concatenated derivatives, and the directions of each in the order of the parameters."""
     drawn: list[Tensor] = []
 
     def record(like: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def _their_derivatives(
 
 
 def _rows(model: Any, part: Samples) -> list[dict[str, Tensor]]:
-    """The samples as their loaders give them, each (T,)."""
+    """The samples as their loaders yield them, each (T,)."""
     rows = []
     for i in range(len(part)):
         ids = plain.ids_of(part, i, model.device)[0]
@@ -192,6 +192,6 @@ def _rows(model: Any, part: Samples) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Their progress bars and prints are kept off the terminal."""
+    """Suppresses their progress bars and prints."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

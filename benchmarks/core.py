@@ -1,13 +1,13 @@
-"""Speed of the numerical stages beside the machine's rate of matrix products, the authors' code, and whole selections.
+"""Speed of the numerical stages relative to the machine's matrix-product rate and to the authors' code; cost of whole selections.
 
     python benchmarks/core.py --model DIR --corpus DIR --authors DIR --out DIR
     python benchmarks/core.py --shapes 135m 1b 7b --device cuda --dtypes bfloat16 --samples 128 --longest 1024 --out DIR
 
-Every figure is the best of `--rounds`, the rounds of all stages and the measurements of the rate taken in turn, so that what else
-the machine does disturbs neither side of a ratio alone. A call's setup (drawing directions, checking the model) is the same for
-ten samples and ten million, so it is timed by itself, on no samples, and left out of the shares. Operations are what the method
-needs, without padding and elementwise work. Seconds are the process's own where one thread computes on a processor, else those
-of the clock. `--shapes` are Llamas of random weights. What lacks its option is left out, and the result says so.
+Every figure is the best of `--rounds`. Rounds of all stages and measurements of the rate alternate, so that other load on the
+machine does not affect only one side of a ratio. The setup of a call (drawing directions, checking the model) takes as long for
+ten samples as for ten million, so it is timed separately, on no samples, and excluded from the shares. Operations are those that
+the method needs, without padding and elementwise work. Seconds are CPU seconds if one thread computes on a CPU, otherwise
+wall-clock seconds. `--shapes` are Llamas with random weights. Parts whose options are missing are skipped, as the result says.
 """
 
 import argparse
@@ -64,42 +64,44 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model's folder")
-    parser.add_argument("--shapes", nargs="+", choices=list(LLAMA), help="135m where there is no --model")
+    parser.add_argument("--shapes", nargs="+", choices=list(LLAMA), help="default without --model: 135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="the authors' code runs in the first"
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="the authors' code runs with the first"
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--samples", type=int, default=6, help="of random tokens")
     parser.add_argument("--shortest", type=int, default=60, help="tokens of the shortest sample")
     parser.add_argument("--longest", type=int, default=300, help="tokens of the longest sample")
-    parser.add_argument("--token-budget", type=int, help="the package's default when absent")
-    parser.add_argument("--plain-samples", type=int, default=2, help="of the runs one sample at a time")
+    parser.add_argument("--token-budget", type=int, help="default: the package's")
+    parser.add_argument("--plain-samples", type=int, default=2, help="samples of the runs one sample at a time")
     parser.add_argument("--kernel-landmarks", type=int, default=1024)
-    parser.add_argument("--pool-rows", type=int, default=20_000, help="of the selection's stages")
-    parser.add_argument("--matmul-size", type=int, help="rows of the square product; 2048, on an accelerator 8192")
+    parser.add_argument("--pool-rows", type=int, default=20_000, help="rows of the selection stages")
+    parser.add_argument(
+        "--matmul-size", type=int, help="rows of the square product; default: 2048, on an accelerator 8192"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--authors", type=Path, help="a checkout of their repository, to run beside ours")
+    parser.add_argument("--authors", type=Path, help="a checkout of their repository, to compare with")
     parser.add_argument(
         "--corpus", type=Path, help="a folder with a pool and targets, for whole selections (needs --model)"
     )
     parser.add_argument("--target", default="target")
-    parser.add_argument("--rows", type=int, default=120, help="of the pool, drawn by --seed")
+    parser.add_argument("--rows", type=int, default=120, help="rows of the pool, drawn by --seed")
     parser.add_argument("--target-rows", type=int, default=12)
     parser.add_argument("--landmarks", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--pipeline-rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, help="each measured piece is kept here, so that a run can go on")
+    parser.add_argument("--cache", type=Path, help="folder for measured pieces, so that an interrupted run can resume")
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the result")
-    parser.add_argument("--out", type=Path, help="folder of the results; nothing is written when absent")
+    parser.add_argument("--out", type=Path, help="folder for the results; nothing is written without it")
     options = parser.parse_args()
     options.shapes = options.shapes or ([] if options.model else ["135m"])
     return options
 
 
 def piece(options: argparse.Namespace, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` measures; read from the cache where the same code measured it with the same options."""
+    """What `make` measures; read from the cache if the same code measured it with the same options."""
     if options.cache is None:
         return make()
     unrelated = {"cache", "out", "beside"}
@@ -133,7 +135,7 @@ def pipeline_report(options: argparse.Namespace) -> dict[str, Any] | str:
 
 
 def load(name: str, dtype: str, options: argparse.Namespace) -> Any:
-    """The model of `--model`, or a random one of a shape, made on the device."""
+    """The model of `--model`, or a random one of that shape, created on the device."""
     if name == "model":
         model = AutoModelForCausalLM.from_pretrained(
             options.model, dtype=getattr(torch, dtype), use_safetensors=True
@@ -163,7 +165,7 @@ def clock_of(device: str) -> Callable[[], float]:
 
 
 def stage_reports(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Of one model in one dtype, every stage."""
+    """Every stage, for one model in one dtype."""
     model = load(name, dtype, options)
     samples, clock = samples_for(model, options), clock_of(options.device)
     stages = [stage for stage in _all_stages(model, samples, options) if stage.name in options.stages]
@@ -201,7 +203,7 @@ def _all_stages(model: Any, samples: Samples, options: argparse.Namespace) -> It
 
 
 def matmul_rate(dtype: torch.dtype, options: argparse.Namespace, clock: Callable[[], float], seconds: float) -> float:
-    """Operations a second of a square product by the clock that the stages are timed with; the best of three or more."""
+    """Operations per second of a square product, on the clock that the stages are timed with; the best of three or more."""
     size = options.matmul_size or (8192 if torch.device(options.device).type == "cuda" else 2048)
     a = torch.randn(size, size, device=options.device).to(dtype)
     out, taken = torch.empty_like(a), []
@@ -215,7 +217,7 @@ def matmul_rate(dtype: torch.dtype, options: argparse.Namespace, clock: Callable
 def timed(
     run: Callable[[Samples], Any], samples: Samples, clock: Callable[[], float], device: str
 ) -> tuple[float, int | None]:
-    """Seconds, and on an accelerator the most of its memory that was in use."""
+    """Seconds, and on an accelerator the peak memory in use."""
     has_peak = torch.device(device).type == "cuda"
     if has_peak:
         torch.cuda.reset_peak_memory_stats(device)
@@ -261,7 +263,7 @@ def report(
 def _beside_plain(
     stage: Stage, seconds_a_token: float, samples: Samples, clock: Callable[[], float], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """How many times as long the plain form takes a token, and how far its result lies from ours."""
+    """How many times as long the plain implementation takes per token, and how far its result is from ours."""
     assert stage.plain is not None
     few = samples.slice(0, min(options.plain_samples, len(samples)))
     start = clock()

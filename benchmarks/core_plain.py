@@ -1,6 +1,6 @@
-"""What the stages compute, the plain way: one sample and one direction at a time, by torch's own derivatives.
+"""Plain implementations of the stages: one sample and one direction at a time, with torch's own derivatives.
 
-The stages are timed beside these, and compared with them.
+The stages are timed against these, and their results are compared.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from worker.influence import EmbeddingOptions, GradientProjection, Samples, Scaling
-from worker.influence.dual import attention_named, random_tangents
+from worker.influence.causal_lm import first_blocks, frozen, layer_size, linear_layers
 from worker.influence.embeddings import pooled_tokens
-from worker.influence.models import first_blocks, frozen, layer_size, linear_layers
+from worker.influence.forward_mode import attention_named, random_tangents
 
 
 def ids_of(samples: Samples, i: int, device: torch.device) -> Tensor:
@@ -24,7 +24,7 @@ def ids_of(samples: Samples, i: int, device: torch.device) -> Tensor:
 
 
 def marked(samples: Samples, i: int, tokens: np.ndarray, device: torch.device) -> Tensor:
-    """Bool (1, T) of one sample from bool (N,) of all."""
+    """The part of bool (N,) that belongs to one sample, as (1, T)."""
     return torch.from_numpy(tokens[samples.offsets[i] : samples.offsets[i + 1]].copy())[None].to(device)
 
 
@@ -67,14 +67,14 @@ def gradients(
 
 
 def weighted_gradient(model: Any, samples: Samples, weights_n1: Tensor) -> Tensor:
-    """(d,), layer after layer: one backward pass a sample, each gradient multiplied with its weight and added up."""
+    """(d,), layer after layer: one backward pass per sample; the gradients are multiplied by their weights and summed."""
     whole = gradients(model, samples, None)
     return (weights_n1.float() * whole).sum(dim=0)
 
 
 @torch.no_grad()
 def embeddings(model: Any, samples: Samples, options: EmbeddingOptions) -> Tensor:
-    """(n, e): torch.func.jvp for `jvp`, else the plain forward pass; pooled and brought to unit length."""
+    """(n, e): torch.func.jvp for `jvp`, otherwise the plain forward pass; pooled and normalised to unit length."""
     total = len(model.base_model.layers)
     base = first_blocks(model.base_model, total if options.kind == "rds" else options.blocks)
     directions = random_tangents(base, options.blocks, options.tangents, options.seed) if options.kind == "jvp" else {}

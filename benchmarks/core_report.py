@@ -1,4 +1,4 @@
-"""The tables of the speed benchmark, and where a stage's time goes."""
+"""The tables of the speed benchmark, and the breakdown of a stage's time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ GROUPS = {
 
 
 def breakdown(run: Callable[[], Any]) -> dict[str, float]:
-    """Share of the time by kind of operator, in a run under torch.profiler; of the processor that drives the device."""
+    """Share of CPU time by kind of operator, in a run under torch.profiler."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     shares = dict.fromkeys([*GROUPS, "rest"], 0.0)
@@ -78,7 +78,7 @@ def _stages(one: dict[str, Any]) -> str:
 
 
 def _authors(found: dict[str, Any]) -> str:
-    header = [f"authors' code, {found['commit']}, {found['dtype']}", "their s", "our s", "theirs over ours", "cosine"]
+    header = [f"authors' code, {found['commit']}, {found['dtype']}", "their s", "our s", "theirs / ours", "cosine"]
     rows = [
         (
             name,
@@ -94,7 +94,7 @@ def _authors(found: dict[str, Any]) -> str:
 def _pipeline(found: dict[str, Any]) -> str:
     header = [
         f"selection from {found['rows']} rows, {found['landmarks']} landmarks, {found['dtype']}",
-        *("s", "GFLOP", "rds_plus over this: operations", "seconds", "exact over this: operations", "seconds"),
+        *("s", "GFLOP", "rds_plus / this: operations", "seconds", "exact / this: operations", "seconds"),
     ]
     rows = []
     for name, one in found["settings"].items():
@@ -110,7 +110,7 @@ def _large(found: dict[str, Any]) -> str:
     titles = ("this model", "7b")
     header = [
         f"operations alone, {counted['rows']:,} rows, {counted['landmarks']:,} landmarks",
-        *(f"{title}: {what}" for title in titles for what in ("PFLOP", "rds_plus over this", "exact over this")),
+        *(f"{title}: {what}" for title in titles for what in ("PFLOP", "rds_plus / this", "exact / this")),
     ]
     rows = []
     for name in large[titles[0]]:

@@ -1,11 +1,11 @@
-"""The numerical stages of a job on one model: how each is run on given samples, what it costs by the books, and its plain form.
+"""The numerical stages of a job on one model: how each runs on given samples, its operations, and its plain implementation.
 
-Symbols as in docs/method.md: n samples, t targets, l landmarks, e values an embedding, k values a gradient.
+Symbols as in docs/method.md: n samples, t targets, l landmarks, e values per embedding, k values per gradient.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.jobs import operations
-from service.jobs.operations import Shape, TokenCounts
+from service.plan import operations
 from worker.influence import (
     EmbeddingOptions,
     GradientProjection,
@@ -26,8 +25,6 @@ from worker.influence import (
     cosine_influence,
     curvature_products,
     embed,
-    embedding_flops,
-    gradient_flops,
     gradient_scaling,
     per_sample_gradients,
     round_robin,
@@ -35,9 +32,10 @@ from worker.influence import (
     weighted_gradients,
     weighted_selection,
 )
-from worker.influence.models import linear_layers
+from worker.influence.causal_lm import linear_layers
+from worker.influence.kernel_ridge import RIDGES
 from worker.influence.optimizers import layer_weights
-from worker.influence.propagation import RIDGES
+from worker.loading.model_shape import counts_of, shape_of
 
 LLAMA = {
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
@@ -49,22 +47,22 @@ LLAMA = {
     "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False},
 }
-"""Shapes of Llamas, as their configurations name them."""
+"""Shapes of Llamas, in the fields of their configurations."""
 
 MODULES = "down_proj"
 PROJECTION = GradientProjection()
 DIRECTIONS = 2
-"""Of the curvature products."""
+"""Number of directions of the curvature products."""
 TARGETS = 48
-"""Columns of influence."""
+"""Number of columns of influence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """`run` on samples, or on its own data where `samples` is None; `plain` computes the same.
+    """`run` works on samples, or on its own data if `samples` is None; `plain` computes the same.
 
-    dtype: of its products.  operations: None where the time does not go into products.  rows: what it goes through, tokens or
-    rows of the pool.
+    dtype: of its products.  operations: None if the time is not spent in products.  rows: the tokens or rows of the pool that it
+    processes.
     """
 
     name: str
@@ -90,15 +88,9 @@ def random_samples(count: int, shortest: int, longest: int, vocabulary: int, see
     )
 
 
-def counts_of(samples: Samples) -> TokenCounts:
-    lengths = samples.lengths.astype(np.float64)
-    predicted = float(samples.predicted().sum())
-    return TokenCounts(len(samples), float(lengths.sum()), float(np.square(lengths).sum()), predicted)
-
-
 def model_stages(model: Any, samples: Samples, options: argparse.Namespace) -> Iterator[Stage]:
     """The stages that run the model."""
-    shape, counts = Shape.of_config(model.config.to_dict()), counts_of(samples)
+    shape, counts = shape_of(model), counts_of(samples)
     stage = partial(Stage, dtype=model.dtype, samples=samples, rows=int(samples.lengths.sum()), has_setup=True)
     yield from _gradient_stages(model, samples, options, stage)
     yield stage(
@@ -118,7 +110,7 @@ def model_stages(model: Any, samples: Samples, options: argparse.Namespace) -> I
         embedding = EmbeddingOptions(kind=kind, blocks=min(4, shape.blocks), seed=options.seed)
         yield stage(
             name=kind,
-            operations=embedding_flops(model, samples, options=embedding).total,
+            operations=operations.embedding(shape, counts, asdict(embedding)),
             run=partial(_embed, model, embedding, options),
             plain=lambda part, embedding=embedding: plain.embeddings(model, part, embedding),
         )
@@ -128,7 +120,7 @@ def model_stages(model: Any, samples: Samples, options: argparse.Namespace) -> I
 def _gradient_stages(
     model: Any, samples: Samples, options: argparse.Namespace, stage: Callable[..., Stage]
 ) -> Iterator[Stage]:
-    """Without an optimiser (as of the targets), and scaled by a state of Adam, both ways."""
+    """Without an optimiser (as for the targets), and scaled by an Adam state, exact and factored."""
     state = _random_state(model, options.seed)
     for name, kind in (
         ("gradients", None),
@@ -139,17 +131,22 @@ def _gradient_stages(
             continue
         adam = OptimizerOptions(type="adam" if kind else "none")
         scaling = gradient_scaling(model, MODULES, adam, state, kind or "exact")
-        counted = gradient_flops(model, samples, projection=PROJECTION, is_scaled_exactly=kind == "exact")
         yield stage(
             name=name,
-            operations=counted.total,
+            operations=operations.gradients(
+                shape_of(model),
+                counts_of(samples),
+                modules=MODULES,
+                projection_dim=PROJECTION.dim,
+                is_scaled_exactly=kind == "exact",
+            ),
             run=partial(_gradients, model, scaling, options),
             plain=lambda part, scaling=scaling: plain.gradients(model, part, PROJECTION, scaling),
         )
 
 
 def _random_state(model: Any, seed: int) -> OptimizerState:
-    """Second moments that spread over two decades."""
+    """Second moments spread over two decades."""
     generator = torch.Generator().manual_seed(seed)
     second = {
         weight.name: (10 ** (2 * torch.rand(weight.module.weight.shape, generator=generator) - 8)).to(model.device)
@@ -174,17 +171,15 @@ def _weighted(model: Any, part: Samples, weights_n1: Tensor, options: argparse.N
 
 
 def _curvature_stages(model: Any, targets: Samples, options: argparse.Namespace) -> Iterator[Stage]:
-    """Passes as the plan counts them (service/jobs/stage_cost.py): shared ones, and those of each direction."""
-    shape, counts = Shape.of_config(model.config.to_dict()), counts_of(targets)
-    passes = operations.forward(shape, counts) + operations.backward(shape, counts)
-    outer = operations.full_gradients(shape, counts, modules=MODULES) - passes
-    each = {"ggn": 1.25 * passes + 2 * outer, "hessian": 2.1 * passes + 3 * outer}
-    each = {kind: one for kind, one in each.items() if f"curvature, {kind}" in options.stages}
+    """What the directions share, and what each of them costs."""
+    shape, counts = shape_of(model), counts_of(targets)
+    kinds = [kind for kind in ("ggn", "hessian") if f"curvature, {kind}" in options.stages]
     directions = {
         name: torch.randn(DIRECTIONS, *layer.weight.shape, device=model.device)
-        for name, layer in (linear_layers(model, MODULES) if each else {}).items()
+        for name, layer in (linear_layers(model, MODULES) if kinds else {}).items()
     }
-    for kind in each:
+    for kind in kinds:
+        shared, each = operations.curvature(shape, counts, kind=kind, modules=MODULES)
 
         def run(part: Samples, kind: Any = kind) -> None:
             curvature_products(model, part, directions, kind=kind, modules=MODULES, token_budget=options.token_budget)
@@ -192,7 +187,7 @@ def _curvature_stages(model: Any, targets: Samples, options: argparse.Namespace)
         yield Stage(
             name=f"curvature, {kind}",
             dtype=model.dtype,
-            operations=passes + outer + DIRECTIONS * each[kind],
+            operations=shared + DIRECTIONS * each,
             rows=int(targets.lengths.sum()),
             samples=targets,
             run=run,
@@ -200,10 +195,10 @@ def _curvature_stages(model: Any, targets: Samples, options: argparse.Namespace)
 
 
 def data_stages(model: Any, options: argparse.Namespace) -> Iterator[Stage]:
-    """The stages after the model's: on random embeddings, gradients and influence."""
+    """The stages that need no model, on random embeddings, gradients and influence."""
     generator = torch.Generator().manual_seed(options.seed)
     landmarks, rows, e = options.kernel_landmarks, options.pool_rows, 2 * model.config.hidden_size
-    gradient = operations.gradient_size(Shape.of_config(model.config.to_dict()).measured(MODULES), PROJECTION.dim)
+    gradient = operations.gradient_size(shape_of(model).measured(MODULES), PROJECTION.dim)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(options.device)
@@ -211,7 +206,7 @@ def data_stages(model: Any, options: argparse.Namespace) -> Iterator[Stage]:
     E_le, P_lt, E_me = normal(landmarks, e), normal(landmarks, TARGETS), normal(4 * landmarks, e)
     G_lk, G_tk = normal(landmarks, gradient), normal(TARGETS, gradient)
     P_nt = normal(rows, TARGETS).cpu().numpy()
-    # Of each ridge tried: the Cholesky factor l^3 / 3, two triangular solves 2 l^2 t, for leave-one-out the inverse 2 l^3 / 3.
+    # For each ridge: the Cholesky factor l^3 / 3, two triangular solves 2 l^2 t, for leave-one-out the inverse 2 l^3 / 3.
     fit = 2.0 * landmarks**2 * e + len(RIDGES) * (landmarks**3 + 2 * landmarks**2 * TARGETS)
     fitted = KernelRidge.fit(E_le, P_lt, ridge=RIDGES[0])
     yield Stage(

@@ -1,8 +1,8 @@
-"""The data and the model that benchmarks measure on, and the cache of what was measured.
+"""The data and the model that benchmarks measure on, and the cache of measurements.
 
-A corpus is a folder with `pool.jsonl.gz` and `targets/NAME.dev.jsonl.gz` and `targets/NAME.test.jsonl.gz`: `dev` is what a method
-is given, `test` is only looked at when the model is trained. The example folder of this repository is one too: its single
-target, `target`, has every other row of `target.jsonl` for `dev` and the rest for `test`.
+A corpus is a folder with `pool.jsonl.gz`, `targets/NAME.dev.jsonl.gz` and `targets/NAME.test.jsonl.gz`. A method gets `dev`;
+`test` is used only after the model has been trained. The example folder of this repository is a corpus too: its only target,
+`target`, uses every other row of `target.jsonl` as `dev` and the rest as `test`.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.datasets.storage import Sample
-from service.demo import import_model
-from service.local import MODEL_NAME
-from worker.data import tokenise
+from service.local.demo import import_model
+from service.local.stack import MODEL_NAME
 from worker.influence import Samples
+from worker.text.tokenization import tokenise
 
 Row = dict[str, Any]
 Split = Literal["dev", "test"]
@@ -38,7 +38,7 @@ class Corpus:
     folder: Path
 
     def pool(self, count: int, seed: int) -> list[Row]:
-        """Rows of the pool in an order drawn from the seed: fewer of them are the first of more. All where it has no more."""
+        """The first `count` rows of the pool (all if it has fewer) in an order drawn from the seed alone."""
         rows = self._rows("pool")
         return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count]]
 
@@ -46,7 +46,7 @@ class Corpus:
         if (self.folder / "targets").is_dir():
             return self._rows(f"targets/{name}.{split}")
         if name != "target":
-            raise SystemExit(f"--targets {name}: {self.folder} has one target, named target")
+            raise SystemExit(f"--targets {name}: the only target in {self.folder} is named target")
         return self._rows("target")[split == "test" :: 2]
 
     def _rows(self, name: str) -> list[Row]:
@@ -55,7 +55,7 @@ class Corpus:
             if path.exists():
                 with opened(path, "rt") as lines:
                     return [json.loads(line) for line in lines]
-        raise SystemExit(f"--corpus {self.folder}: there is no {name}.jsonl.gz or {name}.jsonl")
+        raise SystemExit(f"--corpus {self.folder}: no {name}.jsonl.gz or {name}.jsonl found")
 
 
 def samples_of(rows: list[Row], tokenizer: Any, max_length: int) -> Samples:
@@ -70,24 +70,24 @@ def samples_of(rows: list[Row], tokenizer: Any, max_length: int) -> Samples:
 
 
 def common_arguments(doc: str | None, *, rows: int, targets: list[str]) -> argparse.ArgumentParser:
-    """What every benchmark on a corpus takes."""
+    """The options that all benchmarks on a corpus share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--corpus", type=Path, required=True, help="a folder with a pool and targets (benchmarks/corpus.py)"
     )
     parser.add_argument(
-        "--cache", type=Path, required=True, help="what is measured is kept here, so that a run can go on"
+        "--cache", type=Path, required=True, help="folder for measurements, so that an interrupted run can resume"
     )
     parser.add_argument(
-        "--model", type=Path, help="a model's folder; SmolLM2-135M-Instruct, made in the cache, when absent"
+        "--model", type=Path, help="a model's folder; default: SmolLM2-135M-Instruct, created in the cache"
     )
-    parser.add_argument("--rows", type=int, default=rows, help="of the pool, drawn by --seed")
+    parser.add_argument("--rows", type=int, default=rows, help="rows of the pool, drawn by --seed")
     parser.add_argument("--targets", nargs="+", default=targets)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the result")
-    parser.add_argument("--out", type=Path, help="folder of the results; nothing is written when absent")
+    parser.add_argument("--out", type=Path, help="folder for the results; nothing is written without it")
     return parser
 
 
@@ -107,9 +107,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
-    """The tensors of one safetensors file, made where it is absent, and the processor seconds that making them took.
+    """The tensors of one safetensors file, computed if it does not exist, and the CPU seconds that computing them took.
 
-    The file appears whole or not at all.
+    The file is written atomically.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,15 @@
-"""A job over HTTP on a real pool, by two workers at once: time of each phase, memory of each process, fidelity, sources.
+"""A job over HTTP on a real pool with two workers: time of each phase, memory of each process, fidelity, sources.
 
     python benchmarks/corpus_job.py --corpus DIR [--kill] [--out benchmarks/results/corpus_job.json]
 
-DIR holds pool.jsonl.gz and targets/NAME.dev.jsonl.gz. With --kill the job is run a second time in a fresh store, and one
-worker is killed with SIGKILL in the middle: it must finish with the same selection.
+DIR contains pool.jsonl.gz and targets/NAME.dev.jsonl.gz. With --kill the job runs a second time in a fresh store, and one
+worker is killed with SIGKILL halfway: the job must finish with the same selection.
 """
 
 import argparse
 import gzip
 import hashlib
 import json
-import os
-import signal
 import sys
 import tempfile
 import time
@@ -22,9 +20,11 @@ from typing import Any
 from measuring import MemoryWatch, commit, machine
 from rich.console import Console
 
-from service.client import Winnow
-from service.demo import import_model
-from service.local import MODEL_NAME, Stack, StackProcess
+from service.local.demo import import_model
+from service.local.process_group import parts
+from service.local.stack import MODEL_NAME, StackProcess
+from winnow.client import Winnow
+from winnow.stack import Stack
 
 console = Console(stderr=True)
 
@@ -36,13 +36,13 @@ def _first_rows(file: Path, count: int, into: Path) -> Path:
 
 
 def _kill_one_worker(client: Winnow, stack: Stack, job_id: str, share: float) -> dict[str, Any]:
-    """Waits until `share` of the embeddings are made, then kills worker 1 and its compute child the hard way."""
+    """Waits until `share` of the embeddings are done, then kills worker 1 with SIGKILL; its compute process dies with it."""
     while True:
         job = client.job(job_id)
         stages = {stage["stage"]: stage for stage in job["stages"]}
         embed = stages.get("embed")
         if embed is not None and embed["done"] >= share * embed["total"]:
-            os.kill(stack.pids["worker1"], signal.SIGKILL)
+            parts(stack.home)["worker1"].kill()
             return {"killed": "worker1", "at": {"embed_done": embed["done"], "embed_total": embed["total"]}}
         if job["status"] not in ("queued", "running"):
             raise RuntimeError(f"the job ended ({job['status']}) before a worker could be killed")
@@ -50,7 +50,7 @@ def _kill_one_worker(client: Winnow, stack: Stack, job_id: str, share: float) ->
 
 
 def run_job(home: Path, arguments: argparse.Namespace, *, kill: bool) -> dict[str, Any]:
-    """One job in a fresh stack; returns what there is to report."""
+    """Runs one job in a fresh stack and returns what the report contains."""
     process = StackProcess(home, port=0, workers=arguments.workers)
     try:
         import_model(process.home, console)
@@ -107,10 +107,10 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=150)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kill", action="store_true", help="run again and kill a worker in the middle")
+    parser.add_argument("--kill", action="store_true", help="rerun and kill a worker halfway")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    places = {str(arguments.corpus): "DIR", str(arguments.out): "FILE"}  # a result names no path of its machine
+    places = {str(arguments.corpus): "DIR", str(arguments.out): "FILE"}  # a result contains no path of the machine
     command = "python benchmarks/corpus_job.py " + " ".join(places.get(a, a) for a in sys.argv[1:])
     report: dict[str, Any] = {"command": command, "commit": commit(), "machine": machine(), "runs": {}}
     for name in ["undisturbed", *(["worker killed"] if arguments.kill else [])]:

@@ -1,11 +1,11 @@
-"""Does a model that is fine-tuned on a small selection do better on the target, and by which method of selection?
+"""Does fine-tuning a model on a small selection improve it on the target, and which selection method is best?
 
     python benchmarks/downstream.py --corpus DIR --cache DIR [--model DIR] [--whole] [--processes 2] [--out DIR]
 
-For each target and method the product selects 5 % of the pool from the target's `dev` split, the model is fine-tuned on them once
-with each seed, and its loss is measured on the `test` split; beside it the model as it is, and one trained on all of the pool.
-Without --whole a small version that two cores do in less than an hour; there, all seeds of a method but `random` train on one
-selection, that of --seed. Each selection and each run is a file in the cache: a run that was stopped goes on where it was.
+For each target and method the product selects 5 % of the pool for the target's `dev` split, the model is fine-tuned on it once
+per seed, and its loss is measured on the `test` split, alongside the untrained model and one trained on the whole pool. Without
+--whole a small version runs that takes two cores less than an hour; in it, all seeds of a method except `random` train on one
+selection, that of --seed. Each selection and each run is a file in the cache, so an interrupted benchmark resumes.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from scipy import stats
 
 EXACT = "exact_influence"
 CHAINS = ((EXACT,), ("rds_plus", "authors' setting", "default", "weighted"))
-"""Selections that one process makes in turn; two of them at once share no work of size."""
+"""Selections that one process makes in sequence; the two chains share no substantial work, so they can run concurrently."""
 REFERENCES = (RANDOM, "rds_plus")
-"""What the others are compared with, seed by seed and row by row."""
+"""The methods that the others are compared with, seed by seed and row by row."""
 CONFIDENCE = 0.95
 WHOLE = {
     "rows": 24_287,
@@ -58,7 +58,7 @@ def main() -> None:
     not_run, runs = [run for run in runs if run not in found], list(found)
     result = {
         **heading(options),
-        "setup": {name: value for name, value in asdict(setup).items() if name not in NOT_TOLD},
+        "setup": {name: value for name, value in asdict(setup).items() if name not in UNREPORTED},
         "seeds": options.seeds,
         "not_run": [asdict(run) for run in not_run],
         "selections": selections_of(setup, runs),
@@ -80,38 +80,42 @@ def main() -> None:
     plot(result, options)
 
 
-# What is asked for
+# Options
 
-NOT_TOLD = ("corpus", "cache", "model", "finished")
+UNREPORTED = ("corpus", "cache", "model", "finished")
 
 
 def arguments() -> argparse.Namespace:
     parser = common_arguments(__doc__, rows=240, targets=["gsm8k", "squad"])
-    parser.add_argument("--whole", action="store_true", help="all of the pool and six targets: hours of a GPU")
-    parser.add_argument("--finished", action="store_true", help="measure nothing more, write down what the cache has")
+    parser.add_argument("--whole", action="store_true", help="the whole pool and six targets: hours on a GPU")
+    parser.add_argument("--finished", action="store_true", help="measure nothing, report what is in the cache")
     parser.add_argument("--methods", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--processes", type=int, default=2, help="each with one thread")
-    parser.add_argument("--seeds", type=int, default=3, help="of each training, and of each random draw")
-    parser.add_argument("--varied-selection", action="store_true", help="every method selects anew for each seed")
-    parser.add_argument("--full-seeds", type=int, default=1, help="trainings on all of the pool")
-    parser.add_argument("--share", type=float, default=0.05, help="of the pool, that is selected")
+    parser.add_argument("--seeds", type=int, default=3, help="number of trainings, and of random draws")
+    parser.add_argument(
+        "--varied-selection", action="store_true", help="every method makes a new selection for each seed"
+    )
+    parser.add_argument("--full-seeds", type=int, default=1, help="number of trainings on the whole pool")
+    parser.add_argument("--share", type=float, default=0.05, help="share of the pool that is selected")
     parser.add_argument("--landmarks", type=int, default=36)
-    parser.add_argument("--blocks", type=int, default=4, help="of the embeddings")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of the embeddings")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--full-epochs", type=int, default=1, help="of a training on all of the pool")
+    parser.add_argument("--full-epochs", type=int, default=1, help="epochs of a training on the whole pool")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="chosen on dev splits")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument(
-        "--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of a training's products"
+        "--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the matrix products in training"
     )
-    parser.add_argument("--test-rows", type=int, default=20, help="of each test split, at most; drawn by --seed")
-    parser.add_argument("--dev-rows", type=int, default=0, help="of each dev split, whose loss is told beside")
+    parser.add_argument(
+        "--test-rows", type=int, default=20, help="at most this many of each test split, drawn by --seed"
+    )
+    parser.add_argument("--dev-rows", type=int, default=0, help="rows of each dev split whose loss is reported too")
     parser.add_argument(
         "--accuracy",
         nargs="*",
         default=["gsm8k=40", "mmlu=100"],
         metavar="TARGET=ROWS",
-        help=f"of {', '.join(ACCURACIES)}",
+        help=f"targets: {', '.join(ACCURACIES)}",
     )
     parser.add_argument("--accuracy-of", choices=[ZERO_SHOT, "all"], default=ZERO_SHOT)
     if parser.parse_known_args()[0].whole:
@@ -129,7 +133,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
-    """A model that no target decides is measured on all of them."""
+    """Models that do not depend on a target are measured on all of them."""
     seeds, targets = range(options.seed, options.seed + options.seeds), tuple(options.targets)
     free = [Run(method=ZERO_SHOT, seed=options.seed, targets=targets)]
     free += [Run(method=RANDOM, seed=seed, targets=targets) for seed in seeds if RANDOM in options.methods]
@@ -148,7 +152,7 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
 
 
 def measured(setup: Setup, runs: Sequence[Run], processes: int) -> dict[Run, dict[str, Any]]:
-    """What each run found. The first target is done before the second; a run starts when its selection is there."""
+    """The result of each run. Targets are processed in order; a run starts once its selection is ready."""
     by_target = [
         [run for run in runs if run.method in JOBS and run.method != RANDOM and run.targets == (target,)]
         for target in setup.targets
@@ -206,30 +210,30 @@ def measure(setup: Setup, run: Run) -> dict[str, Any]:
 
 
 def selections_of(setup: Setup, runs: Sequence[Run]) -> dict[str, Any]:
-    """Of each target and method, the selections of its seeds, without their ids; and what they share with the exact method's."""
+    """For each target and method: the selections by seed, without their ids, and their overlap with the exact method's."""
     place = bench(setup)
     found: dict[str, Any] = {target: {} for target in setup.targets}
     for run in runs:
         for target in run.targets if run.method in JOBS else ():
-            # Drawn at random, all targets have the same: the first one's.
+            # Random selections do not depend on the target: all use the first one's.
             named = run.targets[0]
             seed = place.selection_seed(run)
             truth = Run(method=EXACT, seed=run.seed, targets=(target,))
             exact = place.selection(EXACT, target, place.selection_seed(truth)) if truth in runs else None
             selection = place.selection(run.method, named, seed)
-            told = {name: value for name, value in selection.items() if name not in ("ids", "weights", "given")}
-            told["seed"] = seed
-            told["heaviest"] = max(selection["weights"])
-            told["of_exact"] = exact and len({*selection["ids"]} & {*exact["ids"]}) / len(exact["ids"])
-            found[target].setdefault(run.method, {})[seed] = told
+            reported = {name: value for name, value in selection.items() if name not in ("ids", "weights", "given")}
+            reported["seed"] = seed
+            reported["heaviest"] = max(selection["weights"])
+            reported["of_exact"] = exact and len({*selection["ids"]} & {*exact["ids"]}) / len(exact["ids"])
+            found[target].setdefault(run.method, {})[seed] = reported
     return {target: {name: [*each.values()] for name, each in of.items()} for target, of in found.items()}
 
 
-# What was found
+# Results
 
 
 def losses_of(target: str, runs: Sequence[Run], found: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
-    """Of each method, by seed: the mean loss of both splits; the change to zero-shot; the difference to the references."""
+    """For each method, by seed: the mean loss on both splits, the change from zero-shot, the differences from the references."""
     rows = {
         method: {
             run.seed: found[run]["losses"][target] for run in runs if run.method == method and target in run.targets
@@ -256,9 +260,9 @@ def losses_of(target: str, runs: Sequence[Run], found: Mapping[Run, dict[str, An
 def difference(
     ours: Mapping[int, dict[str, list[float]]], theirs: Mapping[int, dict[str, list[float]]]
 ) -> dict[str, Any]:
-    """The test loss minus the reference's, paired: over seeds, and over the test's rows (of the mean over seeds).
+    """The test loss minus the reference's, paired: over seeds, and over test rows (of the mean over seeds).
 
-    It is `carried` where both intervals leave out 0: neither another training nor another draw of the test would turn it round.
+    It is `carried` if both intervals exclude 0: neither another training nor another draw of the test rows would reverse it.
     """
     rows_sr = np.array([np.subtract(ours[seed]["test"], theirs[seed]["test"]) for seed in ours])
     seeds, rows = rows_sr.mean(axis=1), rows_sr.mean(axis=0)
@@ -273,7 +277,7 @@ def difference(
 
 
 def interval(values: np.ndarray[Any, Any]) -> list[float] | None:
-    """Of the mean, by Student's t; none of a single value."""
+    """Confidence interval of the mean by Student's t; None for a single value."""
     if len(values) < 2:
         return None
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
@@ -281,19 +285,19 @@ def interval(values: np.ndarray[Any, Any]) -> list[float] | None:
 
 
 def accuracy_of(runs: Sequence[Run], found: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
-    """By target and model; a model is above chance by a one-sided binomial test, corrected for the number of models."""
+    """By target and model, with a one-sided binomial test against chance, corrected for the number of models."""
     result: dict[str, Any] = {}
     for run in runs:
-        for target, told in found[run]["accuracy"].items():
-            p = stats.binomtest(told["right"], told["rows"], told["chance"], alternative="greater").pvalue
-            result.setdefault(target, []).append({"method": run.method, "seed": run.seed, **told, "p": float(p)})
+        for target, counts in found[run]["accuracy"].items():
+            p = stats.binomtest(counts["right"], counts["rows"], counts["chance"], alternative="greater").pvalue
+            result.setdefault(target, []).append({"method": run.method, "seed": run.seed, **counts, "p": float(p)})
     return {
         target: {"above_chance": bool(min(each["p"] for each in of) * len(of) < 1 - CONFIDENCE), "models": of}
         for target, of in result.items()
     }
 
 
-# Writing it down
+# Report
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -319,16 +323,17 @@ def loss_table(result: Mapping[str, Any]) -> str:
 
 
 def difference_tables(result: Mapping[str, Any]) -> Iterator[str]:
-    """A row for each target and method: the difference to the reference, with both intervals."""
+    """A row for each target and method: the difference from the reference, with both intervals."""
     for reference in REFERENCES:
         rows = []
         for target, of in result["losses"].items():
             for method, each in of.items():
                 if found := each["against"].get(reference):
-                    told = [shown(found["over_seeds"]), shown(found["over_rows"]), "yes" if found["carried"] else "no"]
-                    rows.append([target, method, f"{found['mean']:+.3f}", *told])
+                    verdict = "yes" if found["carried"] else "no"
+                    cells = [f"{found['mean']:+.3f}", shown(found["over_seeds"]), shown(found["over_rows"]), verdict]
+                    rows.append([target, method, *cells])
         if rows:
-            yield table(["target", f"minus {reference}", "mean", "over seeds", "over test rows", "carried"], rows)
+            yield table(["target", f"minus {reference}", "mean", "over seeds", "over test rows", "significant"], rows)
 
 
 def shown(bounds: Sequence[float] | None) -> str:
@@ -336,7 +341,7 @@ def shown(bounds: Sequence[float] | None) -> str:
 
 
 def selection_table(result: Mapping[str, Any]) -> str:
-    header = ["target", "selection", "seconds", "operations", "of the exact choice", "most frequent sources"]
+    header = ["target", "selection", "seconds", "operations", "overlap with exact", "most frequent sources"]
     rows = []
     for target, of in result["selections"].items():
         for method, each in of.items():
@@ -360,7 +365,7 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """For each target and method, the change of the test loss to zero-shot: a dot for each seed, a bar for their mean."""
+    """For each target and method, the change of the test loss from zero-shot: a dot for each seed, a bar for their mean."""
     losses = result["losses"]
     methods = [method for method in (FULL_POOL, *reversed(JOBS)) if any(method in of for of in losses.values())]
     columns = min(3, len(losses))
@@ -379,13 +384,13 @@ def plot(result: Mapping[str, Any], options: argparse.Namespace) -> None:
                 axis.axvline(float(np.mean(change)), color=color, linewidth=0.8, linestyle=":")
         axis.set_yticks(range(len(methods)), methods)
         axis.set_title(target)
-        axis.set_xlabel("change of the test loss to zero-shot, nats")
+        axis.set_xlabel("change of the test loss from zero-shot, nats")
     for axis in axes.flat[len(losses) :]:
         axis.set_visible(False)
     save_plot(figure, options.out / "downstream.svg")
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the child processes
     torch.set_num_threads(1)
     main()

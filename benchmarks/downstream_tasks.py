@@ -1,6 +1,6 @@
-"""What the downstream benchmark measures: a selection by the product, the training on it, and how good the model is afterwards.
+"""The measurements of the downstream benchmark: a selection by the product, training on it, and the quality of the trained model.
 
-Each measured piece is one JSON file in the cache, named by the hash of all that it depends on.
+Each measurement is one JSON file in the cache, named by the hash of everything that it depends on.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from corpus import Corpus, Row, load_model, load_tokenizer, samples_of
 from rich.progress import Progress
 from safetensors.numpy import load_file
 
-from service.artifacts import ArtifactStore, content_key
 from service.datasets import storage
 from service.datasets.convert import convert
-from service.datasets.formats import Form
-from service.jobs.parameters import Parameters
-from service.jobs.state import Stage
-from service.models import resolve
+from service.datasets.rows.options import RowOptions
+from service.models.registry import resolve
+from service.plan.artifact_keys import content_key
+from service.plan.parameters import Parameters
+from service.plan.stages import JobInputs, Stage
+from service.plan.versions import code_version
 from service.settings import ModelSettings, UploadSettings, WorkerSettings
+from service.storage.artifacts import ArtifactStore
 from worker import summary
-from worker.adapters import trainable
-from worker.compute import Compute
 from worker.influence import OptimizerOptions, Samples, default_token_budget, sample_losses
-from worker.inprocess import LocalJob
-from worker.stages.keys import COMPUTED, code_version
-from worker.stages.plan import JobInputs
-from worker.warmup import Training, train
+from worker.loading.adapters import trainable
+from worker.local_run import LocalJob
+from worker.process.main import Compute
+from worker.training import Training, train
 
 RANDOM, ZERO_SHOT, FULL_POOL = "random", "zero-shot", "full pool"
 JOBS: Mapping[str, Mapping[str, Any]] = {
@@ -51,15 +51,15 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "weighted": {"selection": "weighted"},
 }
-"""The parameters of each method's job; the number of landmarks and of embedded blocks is that of the setup."""
+"""The parameters of each method's job; the setup gives the number of landmarks and of embedded blocks."""
 GENERATED_TOKENS = 128
 GENERATED_AT_ONCE = 40
-"""Prompts."""
+"""Number of prompts in a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What all selections and runs of one benchmark have in common."""
+    """The options that all selections and runs of one benchmark share."""
 
     corpus: Path
     cache: Path
@@ -87,7 +87,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training, or none for zero-shot, and the targets that the model is then measured on."""
+    """One training (none for zero-shot) and the targets that the model is then measured on."""
 
     method: str
     seed: int
@@ -95,11 +95,11 @@ class Run:
 
 
 class NotMeasured(Exception):
-    """The cache lacks a piece, and only what is there was asked for."""
+    """A measurement is not in the cache, and only cached ones were requested."""
 
 
 class Bench:
-    """The corpus, the product's compute process and the cache, as one process holds them."""
+    """The corpus, the product's compute code and the cache, within one process."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -114,7 +114,7 @@ class Bench:
         self.registered = cache(self._register)
 
     def selection(self, method: str, target: str, seed: int) -> dict[str, Any]:
-        """What the product's job selects for the target's dev split, in the order of rank."""
+        """The product's selection for the target's dev split, in order of rank."""
         setup, given = self.setup, dict(JOBS[method])
         if "method" not in given:
             given["landmarks"] = {"count": setup.landmarks}
@@ -131,12 +131,12 @@ class Bench:
             "job": job.as_dict(),
             "model": self.compute.models.folder(job.model).fingerprint,
             "device": setup.device,
-            "code": {stage: code_version(stage) for stage in COMPUTED},
+            "code": {stage: code_version(stage) for stage in Stage},
         }
         return self._cached("selections", depends_on, lambda: self._selected(job, target))
 
     def measure(self, run: Run) -> dict[str, Any]:
-        """Trains on what the run's method selected, and measures the model; of the targets one value for each row."""
+        """Trains on the selection of the run's method and measures the model: one value per row of each target."""
         setup = self.setup
         rows, weights = self._training_set(run)
         splits = {
@@ -182,12 +182,12 @@ class Bench:
         return dict(self.measured.read_json(key))
 
     def _register(self, name: str) -> str:
-        """The fingerprint of the pool or of a target's dev split, put into the artifacts as an upload is."""
+        """Stores the pool or a target's dev split as an upload would, and returns its fingerprint."""
         rows = self.pool if name == "pool" else self.corpus.target(name, "dev")
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             file.seek(0)
-            content = convert(file, Form.AUTO, UploadSettings(), Path(folder))
+            content = convert(file, RowOptions(), UploadSettings(), Path(folder))
             storage.publish(self.compute.store, content)
         return content.fingerprint
 
@@ -203,7 +203,7 @@ class Bench:
             "weights": arrays["weight"][arrays["selected"]].tolist(),
             "sources": dict(Counter(row["source"] for row in chosen).most_common()),
             "given": [row["id"] for row in self.corpus.target(target, "dev")],
-            # Of a unit that another job did before, what it cost then.
+            # For a unit that an earlier job computed, this is what it cost then.
             "seconds": sum(unit["seconds"] for units in results.values() for unit in units),
             "operations": sum(unit.get("operations", 0) for units in results.values() for unit in units),
             "dtype": results[Stage.PREPARE][0]["dtype"],
@@ -228,7 +228,7 @@ class Bench:
         return run.seed if run.method == RANDOM or self.setup.varied_selection else self.setup.seed
 
     def _accuracy(self, run: Run) -> dict[str, int]:
-        """How many rows of which target the run's accuracy is measured on."""
+        """By target, the number of rows that the run's accuracy is measured on."""
         if run.method == ZERO_SHOT:
             return dict(self.setup.accuracy)
         if self.setup.accuracy_of == ZERO_SHOT:
@@ -275,7 +275,7 @@ class Bench:
 
 
 bench = cache(Bench)
-"""One of a setup in each process."""
+"""One instance per setup and process."""
 
 
 def _check_disjoint(trained_on: Sequence[Row], tested_on: Sequence[Row]) -> None:
@@ -287,12 +287,12 @@ def _check_disjoint(trained_on: Sequence[Row], tested_on: Sequence[Row]) -> None
 def fine_tune(
     model: Any, samples: Samples, weights: np.ndarray[Any, Any], training: Training, *, precision: str
 ) -> list[float]:
-    """Trains the whole model as the product's warm-up does; returns the loss before each step.
+    """Trains the whole model like the product's warm-up; returns the loss before each step.
 
-    Weights, sums and the optimiser are float32; with `precision` bfloat16 products are of bfloat16 factors.
+    Weights, sums and the optimiser are float32; with `precision` bfloat16, factors of products are bfloat16.
     """
     kind = next(model.parameters()).device.type
-    # Nothing is cached: the weights change within the one context.
+    # No caching: the weights change within this one context.
     with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
         _, losses = train(
             model,
@@ -307,13 +307,12 @@ def fine_tune(
 
 
 def prompt(tokenizer: Any, row: Row) -> str:
-    """All but the last reply, up to where it begins."""
-    told = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
-    return str(told)
+    """The conversation up to the start of the last reply."""
+    return str(tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False))
 
 
 def number_after_marks(text: str) -> str | None:
-    """The number after `####`, without what is put around and between its digits."""
+    """The number after `####`, without currency signs, separators and trailing zeros."""
     found = re.search(r"####\s*\$?\s*(-?[\d,]*\.?\d+)", text)
     if found is None:
         return None
@@ -341,7 +340,7 @@ def generated(model: Any, tokenizer: Any, rows: Sequence[Row], *, tokens: int = 
 
 
 def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
-    """Whether the number after `####` is the reference's; chance is to say the commonest number always."""
+    """Whether the number after `####` equals the reference's; chance is always answering the most frequent number."""
     right = [number_after_marks(row["messages"][-1]["content"]) for row in rows]
     said = [number_after_marks(reply) for reply in generated(model, tokenizer, rows)]
     return {
@@ -354,7 +353,7 @@ def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row]) -> dict[str, An
 
 @torch.no_grad()
 def right_option(model: Any, tokenizer: Any, rows: Sequence[Row], *, letters: str = "ABCD") -> dict[str, Any]:
-    """Whether the reference's letter is the likeliest of the letters as the first token of the reply."""
+    """Whether the reference's letter is the most likely of the letters as the first token of the reply."""
     ids = [tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in letters]
     right = 0
     for row in rows:

@@ -1,17 +1,15 @@
-"""Downloads of the results of a job of 5,000,000 weights: the memory of the API's process, the time, and that every row is there.
+"""Downloads of the results of a job of 5,000,000 weights: the memory of the API process, the time, and whether every row arrives.
 
     python benchmarks/export.py --cache DIR --out benchmarks/results
 
-A real PostgreSQL holds the job, published as a worker would; a real uvicorn process serves it, a new one for each line of the
-table, so that the peak is that line's. The rows are numbered sentences: nothing is said about quality. With `--code DIR` another
-checkout's API is measured, on the same database.
+A real PostgreSQL holds the job, published as by a worker. A real uvicorn process serves it, a new one for each line of the table,
+so that the peak belongs to that line. The rows are numbered sentences, so the benchmark says nothing about quality. With
+`--code DIR` it measures the API of another checkout, on the same database.
 """
 
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -25,20 +23,22 @@ from typing import Any
 import httpx
 import numpy as np
 import pyarrow.parquet as pq
-from measuring import heading
+from measuring import heading, serve_api
+from reporting import table, write_json
 from rich.console import Console
 from sqlalchemy import create_engine, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import ArtifactStore
+from service.auth.authentication import authenticate
 from service.datasets import storage
-from service.datasets.formats import CanonicalRow
+from service.datasets.rows.canonical import CanonicalRow
 from service.datasets.tables import Dataset
+from service.db.migrate import upgrade
 from service.ids import new_id
-from service.jobs.tables import SelectionJob
+from service.keys.service import create_key
+from service.ledger.tables import SelectionJob
 from service.results.service import publish
-from service.schema import upgrade
-from service.tenants.service import authenticate, create_key
+from service.storage.artifacts import ArtifactStore
 
 console = Console(stderr=True)
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ SLOW_BYTES, SLOW_SECONDS = 16_384, 0.25
 
 @dataclass
 class World:
-    """A database with two jobs, and how to serve it."""
+    """A database with two jobs, and what is needed to serve it."""
 
     url: str
     folder: Path
@@ -61,7 +61,7 @@ class World:
 
 @dataclass
 class Download:
-    """One answer, read to its end; `wire_bytes` as they were sent, which with gzip are fewer."""
+    """One response, read to its end; `wire_bytes` as sent, which with gzip are fewer."""
 
     path: str
     rows: int = 0
@@ -87,7 +87,7 @@ def write_pool(store: ArtifactStore, folder: Path, count: int, words: int) -> st
 
 
 def publish_job(sessions: sessionmaker[Session], key: str, content: storage.Content, seed: int) -> str:
-    """A succeeded job on the content with a twentieth of it selected."""
+    """A succeeded job on the content, with a twentieth of it selected."""
     count = content.row_count
     rng = np.random.default_rng(seed)
     selected = rng.permutation(count)[: count // 20].astype(np.int64)
@@ -142,7 +142,7 @@ def publish_job(sessions: sessionmaker[Session], key: str, content: storage.Cont
 
 
 def build(url: str, options: argparse.Namespace) -> World:
-    """The jobs, made once: what was made is written to the cache."""
+    """The jobs, created once and then read from the cache."""
     kept = options.cache / "world.json"
     engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     if not kept.exists():
@@ -164,38 +164,16 @@ def build(url: str, options: argparse.Namespace) -> World:
 
 @contextmanager
 def serving(world: World) -> Iterator[tuple[str, int]]:
-    """The URL and the process id of an API of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", "--port", str(port)]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")},
-        "PYTHONPATH": str(world.code),
+    """The URL and the process id of a new API process."""
+    settings = {
         "WINNOW_DATABASE__URL": world.url,
         "WINNOW_BROKER__URL": "redis://127.0.0.1:1",
         "WINNOW_ARTIFACTS__URL": str(world.folder / "store"),
         "WINNOW_MODELS__FOLDER": str(world.folder),
         "WINNOW_SECRET_KEY": SECRET,
     }
-    with (world.folder / "api.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, "--no-access-log"], cwd=world.code, env=environment, stdout=log, stderr=log
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            if process.poll() is not None:
-                raise RuntimeError(f"the API ended; see {world.folder / 'api.log'}")
-            try:
-                if httpx.get(f"{url}/healthz").is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
+    with serve_api(world.code, settings, world.folder / "api.log") as (url, process):
         yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def peak_mib(pid: int) -> int:
@@ -204,7 +182,7 @@ def peak_mib(pid: int) -> int:
 
 
 class Counter:
-    """Counts the rows of an answer without keeping it: lines, or a Parquet file on the disk."""
+    """Counts the rows of a response without keeping it in memory: lines, or a Parquet file on disk."""
 
     def __init__(self, path: str, folder: Path) -> None:
         self._file = (folder / f"{threading.get_ident()}.parquet").open("w+b") if "format=parquet" in path else None
@@ -248,7 +226,7 @@ def read(world: World, url: str, path: str, *, gzip: bool, name: str = "weights"
 
 @contextmanager
 def slow_client(world: World, url: str, path: str) -> Iterator[None]:
-    """A client that reads 64 kB a second, as long as the block runs."""
+    """A client that reads 64 kB a second while the block runs."""
     done = threading.Event()
     headers = {"Authorization": f"Bearer {world.key}", "Accept-Encoding": "identity"}
 
@@ -335,14 +313,17 @@ def lines(world: World) -> list[dict[str, Any]]:
     ]
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    head = "| | rows | MB | MB sent | s | MB/s | peak MiB of the API (when it has started) |\n| --- |" + " --- |" * 6
-    rows = [
-        f"| {f['name']} | {f['rows']:,} | {f['megabytes']:,.0f} | {f['megabytes_sent']:,.0f} | {f['seconds']} |"
-        f" {f['megabytes_a_second']} | {f['peak_mib']} ({f['peak_mib_at_start']}) |"
-        for f in found
-    ]
-    return "\n".join([head, *rows]) + "\n"
+def report(found: list[dict[str, Any]]) -> str:
+    return table(
+        ["", "rows", "MB", "MB sent", "s", "MB/s", "peak MiB of the API (after its start)"],
+        [
+            [
+                *(f["name"], f"{f['rows']:,}", f"{f['megabytes']:,.0f}", f"{f['megabytes_sent']:,.0f}", f["seconds"]),
+                *(f["megabytes_a_second"], f"{f['peak_mib']} ({f['peak_mib_at_start']})"),
+            ]
+            for f in found
+        ],
+    )
 
 
 def main() -> None:
@@ -351,9 +332,9 @@ def main() -> None:
     parser.add_argument("--content-rows", type=int, default=300_000)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--code", type=Path, default=ROOT, help="Another checkout whose API is measured")
+    parser.add_argument("--code", type=Path, default=ROOT, help="another checkout whose API is measured")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beside", default="nothing", help="What else the machine did, for the record")
+    parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the record")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     options.cache = options.cache.resolve()
@@ -366,8 +347,8 @@ def main() -> None:
     finally:
         server.cleanup()
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "export.json").write_text(json.dumps({**heading(options), "downloads": found}, indent=2) + "\n")
-    (options.out / "export.md").write_text(table(found))
+    write_json(options.out / "export.json", {**heading(options), "downloads": found})
+    (options.out / "export.md").write_text(report(found))
     if wrong := [line for line in found if line["errors"] or line["peak_mib"] >= BOUND_MIB]:
         sys.exit(f"rows are missing, or the API held {BOUND_MIB} MiB: {', '.join(line['name'] for line in wrong)}")
 

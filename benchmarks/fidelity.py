@@ -1,13 +1,13 @@
-"""How well landmarks and cheap embeddings stand in for exact influence, and at what share of the exact method's cost.
+"""How well landmarks and cheap embeddings approximate exact influence, and at what share of the exact method's cost.
 
     python benchmarks/fidelity.py --corpus DIR --cache DIR [--out DIR]
 
-Exact influence of a random part of the pool is the truth. For every embedding, number and choice of landmarks and share of the
-pool that is refined: Spearman correlation with the truth, overlap of the chosen 5 % with the exact method's, what leave-one-out
-says beside what is true, and the cost in operations and processor seconds. Means over targets and draws of landmarks. What is
-measured with the model is kept in the cache: a run that was stopped goes on. Only the targets' dev splits are read.
+The ground truth is exact influence on a random part of the pool. For every embedding, number and choice of landmarks and
+refined share of the pool: Spearman correlation with the truth, overlap of the selected 5 % with the exact method's,
+leave-one-out estimates and true values, and cost in operations and CPU seconds, as means over targets and draws of landmarks.
+Measurements with the model are kept in the cache, so an interrupted run resumes. Only the targets' dev splits are read.
 
-Shape suffixes: n usable samples of the pool, m those that are no landmarks, l landmarks, t targets, e embedding size.
+Shape suffixes: n usable samples of the pool, m those that are not landmarks, l landmarks, t targets, e embedding size.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from fidelity_report import write_report
 from measuring import heading
 from torch import Tensor, nn
 
-from worker.influence import KernelRidge, choose, fidelity, landmark_order, round_robin, shortlist, top_k
+from worker.influence import KernelRidge, fidelity, landmark_order, round_robin, select_embedding, shortlist, top_k
+from worker.influence.kernel_ridge import RIDGES
 from worker.influence.landmarks import Choice
-from worker.influence.propagation import RIDGES
 from worker.influence.samples import IntArray
 
 SELECTED = 0.05
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--projection-dim", type=int, default=16_384)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--draws", type=int, default=5, help="of landmarks, each from a seed of its own")
+    parser.add_argument("--draws", type=int, default=5, help="number of draws of landmarks, each with its own seed")
     parser.add_argument("--landmarks", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--refine", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3])
     return parser.parse_args()
@@ -93,7 +93,7 @@ def grid(options: argparse.Namespace, embeddings: list[str]) -> Iterator[Setting
 
 
 def authors(options: argparse.Namespace, embeddings: list[str]) -> Setting:
-    """As the paper's authors set it: JVP of the last token, 4 blocks, 2 tangents, ridge 0.01, nothing refined."""
+    """The setting of the paper's authors: JVP of the last token, 4 blocks, 2 tangents, ridge 0.01, no refinement."""
     jvp = next(name for name in embeddings if name.startswith("jvp") and name.endswith("last"))
     return Setting(embedding=jvp, landmarks=max(options.landmarks), refine=0.0, ridge=0.01)
 
@@ -117,8 +117,8 @@ def by_ridge(options: argparse.Namespace) -> Iterator[Setting]:
 
 @dataclass(frozen=True, kw_only=True)
 class Propagated:
-    """One fit: the landmarks (l,) among the usable samples, and what is known of the influence of all of these, (n, t): exact of
-    landmarks, predicted of the others. `figures`: how good it is. `embedding`: which was used."""
+    """One fit: the landmarks (l,) among the usable samples, and the known influence of all of them, (n, t): exact for landmarks,
+    predicted for the others. `figures`: its quality. `embedding`: the one that was used."""
 
     landmarks: IntArray
     known_nt: Tensor
@@ -127,7 +127,7 @@ class Propagated:
 
 
 class Comparison:
-    """Settings against the truth, on what was measured. Rows are those of the usable samples alone."""
+    """Compares settings with the truth, on the measured data. Rows are those of the usable samples only."""
 
     def __init__(self, pool: Pool, options: argparse.Namespace) -> None:
         self.pool, self.draws = pool, options.draws
@@ -164,7 +164,7 @@ class Comparison:
         exact, known_nt = found.landmarks, found.known_nt
         if setting.refine:
             exact = self.refined(setting, found, target, seed)
-            known_nt = torch.full_like(P_nt, -2.0)  # below any cosine: only what is exact is chosen from
+            known_nt = torch.full_like(P_nt, -2.0)  # below any cosine: only exact values are selected from
             known_nt[exact] = P_nt[exact]
         chosen = self.chosen(known_nt, setting.selection, seed)
         best = self.chosen(P_nt, setting.selection, seed)
@@ -177,8 +177,8 @@ class Comparison:
         }
 
     def refined(self, setting: Setting, found: Propagated, target: str, seed: int) -> IntArray:
-        """The landmarks, and the shortlist in as many parts as there are rounds; before each but the first the regression is
-        fitted again, on all that is exact by then."""
+        """The landmarks and the shortlist, the latter in as many parts as there are rounds; before each but the first, the
+        regression is refitted on everything that is exact by then."""
         exact, known_nt, P_nt = found.landmarks, found.known_nt, self.P[target]
         size = min(max(math.ceil(setting.refine * self.n), self.budget), self.n - len(exact))
         for part in np.array_split(np.arange(size), setting.rounds):
@@ -197,7 +197,7 @@ class Comparison:
         return round_robin(P_nt, self.budget, seed=seed)
 
     def captured(self, P_nt: Tensor, chosen: IntArray, best: IntArray) -> float:
-        """Mean influence of what is chosen, between that of the pool (0) and that of the exact method's choice (1)."""
+        """Mean influence of the selection, scaled so that the pool has 0 and the exact method's selection 1."""
         mean_n = P_nt.mean(dim=1)
         return float((mean_n[chosen].mean() - mean_n.mean()) / (mean_n[best].mean() - mean_n.mean()))
 
@@ -222,7 +222,7 @@ class Comparison:
         return Propagated(landmarks=landmarks, known_nt=known_nt, figures=figures, embedding=embedding)
 
     def predicted(self, E_ne: Tensor, P_nt: Tensor, exact: IntArray, ridge: float | None) -> tuple[KernelRidge, Tensor]:
-        """The fit to what is exact, and what is known then of every sample's influence, (n, t)."""
+        """The fit to the exact influence, and the influence of every sample then known, (n, t)."""
         fitted = KernelRidge.fit(E_ne[exact], P_nt[exact], ridge=ridge)
         others = np.setdiff1d(np.arange(self.n), exact)
         known_nt = P_nt.clone()
@@ -234,11 +234,11 @@ class Comparison:
         costs = [self._operations(name) for name in names]
         options = [{"name": name} for name in names]
         offered = [self.E[name][landmarks] for name in names]
-        index, _ = choose(offered, self.P[target][landmarks], options=options, costs=costs, ridge=None)
+        index, _ = select_embedding(offered, self.P[target][landmarks], options=options, costs=costs, ridge=None)
         return names[index]
 
     def offered(self) -> list[str]:
-        """What the product's `auto` compares: the state after the first blocks in both poolings."""
+        """The candidates of the product's `auto`: the state after the first blocks in both poolings."""
         return [name for name in self.pool.embeddings if name.startswith("hidden")][:2]
 
     def _operations(self, name: str) -> float:
@@ -247,8 +247,8 @@ class Comparison:
     def shares(
         self, exact: IntArray, embedding: str, asked: str = "", landmarks: IntArray | None = None
     ) -> dict[str, float]:
-        """Cost as a share of the exact method's: the embedding of the pool, the gradients of `exact`, rows of the whole pool, and
-        of the targets; where `auto` was asked for, also the other candidates' embeddings of the landmarks."""
+        """Cost as a share of the exact method's: the embedding of the pool, the gradients of the targets and of `exact` (rows of
+        the whole pool); for `auto` also the other candidates' embeddings of the landmarks."""
         parts = (
             [name for name in self.pool.embeddings if name.startswith("hidden")] if embedding == JOINED else [embedding]
         )
@@ -270,7 +270,7 @@ class Comparison:
         }
 
     def exact(self) -> dict[str, float]:
-        """Cost of the exact method for one target, the mean over targets."""
+        """Cost of the exact method for one target, as a mean over targets."""
         target = np.array(list(self.pool.target_cost.values())).mean(axis=0)
         gradients = self.pool.cost["gradients"]
         return {
@@ -279,7 +279,7 @@ class Comparison:
         }
 
     def projections(self) -> dict[str, dict[str, float]]:
-        """How far the exact method agrees with itself: under another projection of the same size, and of four times the size."""
+        """How far the exact method agrees with itself under another projection of the same or four times the size."""
         found = {}
         for name, influence in (("other signs", self.pool.other), ("four times the size", self.pool.finer)):
             figures = []

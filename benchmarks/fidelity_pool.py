@@ -1,14 +1,14 @@
-"""What the fidelity benchmark compares, measured by the product's own functions and kept in the cache: exact gradients of the
-pool and of the targets, every embedding, and what each costs.
+"""The data of the fidelity benchmark, measured with the product's own functions and kept in the cache: exact gradients of the
+pool and of the targets, every embedding, and the cost of each.
 
-Shape suffixes: n samples of the pool, t targets, k values of a gradient, e embedding size.
+Shape suffixes: n samples of the pool, t targets, k values per gradient, e embedding size.
 """
 
 import argparse
 import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,27 @@ from corpus import Corpus, cached, load_model, load_tokenizer, model_folder, sam
 from rich.console import Console
 from torch import Tensor
 
+from service.plan import operations
 from worker.influence import (
     EmbeddingOptions,
     GradientProjection,
     Samples,
     cosine_influence,
     embed,
-    embedding_flops,
-    gradient_flops,
     per_sample_gradients,
 )
-from worker.influence.models import block_list
+from worker.influence.causal_lm import block_list
 from worker.influence.samples import IntArray
+from worker.loading.model_shape import counts_of, shape_of
 
 PIECE = 100
-"""Rows of the pool that are measured at a time."""
+"""Number of rows of the pool that are measured at a time."""
 
 console = Console(stderr=True)
 
 
 def embeddings(blocks: int) -> dict[str, EmbeddingOptions]:
-    """The embeddings that are compared, of a model of that many blocks."""
+    """The embeddings that are compared, for a model with that many blocks."""
     depths = sorted({min(4, blocks), max(1, blocks // 2)})
     offered = {
         f"{kind} {depth} {pooling}": EmbeddingOptions(kind=kind, pooling=pooling, blocks=depth, tangents=2)
@@ -51,7 +51,7 @@ def embeddings(blocks: int) -> dict[str, EmbeddingOptions]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Operations (n,) by row of the pool, and the processor seconds that all rows took."""
+    """Operations (n,) by row of the pool, and the CPU seconds that all rows took."""
 
     operations_n: np.ndarray[Any, np.dtype[np.float64]]
     seconds: float
@@ -60,8 +60,8 @@ class Cost:
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """Exact influence (n, t) by target: `influence` under the projection that the exact method uses, `other` under another of the
-    same size, `finer` under one of four times the size. Embeddings (n, e) by name; `cost` by embedding and of `gradients`,
-    `target_cost` (operations, seconds) of each target's gradients. `usable`: the rows that have a gradient."""
+    same size, `finer` under one of four times the size. Embeddings (n, e) by name. `cost`: by embedding, and of `gradients`;
+    `target_cost`: (operations, seconds) of each target's gradients. `usable`: the rows that have a gradient."""
 
     ids: list[str]
     sources: list[str]
@@ -76,7 +76,7 @@ class Pool:
 
 
 def measure(options: argparse.Namespace) -> Pool:
-    """Fills the cache with what it lacks, `--processes` pieces at a time, and reads all of it."""
+    """Computes the missing pieces of the cache, `--processes` at a time, and reads all of it."""
     corpus, folder = Corpus(options.corpus), model_folder(options)
     rows, tokenizer = corpus.pool(options.rows, options.seed), load_tokenizer(folder)
     samples = samples_of(rows, tokenizer, options.max_length)
@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace) -> Pool:
             "gradients": Cost(operations_n=_by_row(samples, gradient_operations), seconds=gradient_seconds),
             **{
                 kind: Cost(
-                    operations_n=_by_row(samples, lambda part, o=each: embedding_flops(model, part, options=o).total),
+                    operations_n=_by_row(samples, lambda part, o=each: _embedding_operations(model, o, part)),
                     seconds=pool_of(kind)[1],
                 )
                 for kind, each in kinds.items()
@@ -142,28 +142,32 @@ def _finer(dim: int) -> GradientProjection:
 
 
 def _coarser(G_nk: Tensor, dim: int, seed: int) -> Tensor:
-    """Gradients (n, 4 dim) of the finer projection to (n, dim): sums of entries with random signs once more, what a projection to
-    `dim` values does in one go."""
+    """Reduces gradients (n, 4 dim) of the finer projection to (n, dim) by another sum of entries with random signs, which is
+    equivalent to a direct projection to `dim` values."""
     signs_k = torch.from_numpy(np.random.default_rng(seed).choice(np.float32([-1, 1]), G_nk.shape[1]))
     return (G_nk * signs_k).unflatten(1, (-1, dim)).sum(dim=1)
 
 
 def _names(options: argparse.Namespace, folder: Path) -> Callable[[str], Path]:
-    """A file's name holds all that its content depends on, but for the code."""
-    told = f"{folder.name}-{options.dtype}-{options.max_length}-{options.projection_dim}-{options.seed}"
-    return lambda name: Path(options.cache / "fidelity" / told / f"{name.replace(' ', '_')}.safetensors")
+    """A file's name contains everything that its content depends on, except for the code."""
+    setup = f"{folder.name}-{options.dtype}-{options.max_length}-{options.projection_dim}-{options.seed}"
+    return lambda name: Path(options.cache / "fidelity" / setup / f"{name.replace(' ', '_')}.safetensors")
 
 
 def _absent() -> dict[str, Tensor]:
     raise RuntimeError("a measured piece has disappeared from the cache")
 
 
+def _embedding_operations(model: Any, options: EmbeddingOptions, part: Samples) -> float:
+    return operations.embedding(shape_of(model), counts_of(part), asdict(options))
+
+
 def _gradient_operations(model: Any, dim: int, part: Samples) -> float:
-    return gradient_flops(model, part, projection=GradientProjection(dim)).total
+    return operations.gradients(shape_of(model), counts_of(part), modules="down_proj", projection_dim=dim)
 
 
-def _by_row(samples: Samples, operations: Callable[[Samples], float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([operations(samples.slice(i, i + 1)) for i in range(len(samples))])
+def _by_row(samples: Samples, count: Callable[[Samples], float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([count(samples.slice(i, i + 1)) for i in range(len(samples))])
 
 
 def _fill(
@@ -182,7 +186,7 @@ def _fill(
 
 
 def _start(folder: Path, options: argparse.Namespace, kinds: dict[str, EmbeddingOptions]) -> None:
-    """In each process, once: one thread, so that processor seconds are those of the work."""
+    """Runs once in each process. One thread, so that CPU seconds measure the work alone."""
     global _model, _kinds, _projection
     torch.set_num_threads(1)
     _model, _kinds = load_model(folder, getattr(torch, options.dtype), options.device), kinds

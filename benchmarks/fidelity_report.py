@@ -1,4 +1,4 @@
-"""The fidelity benchmark's result: everything as JSON, tables as Markdown, cost against overlap as a plot."""
+"""The report of the fidelity benchmark: everything as JSON, tables as Markdown, a plot of overlap against cost."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from reporting import plt, save_plot, table, write_json
 
-AIM = {"overlap": 0.9, "share": 0.4}
+GOAL = {"overlap": 0.9, "share": 0.4}
 Point = dict[str, Any]
 
 
@@ -18,7 +18,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def front(points: Sequence[Point], cost: str) -> list[Point]:
-    """The points that no other has more overlap than at no more cost, the cheapest first."""
+    """The Pareto front: points for which no other has more overlap at the same cost or less, cheapest first."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p[cost], -p["overlap"])):
         if not kept or point["overlap"] > kept[-1]["overlap"]:
@@ -53,9 +53,9 @@ def _tables(report: dict[str, Any]) -> list[str]:
     uniform = [p for p in points if p["choice"] == "uniform"]
     at_middle = [p for p in uniform if p["landmarks"] == middle and p["refine"] == shown]
     return [
-        "## The front: no other setting has more overlap for fewer operations\n",
+        "## The Pareto front: no other setting has more overlap for fewer operations\n",
         table(_HEADER, [_row(point) for point in front(points, "operations_share")]),
-        "## As the paper's authors set it\n",
+        "## The setting of the paper's authors\n",
         table(_HEADER, [_row(report["authors"])]),
         f"## Embeddings, uniform landmarks, {middle} of them, refine {shown}\n",
         table(
@@ -85,18 +85,26 @@ def _tables(report: dict[str, Any]) -> list[str]:
                 for choice in ("uniform", "stratified")
             ],
         ),
-        "## Refined in rounds, `auto`, stratified\n",
+        "## Refinement in rounds, `auto`, stratified\n",
         table(["rounds", *_HEADER], [[point["rounds"], *_row(point)] for point in report["rounds"]]),
         "## Ridge, `auto`, uniform\n",
         table(
             ["ridge", *_HEADER],
             [["by leave-one-out" if p["ridge"] is None else p["ridge"], *_row(p)] for p in report["ridges"]],
         ),
-        "## The same by `top_k` of the mean influence, uniform\n",
+        "## Selection by `top_k` of the mean influence, `auto`, uniform\n",
         table(_HEADER, [_row(point) for point in report["top_k"]]),
-        "## Does leave-one-out tell the truth? Of the mean influence, left out and true\n",
+        "## Is leave-one-out reliable? Figures for the mean influence, leave-one-out and true\n",
         table(
-            ["embedding", "landmarks", "choice", "R² left out", "R² true", "Spearman left out", "Spearman true"],
+            [
+                "embedding",
+                "landmarks",
+                "choice",
+                "R² leave-one-out",
+                "R² true",
+                "Spearman leave-one-out",
+                "Spearman true",
+            ],
             [
                 [
                     *(p["embedding"], p["landmarks"], p["choice"]),
@@ -109,9 +117,9 @@ def _tables(report: dict[str, Any]) -> list[str]:
                 if p["refine"] == 0 and p["landmarks"] in (min(q["landmarks"] for q in points), middle, most)
             ],
         ),
-        "## The exact method against itself, and what an embedding of the pool costs\n",
+        "## Agreement of the exact method with itself, and the cost of embedding the pool\n",
         table(
-            ["gradients projected by", "Spearman", "overlap"],
+            ["projection of the gradients", "Spearman", "overlap"],
             [[name, found["spearman"], found["overlap"]] for name, found in report["projection"].items()],
         ),
         table(
@@ -141,21 +149,23 @@ def _plot(report: dict[str, Any]) -> Any:
             linewidths=0,
         )
     best = front(points, "operations_share")
-    axes.plot([p["operations_share"] for p in best], [p["overlap"] for p in best], color="black", lw=1, label="front")
+    axes.plot(
+        [p["operations_share"] for p in best], [p["overlap"] for p in best], color="black", lw=1, label="Pareto front"
+    )
     authors = report["authors"]
     place = (authors["operations_share"], authors["overlap"])
-    axes.scatter(*place, marker="*", s=160, color="black", zorder=3, label="as the authors set it")
+    axes.scatter(*place, marker="*", s=160, color="black", zorder=3, label="the authors' setting")
     rounds = [p for p in report["rounds"] if p["rounds"] == 4]
     places = [p["operations_share"] for p in rounds], [p["overlap"] for p in rounds]
     axes.scatter(*places, marker="D", s=22, facecolors="none", edgecolors="black", label="auto, stratified, 4 rounds")
-    axes.axvspan(0, AIM["share"], ymin=AIM["overlap"] / 1.05, color="green", alpha=0.1)
-    axes.annotate("aim", (0.01, 0.97), color="green")
+    axes.axvspan(0, GOAL["share"], ymin=GOAL["overlap"] / 1.05, color="green", alpha=0.1)
+    axes.annotate("goal", (0.01, 0.97), color="green")
     axes.set(
         xlim=(0, 1.05),
         ylim=(0, 1.05),
-        xlabel="operations, share of the exact method's",
-        ylabel="overlap of the chosen 5 %",
+        xlabel="operations, as a share of the exact method's",
+        ylabel="overlap of the selected 5 %",
     )
     axes.legend(fontsize=7, loc="lower right")
-    axes.set_title("Larger dots: with exact gradients of a shortlist", fontsize=9)
+    axes.set_title("Larger dots: with refinement (exact gradients of a shortlist)", fontsize=9)
     return figure

@@ -1,8 +1,8 @@
-"""The callers of one scenario of `api.py`, by locust, in a process of their own: reads a task, writes what they saw.
+"""The clients of one scenario of `api.py`, with locust, in a separate process: reads a task and writes what they measured.
 
     python benchmarks/load_users.py TASK.json
 
-A line "counting" when they are warm, then a line of JSON.
+Prints a line "counting" after the warm-up, then a line of JSON.
 """
 
 import json
@@ -26,7 +26,7 @@ PACING_SECONDS = 5.0
 
 
 class Seen:
-    """Times by name of call, errors by status, and how many calls are on their way; `told` is since the end of a job."""
+    """Durations by name of call, errors by status, and the number of calls in flight."""
 
     def __init__(self) -> None:
         self.counting = False
@@ -35,8 +35,8 @@ class Seen:
         self.under_way = 0
 
 
-class Caller(FastHttpUser):
-    """A call that is not answered as expected is an error by its status, or by the exception that ended it."""
+class Client(FastHttpUser):
+    """Counts a response other than the expected one as an error, by its status or by the exception that ended the call."""
 
     abstract = True
     network_timeout = 90.0
@@ -58,8 +58,8 @@ class Caller(FastHttpUser):
         return answer
 
 
-class JobCaller(Caller):
-    """Has a job that runs, a new one when that has ended."""
+class JobClient(Client):
+    """Observes a running job, and another one when that has ended."""
 
     abstract = True
 
@@ -68,8 +68,8 @@ class JobCaller(Caller):
         gevent.sleep(random.random() * 2)
 
 
-class Poller(JobCaller):
-    """Asks again after the time that the answer tells."""
+class Poller(JobClient):
+    """Polls at the interval given in the response."""
 
     pause = 2.0
 
@@ -82,21 +82,21 @@ class Poller(JobCaller):
         return self.pause
 
 
-class Waiter(JobCaller):
-    """Asks for the end, as the Python client does."""
+class Waiter(JobClient):
+    """Waits for the end, like the Python client."""
 
     @task
     def wait_for_end(self) -> None:
         answer = self.call("GET", f"{JOBS}/{self.job}?wait=30", "GET job?wait=30", 200, self.key)
         if answer.status_code == 200 and (finished := answer.json()["finished_at"]) is not None:
             if self.seen.counting:
-                told = datetime.now(UTC) - datetime.fromisoformat(finished)
-                self.seen.seconds["told of the end"].append(told.total_seconds())
+                delay = datetime.now(UTC) - datetime.fromisoformat(finished)
+                self.seen.seconds["notified of the end"].append(delay.total_seconds())
             self.key, self.job = self.task_["running"].pop()
 
 
-class Poster(Caller):
-    """Posts once in `PACING_SECONDS`, however long the last answer took: the rate holds while answers come within that."""
+class Poster(Client):
+    """Posts once every `PACING_SECONDS`: the rate is constant as long as responses take less than that."""
 
     wait_time = constant_pacing(PACING_SECONDS)
 
@@ -109,8 +109,8 @@ class Poster(Caller):
         self.call("POST", JOBS, "POST job", 202, self.task_["keys"][0], json=self.task_["request"], headers=headers)
 
 
-class Lister(Caller):
-    """Lists of the tenant with most jobs, one after the other without a pause."""
+class Lister(Client):
+    """Lists jobs of the tenant that has the most, one request after the other without a pause."""
 
     @task
     def list_jobs(self) -> None:
@@ -120,14 +120,14 @@ class Lister(Caller):
 
 
 class SlowLister(Lister):
-    """The same, now and then."""
+    """The same with a pause after each request."""
 
     wait_time = between(1.0, 3.0)
 
 
 def main() -> None:
     scenario: Json = json.loads(Path(sys.argv[1]).read_text())
-    Caller.task_, Caller.seen = scenario, Seen()
+    Client.task_, Client.seen = scenario, Seen()
     kinds = {kind.__name__: kind for kind in (Poller, Waiter, Poster, Lister, SlowLister)}
     users = {kinds[name]: count for name, count in scenario["users"].items()}
     for kind, count in users.items():
@@ -137,7 +137,7 @@ def main() -> None:
     runner.start(sum(users.values()), spawn_rate=sum(users.values()) / scenario["warm_up"] * 2)
     gevent.sleep(scenario["warm_up"])
     print("counting", flush=True)
-    seen = Caller.seen
+    seen = Client.seen
     seen.counting, started, before = True, time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
     gevent.sleep(scenario["seconds"])
     seen.counting, seconds, after = False, time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)

@@ -1,11 +1,7 @@
-"""What the load of `api.py` is put on: a real PostgreSQL and broker, 100,000 jobs, and an API of its own in front of them."""
+"""The environment of `api.py`: a real PostgreSQL and broker, 100,000 jobs, and an API process in front of them."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,22 +13,23 @@ from typing import Any
 import httpx
 import psutil
 import psycopg
+from measuring import serve_api
 
-from service.database import make_engine, make_sessions
-from service.jobs.parameters import JobParameters
-from service.processes import Parts, free_port, start_postgres, start_valkey
-from service.schema import upgrade
+from service.auth.principal import Scope
+from service.db.engine import make_engine, make_sessions
+from service.db.migrate import upgrade
+from service.keys.service import create_key
+from service.local.process_group import ProcessGroup
+from service.local.servers import start_postgres, start_valkey
+from service.plan.parameters import JobParameters
 from service.settings import DatabaseSettings
-from service.tenants.caller import Scope
-from service.tenants.service import create_key
 
 SECRET = "benchmark-only-0123456789abcdef0123456789"
 MODEL = "tiny"
 DAYS = 60
 SHARES = (0.9, 0.05, 0.05)  # of the three tenants
-READY_SECONDS = 60
 
-# The rows as they are in the end, without the walk of each along its transitions: no triggers and foreign keys in this session.
+# Inserts the rows in their final state, without the transitions: triggers and foreign keys are off in this session.
 _FILL = """
 SET session_replication_role = replica;
 CREATE TEMP TABLE filled AS
@@ -72,7 +69,7 @@ INSERT INTO job_events (job_id, type, data) SELECT id, 'job.succeeded', '{}' FRO
 
 @dataclass(frozen=True)
 class World:
-    """`running`: (key, job) of the jobs that run; `cursors`: ids of the big tenant's jobs, spread over all of them."""
+    """`running`: (key, job) of the running jobs; `cursors`: ids of the big tenant's jobs, spread over all of them."""
 
     folder: Path
     database_url: str
@@ -87,15 +84,15 @@ class World:
 
 
 @contextmanager
-def make_world(folder: Path, jobs: int, running: int, parts: Parts) -> Iterator[World]:
-    """A database with so many jobs of three tenants, most of one of them; everything is stopped in the end."""
+def make_world(folder: Path, jobs: int, running: int, group: ProcessGroup) -> Iterator[World]:
+    """A database with that many jobs of three tenants, most of them of one tenant; everything is stopped at the end."""
     for name in ("logs", "store", f"models/{MODEL}"):
         (folder / name).mkdir(parents=True)
     config = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512}
     (folder / "models" / MODEL / "config.json").write_text(json.dumps(config))
     try:
-        url, broker = start_postgres(folder, parts), start_valkey(folder, parts)
+        url, broker = start_postgres(folder, group), start_valkey(folder, group)
         upgrade(url)
         engine = make_engine(DatabaseSettings(url=url))
         with make_sessions(engine).begin() as session:
@@ -106,7 +103,7 @@ def make_world(folder: Path, jobs: int, running: int, parts: Parts) -> Iterator[
         engine.dispose()
         yield _fill(folder, url, broker, made, jobs, running)
     finally:
-        parts.stop()
+        group.stop()
 
 
 def _fill(folder: Path, url: str, broker: str, keys: list[str], jobs: int, running: int) -> World:
@@ -127,12 +124,7 @@ def _fill(folder: Path, url: str, broker: str, keys: list[str], jobs: int, runni
 @contextmanager
 def serving(world: World, code: Path, workers: int) -> Iterator[tuple[str, psutil.Process]]:
     """The URL and the process of an API; with more than one worker, that of their supervisor."""
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--no-access-log", *(["--workers", str(workers)] if workers > 1 else [])]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")},
-        "PYTHONPATH": str(code),
+    settings = {
         "WINNOW_DATABASE__URL": world.database_url,
         "WINNOW_BROKER__URL": world.broker_url,
         "WINNOW_ARTIFACTS__URL": str(world.folder / "store"),
@@ -141,30 +133,12 @@ def serving(world: World, code: Path, workers: int) -> Iterator[tuple[str, psuti
         "WINNOW_LIMITS__REQUESTS_PER_MINUTE": "0",
         "WINNOW_LIMITS__CONCURRENT_JOBS": "0",
     }
-    with (world.folder / "logs" / "api.log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=code, env=environment, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_ready(url, process, world.folder / "logs" / "api.log")
+    with serve_api(code, settings, world.folder / "logs" / "api.log", workers) as (url, process):
         yield url, psutil.Process(process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/healthz").is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise RuntimeError(f"the API did not start; see {log}")
 
 
 def upload(url: str, key: str) -> dict[str, Any]:
-    """What a submission sends: a model, a pool and a target that are there."""
+    """The body of a submission, with a model, a pool and a target that exist."""
     found = {}
     for name, rows in (("pool", 1000), ("target", 20)):
         content = "".join(f'{{"prompt": "ask {name} {i}", "completion": "b"}}\n' for i in range(rows))
@@ -176,7 +150,7 @@ def upload(url: str, key: str) -> dict[str, Any]:
 
 @contextmanager
 def ending(world: World, jobs: list[str], every_seconds: float) -> Iterator[None]:
-    """Ends these jobs one after the other while the block runs, as a worker does: the status and its event in one transaction."""
+    """Ends these jobs one by one while the block runs, as a worker does: the status and its event in one transaction."""
     done = threading.Event()
 
     def end() -> None:
@@ -196,7 +170,7 @@ def ending(world: World, jobs: list[str], every_seconds: float) -> Iterator[None
 
 
 class Watch:
-    """What the API, PostgreSQL and the whole machine use while a scenario runs."""
+    """Resource use of the API, PostgreSQL and the whole machine while a scenario runs."""
 
     def __init__(self, world: World, api: psutil.Process, postgres: psutil.Process) -> None:
         self._world, self._api, self._postgres = world, api, postgres
@@ -245,6 +219,6 @@ def _cpu(process: psutil.Process) -> float:
         times = process.cpu_times()
     except psutil.NoSuchProcess:
         return 0.0
-    # Of processes that were waited for as well: connections come and go.
+    # Includes child processes that have ended, since connections come and go.
     ended = times.children_user + times.children_system
     return float(times.user + times.system + ended)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the memory of a running stack, the machine and the commit that a figure belongs to."""
+"""Shared by the benchmarks: the memory of a running stack, an API to measure, and the machine and commit of a result."""
 
 import argparse
 import os
@@ -7,13 +7,20 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import torch
 
-from service.local import Stack
+from service.local.process_group import free_port, parts
+from winnow.stack import Stack
+
+READY_SECONDS = 60
 
 
 class MemoryWatch:
@@ -21,7 +28,7 @@ class MemoryWatch:
 
     def __init__(self, stack: Stack) -> None:
         self.peaks: dict[str, int] = {}
-        self._names = {pid: name for name, pid in stack.pids.items()}
+        self._names = {process.pid: name for name, process in parts(stack.home).items()}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -35,7 +42,7 @@ class MemoryWatch:
                     for child in process.children(recursive=True) if name.startswith("worker") else []:
                         self._note(f"{name} compute", child)
                 except psutil.Error:
-                    continue  # a process that ended, or was killed, has left its peak
+                    continue  # the process has ended or was killed; its peak so far is kept
 
     def _note(self, name: str, process: psutil.Process) -> None:
         self.peaks[name] = max(self.peaks.get(name, 0), process.memory_info().rss)
@@ -44,6 +51,40 @@ class MemoryWatch:
         self._stopping.set()
         self._thread.join()
         return {name: peak >> 20 for name, peak in sorted(self.peaks.items())}
+
+
+@contextmanager
+def serve_api(
+    code: Path, settings: dict[str, str], log: Path, workers: int = 1
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The URL and the process of the API of a checkout, run by uvicorn with these settings alone."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--no-access-log", *(["--workers", str(workers)] if workers > 1 else [])]
+    if (code / "service" / "http" / "protocol.py").exists():  # as the image and the embedded stack start it
+        command += ["--http", "service.http.protocol:TimedHeads"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
+    environment = {**inherited, "PYTHONPATH": str(code), **settings}
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, cwd=code, env=environment, stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(url, process, log)
+        yield url, process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/healthz").is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise RuntimeError(f"the API did not start; see {log}")
 
 
 def machine() -> dict[str, Any]:
@@ -65,13 +106,13 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """The short name of the commit that is checked out, with a mark where files differ from it."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return told.stdout.strip()
+    """The abbreviated hash of the commit that is checked out, marked `-dirty` if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def heading(options: argparse.Namespace) -> dict[str, Any]:
-    """What a result says of itself; folders are named by their option, not by their path."""
+    """The origin of a result: command, commit, machine. Folders appear as the name of their option, not as a path."""
     hidden = {str(value): name.upper() for name, value in vars(options).items() if isinstance(value, Path)}
     words = [hidden.get(word, word) for word in sys.argv[1:]]
     kept = [word for word, before in zip(words, ["", *words], strict=False) if "--beside" not in (word, before)]
@@ -80,5 +121,5 @@ def heading(options: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "machine": machine(),
         "beside": options.beside,
-        "seed": options.seed,
+        **({"seed": options.seed} if "seed" in options else {}),
     }

@@ -2,7 +2,7 @@
 
     python benchmarks/million_rows.py [--rows 1000000] [--out benchmarks/results/million_rows.json]
 
-The model has random weights and the rows are numbered sentences: nothing is said about quality, all about what is held in memory.
+The model has random weights and the rows are numbered sentences: the benchmark measures memory and says nothing about quality.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from service.client import Winnow
-from service.local import StackProcess
+from service.local.stack import StackProcess
+from winnow.client import Winnow
 
 console = Console(stderr=True)
 MODEL = "tiny"
@@ -135,7 +135,7 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.write_text(text + "\n")
     if most >= 2048:
-        sys.exit(f"a process held {most} MiB; the bound is 2048")
+        sys.exit(f"a process used {most} MiB; the limit is 2048")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Whole selections by the product's own stages, and what each costs beside `rds_plus` and beside the exact method.
+"""Whole selections with the product's own stages, and their cost relative to `rds_plus` and to the exact method.
 
-Run in one process as `winnow select` runs them, each in an empty store, without the validation, which is no part of a selection
-and costs all methods the same. The ratios of a large job are told from operations alone.
+They run in one process like `winnow select`, each in an empty store, without the validation, which is not part of a selection and
+costs the same for all methods. The ratios for a large job are estimated from operations alone.
 """
 
 import argparse
@@ -17,20 +17,20 @@ from corpus import Corpus
 from rich.console import Console
 from rich.progress import Progress
 
-from service.artifacts import ArtifactStore
 from service.datasets import storage
 from service.datasets.convert import convert
-from service.datasets.formats import Form
-from service.jobs import operations
-from service.jobs.operations import Shape, TokenCounts
-from service.jobs.parameters import Parameters
-from service.jobs.stage_cost import JobCounts, StageCosts
-from service.jobs.state import Stage
-from service.models import resolve
+from service.datasets.rows.options import RowOptions
+from service.models.registry import resolve
+from service.plan import operations
+from service.plan.limits import default_token_budget
+from service.plan.operations import Shape, TokenCounts
+from service.plan.parameters import Parameters
+from service.plan.stage_costs import JobCounts, StageCosts
+from service.plan.stages import Done, JobInputs, Stage
 from service.settings import ModelSettings, UploadSettings, WorkerSettings
-from worker.compute import Compute
-from worker.inprocess import LocalJob
-from worker.stages.plan import Done, JobInputs
+from service.storage.artifacts import ArtifactStore
+from worker.local_run import LocalJob
+from worker.process.main import Compute
 
 AUTHORS_EMBEDDING = {"kind": "jvp", "pooling": "last", "tangents": 2}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -40,28 +40,28 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "default, refine 0": {"refine": 0.0},
     "as the authors set it": {"embedding": AUTHORS_EMBEDDING, "refine": 0.0},
 }
-"""What is measured. `default` is embedding auto and refine 0.2; embeddings are of the first 4 blocks, as by default."""
-TOLD: Mapping[str, Mapping[str, Any]] = {
+"""The measured settings. `default` is embedding auto and refine 0.2; embeddings use the first 4 blocks, the default."""
+ESTIMATED: Mapping[str, Mapping[str, Any]] = {
     **SETTINGS,
     "hidden, refine 0.2": {"embedding": {"kind": "hidden"}},
     "hidden, refine 0.05": {"embedding": {"kind": "hidden"}, "refine": 0.05},
     "hidden, refine 0": {"embedding": {"kind": "hidden"}, "refine": 0.0},
 }
-"""What is told from operations; `default` with the dearest embedding that auto may choose."""
+"""The settings estimated from operations; `default` with the most expensive embedding that auto may choose."""
 LARGE = {"rows": 200_000, "targets": 48, "landmarks": 4096, "budget": 10_000}
 
 
 class TimedCompute(Compute):
-    """Adds up the seconds of each stage."""
+    """Records the total seconds of each stage."""
 
     def __init__(self, clock: Callable[[], float], **given: Any) -> None:
         super().__init__(**given)
         self._clock = clock
         self.seconds: dict[str, float] = {}
 
-    def run(self, unit: Mapping[str, Any], *told: Any) -> dict[str, Any]:
+    def run(self, unit: Mapping[str, Any], *callbacks: Any) -> dict[str, Any]:
         start = self._clock()
-        result = super().run(unit, *told)
+        result = super().run(unit, *callbacks)
         self.seconds[unit["stage"]] = self.seconds.get(unit["stage"], 0.0) + self._clock() - start
         return result
 
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, clock: Callable[[], float]) -> dict[str
     with tempfile.TemporaryDirectory(prefix="winnow-") as scratch:
         compute = TimedCompute(clock, artifacts=scratch, models=folder.parent, settings=settings)
         pool = corpus.pool(options.rows, options.seed)
-        # What a process does once, loading the model above all, is done before the first figure is taken.
+        # One-time work, above all loading the model, is done before the first measurement.
         _select(compute, folder, pool[: options.landmarks + 1], target[:2], SETTINGS["as the authors set it"], options)
         for _ in range(options.pipeline_rounds):
             for name, given in SETTINGS.items():
@@ -108,7 +108,7 @@ def _select(
     given: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """One selection in an empty store: seconds and operations of each stage, and what was counted."""
+    """One selection in an empty store: seconds and operations of each stage, and the token counts."""
     parameters = _parameters(given, options.landmarks, _shape(folder), options)
     with tempfile.TemporaryDirectory(prefix="winnow-") as store, Progress(console=Console(quiet=True)) as progress:
         compute.store, compute.seconds = ArtifactStore(store), {}
@@ -138,7 +138,7 @@ def _register(store: ArtifactStore, rows: list[dict[str, Any]]) -> storage.Conte
         file = Path(scratch) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with file.open("rb") as source:
-            content = convert(source, Form.AUTO, UploadSettings(), Path(scratch))
+            content = convert(source, RowOptions(), UploadSettings(), Path(scratch))
         storage.publish(store, content)
         return content
 
@@ -146,9 +146,9 @@ def _register(store: ArtifactStore, rows: list[dict[str, Any]]) -> storage.Conte
 def _operations(
     folder: Path, parameters: Mapping[str, Any], counts: JobCounts, done: Mapping[Stage, list[Done]]
 ) -> dict[str, float]:
-    """As the plan counts them; of the embedding, that which was chosen."""
+    """As the plan counts them, with the embedding that was chosen."""
     shape = _shape(folder)
-    costs = StageCosts(shape, parameters, counts, counts.dtype or "float32").all()
+    costs = StageCosts(shape, parameters, counts, counts.dtype or "float32", default_token_budget("cpu")).all()
     found = {stage.value: cost.operations for stage, cost in costs.items()}
     if Stage.CHOOSE_EMBEDDING in done:
         chosen = done[Stage.CHOOSE_EMBEDDING][0].result["chosen"]
@@ -161,10 +161,10 @@ def _shape(folder: Path) -> Shape:
 
 
 def _against(found: Mapping[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
-    """A setting's seconds and operations, and how many times as much `rds_plus` and the exact method take."""
+    """Seconds and operations of a setting, and how many times as much `rds_plus` and the exact method take."""
     totals = {other: [sum(one["seconds"].values()) for one in rounds] for other, rounds in found.items()}
     works = {other: sum(rounds[0]["operations"].values()) for other, rounds in found.items()}
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         "seconds": totals[name],
         "seconds_by_stage": [one["seconds"] for one in found[name]],
         "operations": works[name],
@@ -172,30 +172,30 @@ def _against(found: Mapping[str, list[dict[str, Any]]], name: str) -> dict[str, 
     }
     for other in ("rds_plus", "exact_influence"):
         ratios = [theirs / ours for theirs, ours in zip(totals[other], totals[name], strict=True)]
-        told[f"{other}_over_this"] = {
+        report[f"{other}_over_this"] = {
             "operations": works[other] / works[name],
             "seconds": statistics.mean(ratios),
             "seconds_sd": statistics.stdev(ratios) if len(ratios) > 1 else None,
         }
-    return told
+    return report
 
 
 def _large(folder: Path, counts: Mapping[str, TokenCounts], options: argparse.Namespace) -> dict[str, Any]:
-    """Operations alone: a pool of 200,000 such samples, for this model and for a Llama of 7B."""
+    """Operations alone, for a pool of 200,000 such samples, for this model and a Llama of 7B."""
     job = JobCounts(
         pool=counts["pool"].scaled(LARGE["rows"]),
         target=counts["target"].scaled(LARGE["targets"]),
         budget=LARGE["budget"],
         estimated=True,
     )
-    told: dict[str, Any] = {"counted": LARGE, "tokens_a_sample": job.pool.tokens / job.pool.samples}
+    report: dict[str, Any] = {"counted": LARGE, "tokens_a_sample": job.pool.tokens / job.pool.samples}
     for title, shape in (("this model", _shape(folder)), ("7b", Shape.of_config(LLAMA["7b"]))):
         works = {}
-        for name, given in TOLD.items():
+        for name, given in ESTIMATED.items():
             parameters = _parameters(given, LARGE["landmarks"], shape, options)
-            costs = StageCosts(shape, parameters, job, "bfloat16").all()
+            costs = StageCosts(shape, parameters, job, "bfloat16", default_token_budget("cuda")).all()
             works[name] = sum(cost.operations for cost in costs.values())
-        told[title] = {
+        report[title] = {
             name: {
                 "operations": work,
                 "rds_plus_over_this": works["rds_plus"] / work,
@@ -203,4 +203,4 @@ def _large(folder: Path, counts: Mapping[str, TokenCounts], options: argparse.Na
             }
             for name, work in works.items()
         }
-    return told
+    return report

@@ -1,15 +1,14 @@
-"""Does the expansion that weights are chosen by predict what a step of the optimiser does to the target loss?
+"""Does the expansion that determines the weights predict the effect of an optimiser step on the target loss?
 
     python benchmarks/prediction.py --corpus DIR --model DIR --cache DIR --out DIR
 
-A model is warmed up on a few rows of the pool; then steps of SGD and of AdamW are taken on weighted means of the gradients of
-other rows, and the change of the mean target loss is measured and predicted: to first order, and to second with each curvature.
-Half of the weightings are random, half are what the selections choose, for and against the targets. Curvature is
-measured along every row's gradient, so that each quadratic form is exact on every weighting; beside it stand
-the form of `--rank` directions and projected gradients, as a job has it, and two of Fisher's made longer: each target counted as
-often as it has response tokens, and all by what the Hessian says of the step on equal weights. AdamW's step is measured as it is
-and with its second moment held, as the prediction assumes. What is measured is kept in the cache, so that a run can be stopped
-and go on.
+A model is warmed up on a few rows of the pool; then SGD and AdamW steps are taken on weighted means of the gradients of other
+rows, and the change of the mean target loss is measured and predicted, to first order and to second order with each curvature.
+Half of the weightings are random, half are what the selections choose for and against the targets. Curvature is measured along
+every row's gradient, so that each quadratic form is exact on every weighting. It is compared with the form of `--rank` directions
+and projected gradients that a job uses, and with two rescaled Fisher forms: one counts each target as often as it has response
+tokens, the other scales by the Hessian along the step on equal weights. AdamW's step is measured as it is and with its second
+moment held, as the prediction assumes. Measurements are kept in the cache, so that an interrupted run can resume.
 
 Shape suffixes: n rows of the pool, t targets, m weightings, r learning rates, k projected values, O and I layer output and input.
 """
@@ -32,7 +31,6 @@ from prediction_findings import Expansion, Measured, figure, findings, noise_of,
 from reporting import save_plot, write_json
 from torch import Tensor
 
-from worker.adapters import trainable
 from worker.influence import (
     GradientProjection,
     OptimizerOptions,
@@ -56,17 +54,19 @@ from worker.influence import (
     top_k,
     weighted_selection,
 )
-from worker.influence.models import linear_layers
-from worker.warmup import Training, train
+from worker.influence.causal_lm import linear_layers
+from worker.loading.adapters import trainable
+from worker.training import Training, train
 
 Array = npt.NDArray[np.float64]
 MODULES = "down_proj"
 PROJECTION_DIM = 8192
 AT_ONCE = 8
-"""Weightings of one piece of the cache, and directions turned together: so many gradients are held beside the rows'."""
+"""Number of weightings in one piece of the cache, and of directions in one curvature product: so many gradients are in memory in
+addition to those of the rows."""
 OPTIMIZERS = {"sgd": OptimizerOptions(type="sgd"), "adamw": OptimizerOptions(type="adamw", weight_decay=0.01)}
 DEFAULT_RATES = {"sgd": 1e-3, "adamw": 2e-5}
-"""Of a job, where none is given."""
+"""The defaults of a job."""
 CURVATURES = ("fisher", "ggn", "hessian")
 
 
@@ -82,16 +82,18 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = common_arguments(__doc__, rows=20, targets=["gsm8k", "bbh"])
     parser.set_defaults(max_length=96)
-    parser.add_argument("--target-rows", type=int, default=2, help="of each target, the shortest of its dev split")
+    parser.add_argument("--target-rows", type=int, default=2, help="rows of each target, the shortest of its dev split")
     parser.add_argument("--target-length", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=128, help="rows that the model is trained on first")
     parser.add_argument("--warmup-batch", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8, help="of the quadratic form as a job has it")
     parser.add_argument("--weightings", type=int, default=200, help="half random, half selected")
-    parser.add_argument("--few", type=int, default=12, help="of the weightings, measured at every rate")
-    parser.add_argument("--held", type=int, default=64, help="of the weightings, with the second moment held as well")
+    parser.add_argument("--few", type=int, default=12, help="number of weightings measured at every rate")
+    parser.add_argument(
+        "--held", type=int, default=64, help="number of weightings measured with the second moment held as well"
+    )
     sgd, adamw = [1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [2e-6, 2e-5, 2e-4, 6e-4, 2e-3, 6e-3]
-    parser.add_argument("--sgd-rates", type=float, nargs="+", default=sgd, help="the first is for the noise")
+    parser.add_argument("--sgd-rates", type=float, nargs="+", default=sgd, help="the first determines the noise")
     parser.add_argument("--sgd-wide", type=float, nargs="+", default=[1e-3, 1e-2], help="rates of all weightings")
     parser.add_argument("--adamw-rates", type=float, nargs="+", default=adamw)
     parser.add_argument("--adamw-wide", type=float, nargs="+", default=[2e-5, 2e-3])
@@ -99,7 +101,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Setup:
-    """The rows, the warmed-up model and the rows' gradients; each made when it is first needed."""
+    """The rows, the warmed-up model and the rows' gradients, each computed when first needed."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -168,7 +170,7 @@ class Setup:
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
-        """(n, O, I) by layer, unprojected and not scaled."""
+        """(n, O, I) by layer, unprojected and unscaled."""
         return by_layer(self.model, per_sample_gradients(self.model, self.pool, projection=None).values)
 
 
@@ -177,36 +179,36 @@ def digest(content: bytes) -> str:
 
 
 def by_layer(model: Any, values_nk: Tensor) -> dict[str, Tensor]:
-    """Unprojected gradients as `per_sample_gradients` lays them out, as views (n, O, I) by layer."""
+    """Unprojected gradients in the layout of `per_sample_gradients`, as views (n, O, I) by layer."""
     shapes = {name: module.weight.shape for name, module in linear_layers(model, MODULES).items()}
     parts = values_nk.split([shape.numel() for shape in shapes.values()], dim=1)
     return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def expansion(setup: Setup, name: str) -> Expansion:
-    """The terms of the optimiser's expansion, measured where the cache has them not."""
+    """The terms of the optimiser's expansion, from the cache if it has them."""
     base, _ = cached(setup.cache / f"{name}.first.safetensors", lambda: first_terms(setup, name))
-    P_nt, slopes_t, n = base["P_nt"], base["slopes_t"], len(base["P_nt"])
-    found = Expansion(P_nt=P_nt.numpy(), drift=float(slopes_t.mean()))
+    P_nt, Gb_t, n = base["P_nt"], base["Gb_t"], len(base["P_nt"])
+    found = Expansion(P_nt=P_nt.numpy(), drift=float(Gb_t.mean()))
     found.factors["fisher"] = as_arrays(quadratic_factors("fisher", n=n, P_nt=P_nt))
-    found.offset["fisher"] = offset_influence("fisher", P_nt=P_nt, slopes_t=slopes_t).numpy(), mean_square(slopes_t)
-    # The gradient of a mean over R tokens is about root R shorter than theirs, so its square misses a factor of up to R.
+    found.offset["fisher"] = offset_influence("fisher", P_nt=P_nt, Gb_t=Gb_t).numpy(), mean_square(Gb_t)
+    # The gradient of a mean over R tokens is about √R times shorter than a token's, so its square lacks a factor of up to R.
     root_t = torch.from_numpy(setup.targets.predicted()).double().sqrt()
-    P_nt, slopes_t = P_nt * root_t, slopes_t * root_t
+    P_nt, Gb_t = P_nt * root_t, Gb_t * root_t
     found.factors["fisher by tokens"] = as_arrays(quadratic_factors("fisher", n=n, P_nt=P_nt))
-    by_tokens = offset_influence("fisher", P_nt=P_nt, slopes_t=slopes_t)
-    found.offset["fisher by tokens"] = by_tokens.numpy(), mean_square(slopes_t)
+    by_tokens = offset_influence("fisher", P_nt=P_nt, Gb_t=Gb_t)
+    found.offset["fisher by tokens"] = by_tokens.numpy(), mean_square(Gb_t)
     U_nr, V_rk = low_rank(base["G_nk"], setup.options.rank, seed=setup.options.seed)
     B_nr = base["G_nk"].double() @ V_rk.double().T
     for kind in ("ggn", "hessian"):
         terms, _ = cached(setup.cache / f"{name}.{kind}.safetensors", lambda kind=kind: second_terms(setup, name, kind))
         M_nn, few = terms["M_nn"], f"{kind}, rank {U_nr.shape[1]}"
         exact = quadratic_factors(kind, n=n, B_nr=torch.eye(n), M_rr=M_nn)
-        # M is linear in the coefficients on both sides: these are the terms that a job finds with the coefficients U.
+        # M is bilinear in the coefficients: these are the terms that a job computes with the coefficients U.
         short = quadratic_factors(kind, n=n, B_nr=B_nr, M_rr=U_nr.T @ M_nn @ U_nr)
         found.factors.update({kind: as_arrays(exact), few: as_arrays(short)})
         found.offset[kind] = found.offset[few] = terms["offset_n"].numpy(), float(terms["bend"])
-    # One product would tell how much the step on equal weights bends the loss.
+    # A job would need only one product for the curvature along the step on equal weights.
     uniform_1n = np.ones((1, n))
     times = float(found.second("hessian", uniform_1n, 1.0)[0] / found.second("fisher", uniform_1n, 1.0)[0])
     (B_nt, M_tt), (offset_n, bend) = found.factors["fisher"], found.offset["fisher"]
@@ -224,25 +226,25 @@ def as_arrays(factors: tuple[Tensor, Tensor]) -> tuple[Array, Array]:
 
 
 def first_terms(setup: Setup, name: str) -> dict[str, Tensor]:
-    """P (n, t), the targets' slopes along b (t,), and the projected scaled gradients (n, k)."""
+    """P (n, t), the targets' derivatives along b (t,), and the projected scaled gradients (n, k)."""
     model, settings = setup.model, OPTIMIZERS[name]
     scaling = gradient_scaling(model, MODULES, settings, setup.state)
     of_targets = per_sample_gradients(model, setup.targets, projection=None, scaling=scaling).values
     P_nt = torch.zeros(len(setup.pool), len(setup.targets), dtype=torch.float64)
     for layer, G_tOI in by_layer(model, of_targets).items():
         P_nt += setup.gradients[layer].flatten(1) @ G_tOI.flatten(1).T
-    slopes_t = torch.zeros(len(setup.targets), dtype=torch.float64)
+    Gb_t = torch.zeros(len(setup.targets), dtype=torch.float64)
     offset = step_offset(model, MODULES, settings, setup.state)
     if offset is not None:
         along = {layer: b_OI[None] for layer, b_OI in offset.items()}
-        slopes_t = directional_derivatives(model, setup.targets, along)[:, 0].double()
+        Gb_t = directional_derivatives(model, setup.targets, along)[:, 0].double()
     projection = GradientProjection(dim=PROJECTION_DIM, seed=setup.options.seed)
     G_nk = per_sample_gradients(model, setup.pool, projection=projection, scaling=scaling).values
-    return {"P_nt": P_nt, "slopes_t": slopes_t, "G_nk": G_nk}
+    return {"P_nt": P_nt, "Gb_t": Gb_t, "G_nk": G_nk}
 
 
 def second_terms(setup: Setup, name: str, kind: Any) -> dict[str, Tensor]:
-    """Of every pair of rows v_iT H v_j (n, n), v the scaled gradients; of the offset b, G D_a H b (n,) and bT H b."""
+    """For every pair of rows v_iᵀ H v_j (n, n), where v are the scaled gradients; for the offset b, G D_a H b (n,) and bᵀ H b."""
     model, settings, n = setup.model, OPTIMIZERS[name], len(setup.pool)
     scaling = gradient_scaling(model, MODULES, settings, setup.state)
     offset = step_offset(model, MODULES, settings, setup.state)
@@ -250,8 +252,8 @@ def second_terms(setup: Setup, name: str, kind: Any) -> dict[str, Tensor]:
     def scaled(layers: dict[str, Tensor]) -> dict[str, Tensor]:
         return layers if scaling is None else {layer: scaling.times(layer, value) for layer, value in layers.items()}
 
-    def with_rows(turned: dict[str, Tensor]) -> Tensor:
-        parts = [setup.gradients[layer].flatten(1) @ value.flatten(1).T for layer, value in scaled(turned).items()]
+    def with_rows(Hv: dict[str, Tensor]) -> Tensor:
+        parts = [setup.gradients[layer].flatten(1) @ value.flatten(1).T for layer, value in scaled(Hv).items()]
         return torch.stack(parts).sum(dim=0, dtype=torch.float64)
 
     M_nn = torch.zeros(n, n, dtype=torch.float64)
@@ -262,14 +264,14 @@ def second_terms(setup: Setup, name: str, kind: Any) -> dict[str, Tensor]:
     offset_n, bend = torch.zeros(n, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     if offset is not None:
         along = {layer: b_OI[None] for layer, b_OI in offset.items()}
-        turned = curvature_products(model, setup.targets, along, kind=kind, modules=MODULES)
-        offset_n = with_rows(turned)[:, 0]
-        bend = torch.stack([(turned[layer] * b_1OI).sum(dtype=torch.float64) for layer, b_1OI in along.items()]).sum()
+        Hb = curvature_products(model, setup.targets, along, kind=kind, modules=MODULES)
+        offset_n = with_rows(Hb)[:, 0]
+        bend = torch.stack([(Hb[layer] * b_1OI).sum(dtype=torch.float64) for layer, b_1OI in along.items()]).sum()
     return {"M_nn": (M_nn + M_nn.T) / 2, "offset_n": offset_n, "bend": bend}
 
 
 def random_weightings(n: int, count: int, generator: np.random.Generator) -> Array:
-    """(count, n), sum n each: uniform subsets of any size, and exponential weights, by turns."""
+    """(count, n), each with sum n: alternating uniform subsets of any size and exponential weights."""
     W_mn = np.zeros((count, n))
     for i, w_n in enumerate(W_mn):
         if i % 2:
@@ -280,7 +282,7 @@ def random_weightings(n: int, count: int, generator: np.random.Generator) -> Arr
 
 
 def selected_weightings(setup: Setup, terms: Expansion, rates: list[float], count: int) -> Array:
-    """(count, n), sum n each: what the selections choose for the targets, all or half of them, and against them."""
+    """(count, n), each with sum n: what the selections choose for and against the targets, all or half of them."""
     n, t = terms.P_nt.shape
     budgets = sorted({max(round(n * share), 1) for share in (0.08, 0.12, 0.2, 0.3, 0.5)})
     halves = (slice(0, t), slice(0, t // 2), slice(t // 2, t)) if t > 1 else (slice(0, t),)
@@ -296,7 +298,7 @@ def selected_weightings(setup: Setup, terms: Expansion, rates: list[float], coun
             chosen.append(mean_one_over_selected(solution.weights) * n / solution.support)
         found |= {w_n.round(4).tobytes(): w_n for w_n in chosen}
     if len(found) < count:
-        raise SystemExit(f"--weightings: the selections choose {len(found)} different weightings only")
+        raise SystemExit(f"--weightings: the selections choose only {len(found)} different weightings")
     return np.stack(list(found.values()))[
         np.random.default_rng([setup.options.seed, 0x5E1]).permutation(len(found))[:count]
     ]
@@ -309,7 +311,7 @@ def equal(n: int, chosen: npt.NDArray[np.int64]) -> Array:
 
 
 def weightings(setup: Setup, name: str, terms: Expansion) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Random and selected ones by turns, (m, n), and which are selected (m,). Fewer of them are the first of more."""
+    """Alternating random and selected weightings (m, n), and which are selected (m,); a prefix is independent of their number."""
     options, half = setup.options, setup.options.weightings // 2
     random = random_weightings(len(terms.P_nt), half, np.random.default_rng([options.seed, 0x9ED]))
     selected = selected_weightings(setup, terms, getattr(options, f"{name}_wide"), half)
@@ -340,8 +342,8 @@ def run(setup: Setup, name: str) -> Measured:
 def steps(
     setup: Setup, name: str, W_mn: Array, rates: list[float], taken: dict[str, npt.NDArray[np.bool_]]
 ) -> dict[str, Tensor]:
-    """The change of the mean target loss, (m, r), by the optimiser's step as it is and, where it is to be taken, with Adam's
-    second moment held; NaN where no step is taken."""
+    """The change of the mean target loss (m, r) after the optimiser's true step and after one with Adam's second moment held,
+    where `taken` says so; NaN elsewhere."""
     model, settings = setup.model, replace(OPTIMIZERS[name], learning_rate=1.0)
     shares = torch.from_numpy(W_mn / W_mn.shape[1]).float()
     means = {layer: torch.einsum("mn,noi->moi", shares, G_nOI) for layer, G_nOI in setup.gradients.items()}

@@ -1,4 +1,4 @@
-"""What benchmarks/prediction.py finds in its measurements: how well each expansion predicts, as tables and a plot.
+"""The analysis of benchmarks/prediction.py: how well each expansion predicts, as tables and a plot.
 
 Shape suffixes: n rows of the pool, t targets, m weightings, r learning rates, d draws.
 """
@@ -17,15 +17,15 @@ from reporting import table
 
 Array = npt.NDArray[np.float64]
 Lines = dict[str, list[dict[str, Any]]]
-"""By optimiser, `findings` of its measurements."""
+"""The `findings` of each optimiser."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """What predicts a step on weights w (n,): to first order, and what each curvature adds to it; all float64.
+    """Predicts a step on weights w (n,): the first-order terms, and those that each curvature adds; all float64.
 
     P_nt: scaled inner products with every target. drift: mean slope of the target losses along the offset b.
-    factors: B and M of each curvature's form Q = B M BT. offset: G D_a H b (n,) and bT H b of each.
+    factors: B and M of each curvature's form Q = B M Bᵀ. offset: G D_a H b (n,) and bᵀ H b of each.
     """
 
     P_nt: Array
@@ -37,7 +37,7 @@ class Expansion:
         return -rate * (W_mn @ self.P_nt.mean(axis=1) / W_mn.shape[1] + self.drift)
 
     def second(self, kind: str, W_mn: Array, rate: float) -> Array:
-        """What the curvature adds: rate^2 / 2 of the form along the step's direction."""
+        """The second-order term: rate^2 / 2 times the quadratic form along the step's direction."""
         (B_nr, M_rr), (offset_n, bend) = self.factors[kind], self.offset[kind]
         Y_mr, n = W_mn @ B_nr, W_mn.shape[1]
         form_m = np.einsum("mr,rs,ms->m", Y_mr, M_rr, Y_mr)
@@ -46,9 +46,9 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Measured:
-    """An optimiser's weightings and what steps on them did; the first weightings at all rates, the others at some.
+    """An optimiser's weightings and the effect of steps on them; the first weightings at all rates, the others at some.
 
-    W_mn: weights. selected: bool (m,). changes: (m, r) of each kind of step, NaN where it was not taken.
+    W_mn: weights. selected: bool (m,). changes: (m, r) of each kind of step, NaN where none was taken.
     """
 
     terms: Expansion
@@ -59,7 +59,7 @@ class Measured:
 
 
 def noise_of(measured: Measured) -> float:
-    """Spread of the measured change about the prediction at the smallest rate, where the expansion's error is far below it."""
+    """Spread of the measured change about the prediction at the smallest rate, where the expansion's error is far smaller."""
     rate, changes_m = measured.rates[0], measured.changes["held" if "held" in measured.changes else "true"][:, 0]
     taken_m = np.isfinite(changes_m)
     W_mn = measured.W_mn[taken_m]
@@ -68,9 +68,9 @@ def noise_of(measured: Measured) -> float:
 
 
 def findings(measured: Measured, noise: float, seed: int) -> list[dict[str, Any]]:
-    """For each kind of step and rate: how first order predicts, and what each curvature explains of what it leaves.
+    """For each kind of step and rate: how well first order predicts, and how much of its residual each curvature explains.
 
-    Nothing is said of a change, or of what first order leaves of it, whose spread is below three times the noise.
+    Changes, or residuals of first order, whose spread is below three times the noise are not analysed.
     """
     found = []
     for (step, changes_mr), (j, rate) in product(measured.changes.items(), enumerate(measured.rates)):
@@ -100,9 +100,9 @@ def findings(measured: Measured, noise: float, seed: int) -> list[dict[str, Any]
 
 
 def agreement(predicted_m: Array, measured_m: Array, seed: int) -> dict[str, float | list[float]]:
-    """Of measured on predicted: correlation, slope with an intercept and through the origin, and the share of the variance that
-    the prediction explains as it is, 1 - var(measured - predicted) / var(measured); of the first and the last the range that
-    holds 95 % of 500 draws of the weightings with replacement."""
+    """Regression of measured on predicted: correlation, slope with an intercept and through the origin, and the share of the
+    variance that the prediction explains, 1 - var(measured - predicted) / var(measured); for the first and the last also the
+    range of 95 % of 500 bootstrap samples of the weightings."""
     draws_dm = np.random.default_rng([seed, 0xB007]).integers(len(measured_m), size=(500, len(measured_m)))
     correlation, explained = correlation_and_share(predicted_m, measured_m)
     ranges = correlation_and_share(predicted_m[draws_dm], measured_m[draws_dm])
@@ -125,8 +125,8 @@ def correlation_and_share(predicted: Array, measured: Array) -> tuple[Array, Arr
 
 
 def tables(lines: Lines, noise: dict[str, float], default_rates: dict[str, float]) -> str:
-    """How each expansion predicts the change, at the rates of most weightings; then what is left by first order at all rates: its
-    size, the share of its variance that each curvature explains, and correlation and slope with what each curvature adds."""
+    """How well each expansion predicts the change, at the rates with most weightings; then the residual of first order at all
+    rates: its size, the share of its variance that each curvature explains, correlation and slope with each second-order term."""
     whole, sizes, shares, fits = [], [], [], []
     for name, line in ((name, line) for name, found in lines.items() for line in found):
         mark = " (default)" if line["learning_rate"] == default_rates[name] else ""
@@ -143,7 +143,7 @@ def tables(lines: Lines, noise: dict[str, float], default_rates: dict[str, float
             fits.append([*start, *(f"{found['correlation']:.3f}, {found['slope']:.2f}" for found in left.values())])
     columns, kinds = ("step", "learning rate", "weightings"), [*next(iter(lines.values()))[0]["second_to_first"]]
     agreeing = ("curvature", "correlation", "slope", "slope through 0", "share explained")
-    spread = ("spread of the change", "left by first order", "the same in noises")
+    spread = ("spread of the change", "residual of first order", "in units of noise")
     noises = [[name, f"{value:.1e}"] for name, value in noise.items()]
     return "\n".join(
         (
@@ -166,7 +166,7 @@ def ranged(found: dict[str, Any], what: str) -> str:
 
 
 def figure(found: dict[str, Measured], lines: Lines, default_rates: dict[str, float]) -> Figure:
-    """A row an optimiser: measured against predicted at two rates, and what curvatures explain of what first order leaves."""
+    """A row per optimiser: measured against predicted at two rates, and the share of the residual that curvatures explain."""
     drawn, axes = plt.subplots(len(found), 3, figsize=(13.5, 3.8 * len(found)), squeeze=False)
     for row, (name, measured) in zip(axes, found.items(), strict=True):
         counts = np.isfinite(measured.changes["true"]).sum(axis=0)
@@ -177,7 +177,7 @@ def figure(found: dict[str, Measured], lines: Lines, default_rates: dict[str, fl
             ax.set_title(f"{name}, learning rate {measured.rates[j]:g}{default}")
         explained(row[2], lines[name])
         row[2].axvline(default_rates[name], color="black", linewidth=0.8, linestyle=":")
-        row[2].set_title(f"{name}: explained of first order's error")
+        row[2].set_title(f"{name}: share of the first-order residual explained")
     return drawn
 
 

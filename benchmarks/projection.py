@@ -1,11 +1,11 @@
-"""What projecting the gradients costs in faithfulness: cosines of projected gradients against those of whole ones.
+"""The error of projected gradients: their cosines compared with those of whole gradients.
 
     python benchmarks/projection.py --corpus DIR --cache DIR [--out DIR]
 
-A few rows of the pool against a few of each target: the product's projection at several sizes, beside what is usual, a few random
-directions on either side of every layer. The spread of the true cosines is what an error must be small beside.
+A few rows of the pool against a few of each target: the product's projection at several sizes, compared with the usual one, a few
+random directions on either side of every layer. An error must be small relative to the spread of the true cosines.
 
-Shape suffixes: n rows of the pool, t targets, d weights, k values, O and I layer output and input, p directions of a side.
+Shape suffixes: n rows of the pool, t targets, d weights, k values, O and I layer output and input, p directions per side.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from reporting import table, write_json
 from torch import Tensor
 
 from worker.influence import GradientProjection, Samples, fidelity, per_sample_gradients
-from worker.influence.models import layer_size, linear_layers
+from worker.influence.causal_lm import layer_size, linear_layers
 
 AT_A_TIME = 4
-"""Rows whose whole gradients are held."""
+"""Number of rows whose whole gradients are in memory."""
 Project = Callable[[Tensor], Tensor]
 
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def figures(name: str, exact_nt: Tensor, P_nt: Tensor, given: argparse.Namespace) -> dict[str, Any]:
-    """Error: the standard deviation of a cosine's; Spearman: mean over the rows of a target."""
+    """Error: the standard deviation of the error of a cosine; Spearman: mean over the rows of a target."""
     agreed = [value or 0.0 for value in fidelity(exact_nt, P_nt).spearman]
     start, by_target = 0, {}
     for target in given.targets:
@@ -88,7 +88,7 @@ def measured(given: argparse.Namespace) -> dict[str, Tensor]:
     G_td = whole(model, samples_of(targets, tokenizer, given.max_length))
     of_targets = {name: project(G_td) for name, project in projections.items()}
     dims = "-".join(map(str, given.dims))
-    told = f"{folder.name}-{given.dtype}-{given.max_length}-{given.seed}-{'-'.join(given.targets)}-{given.target_rows}-{dims}"
+    setup = f"{folder.name}-{given.dtype}-{given.max_length}-{given.seed}-{'-'.join(given.targets)}-{given.target_rows}-{dims}"
     pieces = []
     for start in range(0, len(pool), AT_A_TIME):
 
@@ -97,18 +97,18 @@ def measured(given: argparse.Namespace) -> dict[str, Tensor]:
             found = {name: cosines(project(G_nd), of_targets[name]) for name, project in projections.items()}
             return {"exact": cosines(G_nd, G_td), **found}
 
-        pieces.append(cached(given.cache / "projection" / told / f"{start:05d}.safetensors", make)[0])
+        pieces.append(cached(given.cache / "projection" / setup / f"{start:05d}.safetensors", make)[0])
     return {name: torch.cat([piece[name] for piece in pieces]).double() for name in pieces[0]}
 
 
 def cosines(G_nd: Tensor, G_td: Tensor) -> Tensor:
-    """(n, t) in float32: whole gradients are too large for `cosine_influence`, which makes float64 copies of them."""
+    """(n, t) in float32: whole gradients are too large for `cosine_influence`, which makes float64 copies."""
     norms_nt = G_nd.norm(dim=1)[:, None] * G_td.norm(dim=1)
     return (G_nd @ G_td.T) / norms_nt.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def whole(model: Any, samples: Samples) -> Tensor:
-    """Gradients (n, d), float32, a sample at a time: a batch would hold the whole gradients of all of it."""
+    """Gradients (n, d), float32, one sample at a time: a batch would hold the whole gradients of all its samples."""
     G_nd = torch.empty(len(samples), sum(out * into for out, into in layer_sizes(model).values()))
     for i in range(len(samples)):
         G_nd[i] = per_sample_gradients(model, samples.slice(i, i + 1), projection=None).values[0]
@@ -120,7 +120,7 @@ def layer_sizes(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def offered(model: Any, given: argparse.Namespace) -> dict[str, Project]:
-    """Each by its name and number of values."""
+    """Each projection, by its name and number of values."""
     sizes = layer_sizes(model)
     found: dict[str, Project] = {}
     for dim in given.dims:
@@ -131,10 +131,10 @@ def offered(model: Any, given: argparse.Namespace) -> dict[str, Project]:
         found[f"the product's {dim}"] = product(sizes, GradientProjection(dim, seed=given.seed))
     dim = given.dims[-2]
     for directions in (16, 64, 1_000_000):
-        told = (
+        reduction = (
             f"{directions} directions on the input side" if directions < 1_000_000 else "no reduction of the input side"
         )
-        found[f"the product's, {told} {dim}"] = product(
+        found[f"the product's, {reduction} {dim}"] = product(
             sizes, GradientProjection(dim, seed=given.seed, directions=directions)
         )
     return found
@@ -151,7 +151,7 @@ def product(sizes: dict[str, tuple[int, int]], projection: GradientProjection) -
 
 
 def either_side(sizes: dict[str, tuple[int, int]], side: int) -> Project:
-    """P_outT G P_in of every layer, signs in both: (n, layers p p)."""
+    """P_outᵀ G P_in for every layer, with random signs in both: (n, layers p p)."""
     generator = torch.Generator().manual_seed(0)
 
     def signs(rows: int) -> Tensor:

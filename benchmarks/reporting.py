@@ -1,4 +1,4 @@
-"""How the benchmarks write down what they found: JSON with everything, a Markdown table, an SVG plot."""
+"""The output of the benchmarks: JSON with everything, Markdown tables, SVG plots."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 matplotlib.use("svg")
 plt.rcParams.update(
     {
-        "svg.hashsalt": "winnow",  # the same figures give the same file
+        "svg.hashsalt": "winnow",  # the same figures give an identical file
         "axes.grid": True,
         "grid.alpha": 0.3,
         "axes.spines.top": False,
@@ -24,7 +24,7 @@ plt.rcParams.update(
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """The whole file, or none of it."""
+    """Writes the file atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.rename(path)

@@ -1,0 +1,1 @@
+"""Alembic migrations of the service's database, in `versions/`; run by `winnow migrate`."""

@@ -4,11 +4,12 @@ from contextlib import nullcontext
 
 from alembic import context
 
-from service.schema import metadata, migrating
+from service.db.migrate import migrating
 from service.settings import database_settings
+from service.tables import metadata
 
 given = context.config.attributes
-# `service.schema.upgrade` passes its connection, other callers the URL; Alembic's own command line takes it from the settings.
+# `upgrade` passes its connection, other callers the URL; Alembic's own command line takes it from the settings.
 opened = (
     nullcontext(given["connection"])
     if "connection" in given

@@ -1,1 +1,2 @@
-"""The HTTP API and everything that is remembered. Never imports torch and never imports `worker`."""
+"""The HTTP API and everything that is stored: one package for each domain, and the rooms that they share.
+Never imports torch and never imports `worker`."""

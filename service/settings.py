@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     FilePath,
     SecretStr,
+    ValidationError,
     ValidationInfo,
     field_serializer,
     field_validator,
@@ -27,7 +28,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from service.secret_files import SecretFiles, with_password, without_password
 
-# What a key that was never changed says, and what no random one does.
+# Words of a key that was never changed, which no random key contains.
 _WEAK = re.compile(r"change.?me|replace.?me|example|your.?secret|insecure", re.IGNORECASE)
 
 
@@ -36,20 +37,22 @@ class _Group(BaseModel):
 
 
 class _Server(_Group):
-    """Where a server answers. `url` holds the password, wherever that came from; what is shown or dumped does not."""
+    """Where a server answers. `url` holds the password, wherever it came from; representations and dumps do not."""
 
     # Before the URL: its validator puts it there.
-    password: SecretStr | None = Field(default=None, min_length=1, description="Goes into the URL, which then has none")
+    password: SecretStr | None = Field(
+        default=None, min_length=1, description="Inserted into the URL, which must have none"
+    )
     url: str
 
     @field_validator("url")
     @classmethod
-    def _complete(cls, url: str, info: ValidationInfo) -> str:
+    def _insert_password(cls, url: str, info: ValidationInfo) -> str:
         password: SecretStr | None = info.data.get("password")
         return url if password is None else with_password(url, password.get_secret_value())
 
     @field_serializer("url")
-    def _shown(self, url: str) -> str:
+    def _hide_password(self, url: str) -> str:
         return without_password(url)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
@@ -67,7 +70,7 @@ class DatabaseSettings(_Server):
         if url.startswith("postgresql://"):
             return "postgresql+psycopg://" + url.removeprefix("postgresql://")
         if not url.startswith("postgresql+psycopg://"):
-            raise ValueError("must be a postgresql:// URL; PostgreSQL is the only database that is supported")
+            raise ValueError("must be a postgresql:// URL; PostgreSQL is the only supported database")
         return url
 
 
@@ -81,15 +84,15 @@ class ArtifactSettings(_Group):
 
 class ModelSettings(_Group):
     folder: Path = Field(
-        description="A folder in it with config.json or adapter_config.json is a model registered by its name"
+        description="Each subfolder with config.json or adapter_config.json is a model registered under its name"
     )
     hub: tuple[Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")], ...] = Field(
-        default=(), description='Models of the Hugging Face Hub that a job may name, as a list of patterns: ["Qwen/*"]'
+        default=(), description='Models of the Hugging Face Hub that jobs may use, as a list of patterns: ["Qwen/*"]'
     )
 
 
 class LedgerSettings(_Group):
-    """How long a claim holds. A worker that does not beat for `lease_seconds` loses its unit to another one."""
+    """A worker without a heartbeat for `lease_seconds` loses its unit to another one."""
 
     lease_seconds: float = Field(default=60.0, gt=0)
     beat_seconds: float = Field(default=10.0, gt=0)
@@ -97,57 +100,105 @@ class LedgerSettings(_Group):
     retry_seconds: float = Field(
         default=10.0, ge=0, description="Before the second attempt; six times that before the third"
     )
-    cancel_seconds: float = Field(default=120.0, gt=0, description="From a cancel until it is carried through by force")
+    cancel_seconds: float = Field(default=120.0, gt=0, description="Time from a cancellation until it is enforced")
     turn_seconds: float = Field(
-        default=60.0, ge=0, description="For so long workers stay with a tenant before another one's turn"
+        default=60.0, ge=0, description="How long workers stay with one tenant while others wait"
     )
-    sweep_seconds: float = Field(default=5.0, gt=0, description="How often the dispatcher looks without being notified")
+    unable_seconds: float = Field(
+        default=300.0, ge=0, description="A job that no live worker can do fails after this long"
+    )
+    sweep_seconds: float = Field(
+        default=5.0, gt=0, description="How often the dispatcher looks for work without a notification"
+    )
 
     @model_validator(mode="after")
     def _beats_in_time(self) -> Self:
         if self.beat_seconds > self.lease_seconds / 2:
-            raise ValueError("beat_seconds must be at most half of lease_seconds, or one late beat loses the lease")
+            raise ValueError(
+                "beat_seconds must be at most half of lease_seconds, or one late heartbeat loses the lease"
+            )
         return self
 
 
+class RequestSettings(_Group):
+    """What a request's body may have; `bytes_per_second` holds for uploads too."""
+
+    max_body_bytes: int = Field(default=2**20, ge=1024, description="Largest body of any call but an upload")
+    grace_seconds: float = Field(default=10.0, gt=0, description="Time for a body however slow its sender is")
+    bytes_per_second: int = Field(
+        default=4096, ge=1, description="A sender who is slower on average, after the grace, is answered 408"
+    )
+
+
 class UploadSettings(_Group):
-    max_bytes: int = Field(default=8 * 2**30, description="Largest upload, and largest content once decompressed")
+    max_bytes: int = Field(default=8 * 2**30, description="Largest upload, before and after decompression")
     max_rows: int = Field(default=10_000_000)
     max_row_bytes: int = Field(default=2**20)
-    idle_seconds: float = Field(default=60.0, gt=0, description="A sender who is silent for so long has broken off")
+    idle_seconds: float = Field(default=60.0, gt=0, description="An upload that sends nothing for this long is aborted")
+    max_expansion: float = Field(
+        default=200.0, ge=1, description="How many times its size an upload may have after decompression"
+    )
+    free_expansion_bytes: int = Field(
+        default=64 * 2**20, ge=0, description="What any upload may have after decompression"
+    )
+    base_seconds: float = Field(default=10.0, gt=0, description="Processor time for the conversion of any upload")
+    seconds_per_mib: float = Field(
+        default=5.0, gt=0, description="More of it for each MiB of the file, and for each that it expands to"
+    )
     parquet_memory_bytes: int = Field(
-        default=2**29, ge=2**27, description="Most data of the process that reads a Parquet file (RLIMIT_DATA)"
+        default=2**29,
+        ge=2**27,
+        description="Memory limit (RLIMIT_DATA) of the process that reads a Parquet or Arrow file, or unpacks zstd",
     )
 
 
 class LimitSettings(_Group):
-    """What one API key may use; a key may have limits of its own. 0: no limit."""
+    """What one API key may use, unless the key has its own limits. 0: no limit."""
 
-    requests_per_minute: int = Field(default=3_000, ge=0, description="Of each API process")
+    requests_per_minute: int = Field(default=3_000, ge=0, description="In each API process")
     concurrent_jobs: int = Field(default=100, ge=0, description="Jobs that have not ended")
-    stored_bytes: int = Field(default=100 * 2**30, ge=0, description="Of its datasets' rows")
+    stored_bytes: int = Field(default=100 * 2**30, ge=0, description="Total size of the rows of its datasets")
     samples_per_day: int = Field(default=50_000_000, ge=0, description="Pool and target rows of its jobs in 24 hours")
+
+
+class ShareSettings(_Group):
+    """What requests in progress may hold at a time in each API process; who finds nothing free is told when to retry."""
+
+    tenant_fraction: float = Field(
+        default=0.5, gt=0, le=1, description="Of each, and of the database connections, for one tenant"
+    )
+    streams: int = Field(default=1_000, ge=1, description="Streams of events")
+    waiters: int = Field(default=2_000, ge=1, description="Requests that wait for the end of a job (`?wait=`)")
+    downloads: int = Field(default=32, ge=1, description="Streams of results, each with up to a few MiB in memory")
+    uploads: int = Field(
+        default=64, ge=1, description="Uploads that are received or converted, each with its file in TMPDIR"
+    )
+    readers: int = Field(
+        default=4, ge=1, description="Uploads that are converted; the others wait, and no tenant behind another"
+    )
 
 
 class WebhookSettings(_Group):
     allowed_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
-        default=(), description="Private networks that webhooks may be delivered to; else public addresses only"
+        default=(), description="Private networks that webhooks may be delivered to, in addition to public addresses"
     )
     ca_file: FilePath | None = Field(default=None, description="Certificates (PEM) to trust instead of the system's")
-    timeout_seconds: float = Field(default=10.0, gt=0, description="Of one attempt, from connecting to the answer")
+    timeout_seconds: float = Field(default=10.0, gt=0, description="For one attempt, from connecting to the response")
 
 
 class RetentionSettings(_Group):
-    """What is thrown away by itself. Nothing that a job which is not finished needs is ever collected."""
+    """What is deleted automatically; never anything that an unfinished job needs."""
 
     artifacts_days: float = Field(
-        default=30.0, ge=0, description="An artifact that none used for so long; 0: kept for ever"
+        default=30.0, ge=0, description="Artifacts unused for this long are deleted; 0: never"
     )
-    artifacts_bytes: int = Field(default=0, ge=0, description="Beyond this the oldest go, after an hour; 0: no bound")
-    results_days: float = Field(
-        default=0.0, ge=0, description="Finished jobs are deleted after so long; 0: kept for ever"
+    artifacts_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Above this size the oldest are deleted, but none younger than an hour; 0: no limit",
     )
-    sweep_minutes: float = Field(default=60.0, gt=0, description="How often it is looked at")
+    results_days: float = Field(default=0.0, ge=0, description="Finished jobs are deleted after this long; 0: never")
+    sweep_minutes: float = Field(default=60.0, gt=0, description="How often retention is applied")
 
 
 class LogSettings(_Group):
@@ -156,31 +207,38 @@ class LogSettings(_Group):
 
 
 class TelemetrySettings(_Group):
-    endpoint: str = Field(default="", description="OTLP over HTTP (http://collector:4318); empty: no traces are made")
+    endpoint: str = Field(default="", description="OTLP endpoint over HTTP (http://collector:4318); empty: no traces")
 
 
 class WorkerSettings(_Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=0, ge=0, description="CPU threads of the compute child; 0: what torch chooses")
-    token_budget: int = Field(default=0, ge=0, description="Padded tokens a batch; 0: the default of the device")
-    cancel_grace_seconds: float = Field(default=10.0, gt=0, description="From a cancel to SIGTERM, and on to SIGKILL")
+    threads: int = Field(default=0, ge=0, description="CPU threads of the compute process; 0: torch's default")
+    token_budget: int = Field(default=0, ge=0, description="Padded tokens per batch; 0: the device's default")
+    cancel_grace_seconds: float = Field(
+        default=10.0, gt=0, description="Time from a cancellation to SIGTERM, and from there to SIGKILL"
+    )
+    prove_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="How often a worker looks whether what it lacks (store, device, model) is there now",
+    )
     stall_seconds: float = Field(
-        default=300.0, gt=0, description="A compute process that says nothing for so long is ended"
+        default=300.0, gt=0, description="A compute process that sends nothing for this long is terminated"
     )
     memory_bytes: int = Field(
         default=0,
         ge=-1,
-        description="Most data of the compute process (RLIMIT_DATA); 0: on a CPU nine tenths of the container's or machine's"
+        description="Memory limit (RLIMIT_DATA) of the compute process; 0: on a CPU nine tenths of the container's or machine's"
         " memory, with CUDA none; -1: no limit",
     )
     metrics_host: str = Field(
-        default="127.0.0.1", description="The address that it is read at; 0.0.0.0: any of the host's"
+        default="127.0.0.1", description="Address of the metrics server; 0.0.0.0: all addresses of the host"
     )
-    metrics_port: int = Field(default=0, ge=0, le=65535, description="Where Prometheus reads the worker; 0: nowhere")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="Port of the metrics server; 0: off")
 
 
 class _Read(BaseSettings):
-    # A refusal names the variable and never quotes what was given: it may be a secret.
+    # Errors name the variable and never quote its value, which may be a secret.
     model_config = SettingsConfigDict(
         env_prefix="WINNOW_",
         env_nested_delimiter="__",
@@ -223,29 +281,41 @@ class ApiSettings(Settings):
     """The API's settings: the shared ones, and what only the API may know."""
 
     secret_key: SecretStr = Field(
-        description="At least 32 characters; API keys are stored as HMAC under it, and secrets sealed"
+        description="At least 32 characters; API keys are stored as HMACs under it, and secrets encrypted with it"
     )
+    requests: RequestSettings = RequestSettings()
     uploads: UploadSettings = UploadSettings()
     limits: LimitSettings = LimitSettings()
+    shares: ShareSettings = ShareSettings()
     webhooks: WebhookSettings = WebhookSettings()
 
     @field_validator("secret_key")
     @classmethod
     def _long_enough(cls, key: SecretStr) -> SecretStr:
         if len(key.get_secret_value()) < 32:
-            raise ValueError("must have at least 32 characters; make one with: openssl rand -hex 32")
+            raise ValueError("must have at least 32 characters; generate one with: openssl rand -hex 32")
         if _WEAK.search(key.get_secret_value()) or len(set(key.get_secret_value())) < 8:
-            raise ValueError("is an example or a pattern, which anyone may guess; make one with: openssl rand -hex 32")
+            raise ValueError(
+                "is an example or a pattern that anyone can guess; generate one with: openssl rand -hex 32"
+            )
         return key
 
 
 def database_settings() -> DatabaseSettings:
-    """For what needs the database and nothing else, as migrations do.
+    """For what needs nothing but the database, such as migrations.
 
     Raises:
         ValueError: a setting is missing or wrong, or its file cannot be read; it names which.
     """
     return _DatabaseOnly().database
+
+
+def settings_problem(error: ValueError) -> str:
+    """What is wrong with which variable; never what it was set to."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    wrong = [("__".join(str(part) for part in e["loc"]).upper(), e["msg"]) for e in error.errors()]
+    return "; ".join(f"WINNOW_{name}: {message.removeprefix('Value error, ')}" for name, message in wrong)
 
 
 @lru_cache(maxsize=1)

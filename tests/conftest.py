@@ -1,11 +1,33 @@
-"""What all tests share: quiet libraries, and the helpers beside this file (`tiny`) on the path."""
+"""What all tests share: quiet libraries, servers, and a model; the helpers are in support/."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny import save_model
+from support.reaper import Reaper
+from support.servers import Servers
+from support.tiny import save_model
+
+
+class _Reaping:
+    """The first process of a run has one reaper; those of pytest-xdist are in its run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config, self._reaper = config, Reaper()
+
+    def pytest_keyboard_interrupt(self) -> None:
+        if self._config.pluginmanager.has_plugin("dsession"):
+            self._reaper.reap()  # the other processes end without a teardown; alone, this one has yet to do its own
+
+    def pytest_unconfigure(self) -> None:
+        self._reaper.reap()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Reaping(config))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,3 +46,10 @@ def _one_thread() -> None:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of three blocks; read only."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """A real PostgreSQL and a real broker, started once a session."""
+    with Servers.started(tmp_path_factory.mktemp("servers")) as started:
+        yield started

@@ -1,1 +1,2 @@
-"""Celery workers: a supervisor that holds the lease on a unit, and a compute child that does it."""
+"""Celery workers: a supervisor that claims units of work and writes their results, and a compute process that does them.
+Only the compute process imports torch; only the supervisor has database credentials."""

@@ -9,9 +9,9 @@ from celery import Celery
 from celery.exceptions import WorkerShutdown
 from celery.signals import celeryd_init, setup_logging, worker_ready, worker_shutdown, worker_shutting_down
 
-from service.dispatch import QUEUE, TASK
+from service.background.dispatcher import QUEUE, TASK
+from service.models.dependency_check import unsafe_packages
 from service.observability import logs
-from service.packages import unsafe_packages
 from service.settings import worker_settings
 from worker.metrics import PortTaken
 from worker.supervisor import Supervisor
@@ -30,7 +30,7 @@ app.conf.update(
     worker_send_task_events=False,
     worker_enable_remote_control=False,
     broker_connection_retry_on_startup=True,
-    broker_connection_max_retries=None,  # a broker may be away for a night
+    broker_connection_max_retries=None,  # a broker may be down for a night
     broker_transport_options={"socket_keepalive": True, "socket_connect_timeout": 10},
     accept_content=["json"],
     task_serializer="json",
@@ -41,13 +41,13 @@ supervisor = Supervisor(settings)
 
 @app.task(name=TASK, ignore_result=True)
 def work() -> None:
-    """Does units until there is none to claim."""
-    supervisor.drain()
+    """Processes units until none can be claimed."""
+    supervisor.run_until_idle()
 
 
 @celeryd_init.connect
 def _log(instance: Any, **_: Any) -> None:
-    """Before Celery has anything to say: its records come in our format, at our level. And before it asks for work."""
+    """Before Celery logs anything, so that its records have our format and level; and before it asks for work."""
     logs.configure(settings.log, service="worker", worker_id=supervisor.worker_id)
     instance.quiet = instance.quiet or settings.log.format == "json"  # of the banner
     if problems := unsafe_packages():
@@ -57,13 +57,17 @@ def _log(instance: Any, **_: Any) -> None:
 
 @setup_logging.connect
 def _keep_logs(**_: Any) -> None:
-    """That this is connected keeps Celery from setting up the root logger again, its own way."""
+    """A receiver of this signal keeps Celery from configuring the root logger itself."""
 
 
 @worker_ready.connect
-def _start(**_: Any) -> None:
+def _start(sender: Any, **_: Any) -> None:
+    def take_work(is_fit: bool) -> None:
+        """While it takes no work, it leaves the messages to workers that do."""
+        sender.call_soon(sender.add_task_queue if is_fit else sender.cancel_task_queue, QUEUE)
+
     try:
-        supervisor.start()
+        supervisor.start(take_work)
     except PortTaken as error:
         log.critical("%s", error)
         raise WorkerShutdown(os.EX_CONFIG) from error
@@ -71,7 +75,7 @@ def _start(**_: Any) -> None:
 
 @worker_shutting_down.connect
 def _stop(**_: Any) -> None:
-    """First sign of SIGTERM: the running unit is given back, so that the task ends within a batch."""
+    """On SIGTERM: the running unit is released, so that the task ends within a batch."""
     supervisor.stop()
 
 

@@ -1,10 +1,15 @@
-"""What can go wrong in a unit, told apart: the user's data, the user's model, the machine, and our own code."""
+"""What can go wrong in a unit: the user's data, the user's model, the machine, or our own code."""
 
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from service.datasets.storage import fingerprint_of
+from service.storage import checksums
 
 
 class UnitError(Exception):
-    """Ends a unit's attempt. `retryable` says whether trying again could help; `detail` is shown to the user."""
+    """Ends a unit's attempt. `retryable`: whether another attempt may succeed; `detail` is shown to the user."""
 
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = True
@@ -21,6 +26,31 @@ class DataError(UnitError):
     """The pool or the target cannot be used as it is."""
 
     code, retryable = "data_not_usable", False
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """The most frequent first: `a: 3, b: 1`."""
+    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    return ", ".join(f"{name}: {count}" for name, count in ordered)
+
+
+class TooManyUnusable(DataError):
+    """More of the `rows` of the pool or target, `name`, cannot be used than the job allows; `unusable` are their counts by reason
+    and the first of them."""
+
+    code = "too_many_unusable"
+
+    def __init__(self, name: str, rows: int, allowed: float, unusable: Mapping[str, Any]) -> None:
+        first = [f"{row['id']!r} ({row['reason']}: {row['detail']})" for row in unusable["first"][:3]]
+        super().__init__(
+            f"{unusable['count']} of {rows} samples of the {name} cannot be used ({in_words(unusable['by_reason'])});"
+            f" max_unusable allows a share of {allowed:g}. The first are {', '.join(first)}. Mend or remove them, choose a model"
+            " whose chat template takes them, or raise max_unusable to select without them."
+        )
+        self.unusable = {name: unusable}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "unusable": self.unusable}
 
 
 class ModelError(UnitError):
@@ -47,27 +77,89 @@ class StorageFull(UnitError):
     code, retryable = "storage_full", True
 
 
-class ArtifactMissing(UnitError):
-    """What an earlier stage has written is gone: someone deleted it, or the store was exchanged."""
+class ArtifactUnusable(UnitError):
+    """What an earlier stage made, or a dataset, is not in the store as it was written. The stage's unit makes it again."""
 
-    code, retryable = "artifact_missing", False
+    problem: ClassVar[str]
 
-    @classmethod
-    def named(cls, error: FileNotFoundError) -> Self:
-        return cls(f"A file is gone from the artifact store: {error.filename or error}. Post the job again.")
+    def __init__(self, key: str) -> None:
+        is_dataset = fingerprint_of(key) is not None
+        what, remedy = ("dataset", "Upload the dataset again and post") if is_dataset else ("artifact", "Post")
+        super().__init__(f"A file of the {what} {self.problem}: {key}. {remedy} the job again.")
+        self.key = key
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "artifact": self.key}
+
+
+class ArtifactMissing(ArtifactUnusable):
+    """Someone deleted it, the store was replaced, or another reader found it damaged."""
+
+    code, problem = "artifact_missing", "is missing from the store"
+
+
+class ArtifactDamaged(ArtifactUnusable):
+    """Its bytes changed after they were written. It was set aside."""
+
+    code, problem = "artifact_damaged", "was damaged in the store and has been set aside"
+
+
+def of_the_store(error: checksums.ArtifactDamaged | FileNotFoundError) -> ArtifactUnusable:
+    if isinstance(error, checksums.ArtifactDamaged):
+        return ArtifactDamaged(error.key)
+    # The store names the key; whatever else is missing is named without its folder, which is not for users to see.
+    name = str(error.filename or error)
+    return ArtifactMissing(Path(name).name if Path(name).is_absolute() else name)
 
 
 class ComputeDied(UnitError):
-    """The compute child was killed or crashed."""
+    """The compute process was killed or crashed."""
 
     code, retryable = "compute_died", True
 
 
 class KernelKilled(ComputeDied):
-    """The compute child was killed by the kernel, for want of memory."""
+    """The compute process was killed by the kernel for lack of memory."""
 
     code = OutOfMemory.code
 
 
+class NotHere(UnitError):
+    """What the unit needs is missing on this worker alone: it is given back for another one, and that is no failed attempt."""
+
+
+class ModelNotHere(NotHere):
+    """The job's model is missing on this worker, or other files are in its place."""
+
+    code = "model_not_here"
+
+
+class DeviceNotHere(NotHere):
+    """The device that the worker is set to is missing."""
+
+    code = "device_not_here"
+
+
+class StoreNotHere(NotHere):
+    """The worker's artifact store is not the service's, or cannot be used."""
+
+    code = "store_not_here"
+
+
+NOT_HERE: Mapping[str, type[NotHere]] = {kind.code: kind for kind in (ModelNotHere, DeviceNotHere, StoreNotHere)}
+
+
+class UnusableRow(Exception):
+    """A row that takes no part in a job, which goes on without it.
+
+    `reason` is a short code, by which such rows are counted; `message` says what is wrong with this one, and what would help.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
 class Cancelled(Exception):
-    """The unit was told to stop; raised out of a progress report."""
+    """The unit was cancelled; raised by a progress report."""

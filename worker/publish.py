@@ -1,10 +1,12 @@
-"""Publish: what the stages computed becomes rows in PostgreSQL, in the transaction that ends the job."""
+"""What the stages computed becomes rows in PostgreSQL, in the transaction that ends the job; and how a later job that reproduces
+it differs from its provenance."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,38 +14,93 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 from sqlalchemy.orm import Session
 
-from service.artifacts import ArtifactStore
+from service import ledger
 from service.datasets.storage import iter_ids
 from service.datasets.tables import Dataset
-from service.jobs import ledger
-from service.jobs.state import Stage
-from service.jobs.tables import JobUnit, SelectionJob
+from service.ledger.tables import JobUnit, SelectionJob
+from service.plan.stages import History, JobInputs, Stage
+from service.plan.versions import code_version
 from service.results import service as results
+from service.storage.artifacts import ArtifactStore
 from worker import summary
-from worker.stages import keys
+from worker.errors import ModelError
+
+Units = Mapping[Stage, Sequence[JobUnit]]
 
 
-def publish(session: Session, store: ArtifactStore, job: SelectionJob) -> None:
-    """Writes weights, selected samples, summary and provenance of the job."""
-    units = ledger.unit_results(session, job.id)
-    by_stage = {stage: [unit for unit in units if unit.stage == stage] for stage in Stage}
-    with store.local(by_stage[Stage.SELECT][0].artifact_key) as path:
-        arrays = load_file(path)
-    pool = session.get_one(Dataset, job.pool_id)
-    target = session.get_one(Dataset, job.target_id)
-    ids, sources = _ids_of(store, pool.fingerprint, arrays["selected"])
-    results.publish(
-        session,
-        job_id=job.id,
-        influence=arrays["influence"],
-        weight=arrays["weight"],
-        exact=arrays["exact"],
-        selected=arrays["selected"],
-        sample_ids=ids,
-        sources=sources,
-        summary=_summary(store, by_stage, arrays, pool, target, sources),
-        provenance=_provenance(store, job, by_stage, pool, target),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What of a job's results is in the store, read before the transaction that ends the job.
+
+    `arrays` are those of the select stage; `ids` and `sources` those of the selected samples in rank order; `nonfinite` names the
+    samples that were left out; `landmarks` are rows of the pool, rising, or `all`.
+    """
+
+    arrays: Mapping[str, npt.NDArray[Any]]
+    ids: Sequence[str]
+    sources: Sequence[str | None]
+    nonfinite: Mapping[str, Any]
+    landmarks: Sequence[int] | str
+
+    @classmethod
+    def read(cls, store: ArtifactStore, job: JobInputs, done: History) -> Self:
+        selection = done[Stage.SELECT][0]
+        with store.local(selection.artifact_key) as path:
+            arrays = load_file(path)
+        ids, sources = _ids_of(store, job.pool, arrays["selected"])
+        return cls(
+            arrays=arrays,
+            ids=ids,
+            sources=sources,
+            nonfinite=summary.nonfinite(store, job.pool, job.target, selection.result),
+            landmarks=_landmarks(store, done),
+        )
+
+    def write(self, session: Session, job: SelectionJob) -> None:
+        """Writes weights, selected samples, summary and provenance of the job."""
+        found = ledger.unit_results(session, job.id)
+        units = {stage: [unit for unit in found if unit.stage == stage] for stage in Stage}
+        pool, target = session.get_one(Dataset, job.pool_id), session.get_one(Dataset, job.target_id)
+        results.publish(
+            session,
+            job_id=job.id,
+            influence=self.arrays["influence"],
+            weight=self.arrays["weight"],
+            exact=self.arrays["exact"],
+            selected=self.arrays["selected"],
+            sample_ids=self.ids,
+            sources=self.sources,
+            summary=self._summary(units, pool.sources),
+            provenance=_provenance(job, units, pool, target, self.landmarks),
+        )
+
+    def _summary(self, units: Units, pool_sources: Mapping[str, int]) -> dict[str, Any]:
+        prepared = _result(units, Stage.PREPARE)
+        weights = self.arrays["weight"][self.arrays["selected"]]
+        weight_by_source: Counter[str] = Counter()
+        for source, weight in zip(self.sources, weights.tolist(), strict=True):
+            weight_by_source[source or "(none)"] += weight
+        return {
+            **summary.of_method({stage: [unit.result for unit in found] for stage, found in units.items()}),
+            "unusable": prepared.get("unusable"),  # prepared by the version before: not counted, as the next
+            "rendering": prepared.get("rendering"),
+            "nonfinite": self.nonfinite,
+            "influence": results.distribution(self.arrays["influence"]),
+            "weight": results.distribution(weights),
+            "sources": {
+                source: {
+                    "pool": pool_sources.get(source, 0),
+                    "selected": count,
+                    "weight": round(weight_by_source[source], 4),
+                }
+                for source, count in Counter(source or "(none)" for source in self.sources).most_common()
+            },
+            "pool": prepared["pool_counts"],
+            "target": prepared["target_counts"],
+            "dtype": prepared["dtype"],
+            "device": prepared["device"],
+            "stages": [_stage_summary(stage, found) for stage, found in units.items() if found],
+        }
 
 
 def _ids_of(
@@ -62,46 +119,10 @@ def _ids_of(
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-def _result(units: dict[Stage, list[JobUnit]], stage: Stage) -> dict[str, Any]:
+def _result(units: Units, stage: Stage) -> dict[str, Any]:
     result = units[stage][0].result
     assert result is not None
     return result
-
-
-def _summary(
-    store: ArtifactStore,
-    units: dict[Stage, list[JobUnit]],
-    arrays: dict[str, npt.NDArray[Any]],
-    pool: Dataset,
-    target: Dataset,
-    sources: Sequence[str | None],
-) -> dict[str, Any]:
-    prepared = _result(units, Stage.PREPARE)
-    selected = arrays["selected"]
-    selected_by_source = Counter(source or "(none)" for source in sources)
-    weight_by_source: Counter[str] = Counter()
-    for source, weight in zip(sources, arrays["weight"][selected].tolist(), strict=True):
-        weight_by_source[source or "(none)"] += weight
-    computed = {stage: [unit.result for unit in stage_units] for stage, stage_units in units.items()}
-    return {
-        **summary.of_method(computed),
-        "nonfinite": summary.nonfinite(store, pool.fingerprint, target.fingerprint, computed),
-        "influence": results.distribution(arrays["influence"]),
-        "weight": results.distribution(arrays["weight"][selected]),
-        "sources": {
-            source: {
-                "pool": pool.sources.get(source, 0),
-                "selected": count,
-                "weight": round(weight_by_source[source], 4),
-            }
-            for source, count in selected_by_source.most_common()
-        },
-        "pool": prepared["pool_counts"],
-        "target": prepared["target_counts"],
-        "dtype": prepared["dtype"],
-        "device": prepared["device"],
-        "stages": [_stage_summary(stage, units[stage]) for stage in keys.COMPUTED if units[stage]],
-    }
 
 
 def _stage_summary(stage: Stage, units: Sequence[JobUnit]) -> dict[str, Any]:
@@ -119,23 +140,18 @@ def _stage_summary(stage: Stage, units: Sequence[JobUnit]) -> dict[str, Any]:
     }
 
 
-def _landmarks(store: ArtifactStore, units: dict[Stage, list[JobUnit]]) -> list[int] | str:
-    """The landmarks' rows in the pool, rising; or `all`."""
-    if _result(units, Stage.PREPARE)["all_exact"]:
+def _landmarks(store: ArtifactStore, done: History) -> list[int] | str:
+    if done[Stage.PREPARE][0].result["all_exact"]:
         return "all"
     rows: list[int] = []
-    for key in dict.fromkeys(unit.spec["tokens"] for unit in units[Stage.LANDMARK_GRADIENTS]):
+    for key in dict.fromkeys(unit.spec["tokens"] for unit in done.get(Stage.LANDMARK_GRADIENTS, ())):
         with store.local(key) as path:
             rows += pq.read_table(path, columns=["index"]).column("index").to_pylist()
     return sorted(rows)
 
 
 def _provenance(
-    store: ArtifactStore,
-    job: SelectionJob,
-    units: dict[Stage, list[JobUnit]],
-    pool: Dataset,
-    target: Dataset,
+    job: SelectionJob, units: Units, pool: Dataset, target: Dataset, landmarks: Sequence[int] | str
 ) -> dict[str, Any]:
     prepared = _result(units, Stage.PREPARE)
     request = json.dumps(job.request, sort_keys=True, separators=(",", ":"))
@@ -162,8 +178,8 @@ def _provenance(
         "dtype": prepared["dtype"],
         "device": prepared["device"],
         "versions": prepared["versions"],
-        "code": {stage: keys.code_version(stage) for stage in keys.COMPUTED if units[stage]},
-        "landmarks": _landmarks(store, units),
+        "code": {stage: code_version(stage) for stage, found in units.items() if found},
+        "landmarks": landmarks,
         "units": [
             {
                 "stage": unit.stage,
@@ -177,3 +193,26 @@ def _provenance(
             for unit in stage_units
         ],
     }
+
+
+def differences(record: Mapping[str, Any], prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """How the circumstances of a reproduction differ from the provenance `record`: by name, each as {recorded, now}.
+
+    Args:
+        prepared: the result of the reproduction's prepare stage.
+
+    Raises:
+        ModelError: the model's files differ.
+    """
+    if prepared["model_fingerprint"] != record["model"]["fingerprint"]:
+        now, then = prepared["model_files"], record["model"]["files"]
+        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        raise ModelError(
+            "The model's files differ from those of the original job, so it cannot be reproduced:"
+            f" {', '.join(changed[:5])}. Register the original model."
+        )
+    code = {stage: code_version(Stage(stage)) for stage in record["code"] if stage in set(Stage)}
+    pairs = {"device": (record["device"], prepared["device"])}
+    for kind, then, now in (("versions", record["versions"], prepared["versions"]), ("code", record["code"], code)):
+        pairs |= {f"{kind}.{name}": (then.get(name), now.get(name)) for name in sorted(then.keys() | now.keys())}
+    return {name: {"recorded": then, "now": now} for name, (then, now) in pairs.items() if then != now}

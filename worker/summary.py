@@ -1,14 +1,26 @@
-"""What the stages found out, as the result's summary says it: fidelity, embedding, weights, validation; and in sentences."""
+"""What the stages found, for the summary of the result: fidelity, embedding, weights, validation; and in sentences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from service.artifacts import ArtifactStore
 from service.datasets.storage import read_samples
-from service.jobs.state import Stage
+from service.plan.stages import Stage
+from service.storage.artifacts import ArtifactStore
+from worker.errors import in_words
 
-_MOST_NAMED = 100
-_KKT_RESIDUAL = 1e-8  # what the weights promise
+_MAX_NAMED = 100
+_KKT_RESIDUAL = 1e-8  # guaranteed for the weights
+
+# By the codes of `Rendered.notes`: what the rendered text does not say as the messages do.
+RENDERING = {
+    "system_folded": "the system message became part of the first user message: the chat template has no system role",
+    "user_turns_merged": "user messages in a row were joined: the chat template wants the roles to alternate",
+    "trailing_messages": "the messages after the last reply were left out",
+    "reasoning_not_rendered": "the chat template leaves out reasoning",
+    "tools_not_rendered": "the chat template leaves out the tools",
+    "content_not_rendered": "the chat template leaves out content of messages",
+    "content_rewritten": "the chat template rewrites content of messages",
+}
 
 Results = Mapping[Stage, Sequence[Mapping[str, Any] | None]]
 """The results of each stage's units, in the order of their shards."""
@@ -32,6 +44,8 @@ def of_method(results: Results) -> dict[str, Any]:
         "solution": selected.get("solution"),
         "validation": _last(results, Stage.VALIDATE).get("validation"),
         "notes": [
+            *_of_unusable(prepared.get("unusable", {})),
+            *_of_rendering(prepared.get("rendering", {})),
             *prepared.get("notes", ()),
             *_of_growth(results),
             *propagated.get("notes", ()),
@@ -42,18 +56,17 @@ def of_method(results: Results) -> dict[str, Any]:
     return {**found, "sentences": _sentences(found)}
 
 
-def nonfinite(store: ArtifactStore, pool: str, target: str, results: Results) -> dict[str, Any]:
-    """How many samples of `pool` and `target`, by fingerprint, have no finite loss, gradient or embedding; the first hundred
-    of each by id."""
-    selected = _last(results, Stage.SELECT)
+def nonfinite(store: ArtifactStore, pool: str, target: str, selected: Mapping[str, Any]) -> dict[str, Any]:
+    """How many samples of `pool` and `target`, by fingerprint, have no finite loss, gradient or embedding by the result of the
+    select stage; the first hundred of each by id."""
     found = {"pool": (pool, selected["nonfinite"]), "target": (target, selected["nonfinite_targets"])}
     return {
-        name: {"count": len(rows), "samples": _named(store, dataset, rows)} for name, (dataset, rows) in found.items()
+        name: {
+            "count": len(rows),
+            "samples": [{"index": s.index, "id": s.id} for s in read_samples(store, dataset, rows[:_MAX_NAMED])],
+        }
+        for name, (dataset, rows) in found.items()
     }
-
-
-def _named(store: ArtifactStore, dataset: str, rows: Sequence[int]) -> list[dict[str, Any]]:
-    return [{"index": sample.index, "id": sample.id} for sample in read_samples(store, dataset, rows[:_MOST_NAMED])]
 
 
 def _all(results: Results, stage: Stage) -> list[Mapping[str, Any]]:
@@ -67,7 +80,7 @@ def _last(results: Results, stage: Stage) -> Mapping[str, Any]:
 
 def _landmark_count(results: Results) -> int:
     prepared = _last(results, Stage.PREPARE)
-    if prepared.get("all_exact"):  # gradient units then hold samples without a response too, which are no landmarks
+    if prepared.get("all_exact"):  # gradient units then hold unusable samples too, which are no landmarks
         return int(prepared["landmark_count"])
     return sum(result["rows"] for result in _all(results, Stage.LANDMARK_GRADIENTS))
 
@@ -75,7 +88,7 @@ def _landmark_count(results: Results) -> int:
 def _of_growth(results: Results) -> list[str]:
     """How good the earlier rounds of landmarks were, each of which was not enough."""
     return [
-        f"Before landmarks grew to {result['grow']['count']}, their leave-one-out Spearman was"
+        f"Before the number of landmarks was raised to {result['grow']['count']}, the leave-one-out Spearman correlation was"
         f" {result['fidelity']['mean_spearman']:.3f}."
         for result in _all(results, Stage.PROPAGATE)
         if "grow" in result
@@ -83,21 +96,40 @@ def _of_growth(results: Results) -> list[str]:
 
 
 def _of_solver(solution: Mapping[str, Any] | None) -> list[str]:
-    """What the certificate of the weights does not promise."""
+    """Where the certificate of the weights falls short."""
     if solution is None:
         return []
     notes = []
     if solution["restricted"]:
-        notes.append("No ridge gives the budget exactly; the weights are the best among the samples that were kept.")
-    if solution["kkt_residual"] > _KKT_RESIDUAL:
-        notes.append(f"The weights are not solved to the end: their KKT residual is {solution['kkt_residual']:.1e}.")
+        notes.append("No ridge gives the budget exactly; the weights are optimal among the samples that were kept.")
+    if not solution["converged"] or solution["kkt_residual"] > _KKT_RESIDUAL:
+        notes.append(
+            f"The solver for the weights did not converge: the KKT residual is {solution['kkt_residual']:.1e}."
+        )
     return notes
+
+
+def _of_unusable(unusable: Mapping[str, Any]) -> list[str]:
+    return [
+        f"Left out because they cannot be used (listed in unusable): {found['count']} of the {name}"
+        f" ({in_words(found['by_reason'])})."
+        for name, found in unusable.items()
+        if found["count"]
+    ]
+
+
+def _of_rendering(rendering: Mapping[str, Any]) -> list[str]:
+    return [
+        f"In {count} sample{'' if count == 1 else 's'} of the {name}, {RENDERING.get(note, note)}."
+        for name, counts in rendering.items()
+        for note, count in sorted(counts.items())
+    ]
 
 
 def _of_nonfinite(selected: Mapping[str, Any]) -> list[str]:
     counts = {"pool": len(selected.get("nonfinite", ())), "target": len(selected.get("nonfinite_targets", ()))}
     return [
-        f"Left out, since the loss, gradient or embedding is not finite: {count} of the {name} (named in nonfinite)."
+        f"Excluded because the loss, gradient or embedding is not finite (listed in nonfinite): {count} of the {name}."
         for name, count in counts.items()
         if count
     ]
@@ -109,17 +141,17 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
     if found["embedding"]["candidates"] and found["fidelity"]:
         chosen = found["embedding"]["chosen"]
         sentences.append(
-            f"Embedding {chosen['kind']} was chosen of {len(found['embedding']['candidates'])} candidates."
+            f"Embedding {chosen['kind']} was chosen from {len(found['embedding']['candidates'])} candidates."
         )
     if found["warmup"]:
         warmup = found["warmup"]
         sentences.append(
-            f"The warm-up took the loss from {warmup['loss_first']:.4f} to {warmup['loss_last']:.4f} in {warmup['steps']} steps."
+            f"The warm-up moved the loss from {warmup['loss_first']:.4f} to {warmup['loss_last']:.4f} in {warmup['steps']} steps."
         )
     if found["scaling_error"] is not None:
         sentences.append(f"The optimiser's scaling is factored, with a relative error of {found['scaling_error']:.2f}.")
     if found["refined_count"]:
-        sentences.append(f"Exact gradients were computed for a shortlist of {found['refined_count']} more samples.")
+        sentences.append(f"Exact gradients were computed for a shortlist of another {found['refined_count']} samples.")
     if found["validation"]:
         sentences.append(found["validation"]["sentence"])
     return [sentence for sentence in sentences if sentence]
@@ -130,8 +162,8 @@ def _of_fidelity(fidelity: Mapping[str, Any] | None, landmarks: int) -> str:
     if fidelity is None:
         return ""
     if fidelity["mean_r2"] is None or fidelity["mean_spearman"] is None:
-        return "Leave-one-out fidelity: not defined, since every landmark has the same influence."
+        return "Leave-one-out fidelity is undefined, because every landmark has the same influence."
     return (
-        f"Leave-one-out fidelity over {landmarks} landmarks: propagated influence ranks left-out samples"
-        f" like the exact one with Spearman {fidelity['mean_spearman']:.2f} and explains R² {fidelity['mean_r2']:.2f} of it."
+        f"Leave-one-out fidelity over {landmarks} landmarks: for left-out samples, the propagated influence"
+        f" has Spearman correlation {fidelity['mean_spearman']:.2f} and R² {fidelity['mean_r2']:.2f} with the exact one."
     )

@@ -1,12 +1,14 @@
-"""Reading the audit log. Writing is an insert in the transaction of what it tells of (`service.audit.service`)."""
+"""Reading the audit log. Writing is an insert in the transaction of what it records (`service.audit.service`)."""
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.audit.tables import AuditEntry
-from service.tenants.tables import ApiKey
+from service.auth.tables import ApiKey
+from service.db.pagination import paginate
 
 
 def page(
@@ -14,24 +16,22 @@ def page(
     tenant_id: str,
     *,
     after: int | None,
-    action: str | None,
-    object_id: str | None,
-    key_id: str | None,
+    limit: int,
     created_after: datetime | None,
     created_before: datetime | None,
-    limit: int,
-) -> list[tuple[AuditEntry, str | None, str | None]]:
-    """At most `limit` of the tenant's entries, newest first, older than `after`, each with its key's prefix and name."""
-    entry = AuditEntry
-    found = select(entry, ApiKey.prefix, ApiKey.name).outerjoin(ApiKey, ApiKey.id == entry.key_id)
-    found = found.where(entry.tenant_id == tenant_id)
-    for column, value in ((entry.action, action), (entry.object_id, object_id), (entry.key_id, key_id)):
-        if value is not None:
-            found = found.where(column == value)
-    if after is not None:
-        found = found.where(entry.id < after)
+    **equal: str | None,
+) -> tuple[list[AuditEntry], bool]:
+    """The tenant's entries, newest first; `equal` are values of columns, None for any."""
+    entries = select(AuditEntry).where(AuditEntry.tenant_id == tenant_id)
+    entries = entries.filter_by(**{name: value for name, value in equal.items() if value is not None})
     if created_after is not None:
-        found = found.where(entry.created_at > created_after)
+        entries = entries.where(AuditEntry.created_at > created_after)
     if created_before is not None:
-        found = found.where(entry.created_at < created_before)
-    return [(row[0], row[1], row[2]) for row in session.execute(found.order_by(entry.id.desc()).limit(limit))]
+        entries = entries.where(AuditEntry.created_at < created_before)
+    return paginate(session, entries, AuditEntry.id, after=after, limit=limit)
+
+
+def keys(session: Session, entries: Iterable[AuditEntry]) -> dict[str, ApiKey]:
+    """The API keys of the entries, by id."""
+    key_ids = {entry.key_id for entry in entries if entry.key_id is not None}
+    return {key.id: key for key in session.scalars(select(ApiKey).where(ApiKey.id.in_(key_ids)))}

@@ -5,13 +5,13 @@ from typing import Any
 from sqlalchemy import BigInteger, Identity, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database import Base, CreatedAt
+from service.db.engine import Base, CreatedAt
 
 
 class AuditEntry(CreatedAt, Base):
     """`actor` is `api` (then `key_id` says whose key), `cli` (an operator) or `system` (the retention).
 
-    No foreign keys: an entry stays true whatever becomes of what it names.
+    No foreign keys: an entry outlives the objects that it names.
     """
 
     __tablename__ = "audit_log"

@@ -1,14 +1,15 @@
 """All SQL on datasets. A tenant's scope is part of each query that a caller's id reaches."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Function, Select, func, or_, select
+from sqlalchemy import ColumnElement, Select, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service import ids
 from service.datasets.tables import Dataset
-from service.jobs.state import TERMINAL
-from service.jobs.tables import SelectionJob
+from service.db.pagination import paginate
+from service.ledger.state import TERMINAL
+from service.ledger.tables import SelectionJob
 
 
 def is_id(value: str) -> bool:
@@ -43,12 +44,10 @@ def live_to_delete(session: Session, tenant_id: str, dataset_id: str) -> Dataset
     return session.scalar(_live(tenant_id, dataset_id).with_for_update()) if is_id(dataset_id) else None
 
 
-def page(session: Session, tenant_id: str, after: str | None, limit: int) -> Sequence[Dataset]:
-    """At most `limit` live datasets, newest first, older than `after`."""
-    query = select(Dataset).where(Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None))
-    if after is not None:
-        query = query.where(Dataset.id < after)
-    return session.scalars(query.order_by(Dataset.id.desc()).limit(limit)).all()
+def page(session: Session, tenant_id: str, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
+    """Of the tenant's live datasets, newest first."""
+    live = select(Dataset).where(Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None))
+    return paginate(session, live, Dataset.id, after=after, limit=limit)
 
 
 def unfinished_job_of(session: Session, dataset_id: str) -> str | None:
@@ -61,24 +60,27 @@ def unfinished_job_of(session: Session, dataset_id: str) -> str | None:
     )
 
 
-def lock_content(session: Session, fingerprint: str) -> None:
-    """Until the transaction ends, no other one publishes or removes the files of this fingerprint."""
-    session.execute(select(func.pg_advisory_xact_lock(_content_lock(fingerprint))))
+def stored_bytes(session: Session, key_id: str) -> int:
+    """Of the rows and reports of the key's live datasets; the same content twice counts twice."""
+    size = func.sum(Dataset.byte_count + Dataset.skipped_bytes)
+    stored = select(size).where(Dataset.key_id == key_id, Dataset.deleted_at.is_(None))
+    return int(session.scalar(stored) or 0)
 
 
-def lock_content_if_free(session: Session, fingerprint: str) -> bool:
-    """As `lock_content`, but False where another transaction holds it, which an upload does for as long as it publishes."""
-    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(_content_lock(fingerprint)))))
-
-
-def _content_lock(fingerprint: str) -> Function[int]:
-    return func.hashtextextended(f"datasets/{fingerprint}", 0)
+def content_lock(fingerprint: str) -> str:
+    """The advisory lock of whoever publishes or removes the files of this fingerprint."""
+    return f"datasets/{fingerprint}"
 
 
 def is_live_content(session: Session, fingerprint: str) -> bool:
     """Whether a dataset of any tenant still has this content."""
     query = select(Dataset.id).where(Dataset.fingerprint == fingerprint, Dataset.deleted_at.is_(None))
     return session.scalar(query.limit(1)) is not None
+
+
+def live_among(session: Session, dataset_ids: Collection[str]) -> set[str]:
+    """Those of the datasets, of any tenant, that were not deleted."""
+    return set(session.scalars(select(Dataset.id).where(Dataset.id.in_(dataset_ids), Dataset.deleted_at.is_(None))))
 
 
 def is_named_content(session: Session, fingerprint: str) -> bool:

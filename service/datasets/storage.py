@@ -2,29 +2,34 @@
 
     datasets/<fp[:2]>/<fp>/rows.parquet   id, source, sample (canonical JSON)
     datasets/<fp[:2]>/<fp>/ids.parquet    id, source; stays for results when the rows are deleted
+    datasets/<fp[:2]>/<fp>/skipped.<id>.jsonl.gz    {"unit", "number", "reason"}: rows that an upload had and this dataset has not
 
 `fp`, the fingerprint, is the sha256 of the canonical lines (`CanonicalRow.line`) in order: ids, sources and content count,
 the upload's own format, blank lines and unknown fields do not.
 """
 
+import gzip
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from service.artifacts import ArtifactStore
-from service.datasets.formats import NO_SOURCE, OTHER_SOURCES, CanonicalRow
+from service.datasets.rows.canonical import CanonicalRow
+from service.datasets.rows.columns import CanonicalColumns
+from service.datasets.values import NO_SOURCE, OTHER_SOURCES
+from service.storage.artifacts import ArtifactStore
 
 GROUP_ROWS = 4_096
 # A group is cut short at this size: 4,096 rows of a megabyte each would not fit the memory.
@@ -32,26 +37,41 @@ _GROUP_BYTES = 32 * 2**20
 _ID_BATCH_ROWS = 16_384
 _SAMPLE_BATCH_ROWS = 256
 _MAX_SOURCES = 1_000
+_REPORT_BYTES = 2**16
 
 _IDS_SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("source", pa.string())])
-_KEY = re.compile(r"datasets/(?P<first>[0-9a-f]{2})/(?P<fingerprint>(?P=first)[0-9a-f]{62})/(rows|ids)\.parquet")
+_KEY = re.compile(
+    r"datasets/(?P<first>[0-9a-f]{2})/(?P<fingerprint>(?P=first)[0-9a-f]{62})/"
+    r"(?:(?:rows|ids)\.parquet|skipped\.(?P<dataset>ds_[0-9a-f]{32})\.jsonl\.gz)(?:\.sum)?"
+)
 _ROWS_SCHEMA = _IDS_SCHEMA.append(pa.field("sample", pa.string(), nullable=False))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row. Either `messages`, each {"role", "content"}, or `text` is there. `index` is its place, from 0."""
+    """One row, with either `messages`, and the `tools` that may be called in them, or `text`. `index` is its position, from 0.
+
+    A message has `role` and `content` and, where there is something in them, `reasoning_content`, `tool_calls`, `tool_call_id`
+    and `name`; `counts`, always false, marks an assistant message that is not learnt.
+    """
 
     index: int
     id: str
     source: str | None
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     text: str | None
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A converted upload, in local files that are not yet published. `byte_count` is that of the canonical lines."""
+    """A converted upload, in local files that are not yet published.
+
+    Attributes:
+        byte_count: size of the canonical lines.
+        detected: what was taken of the upload (`detected.Detection.result`).
+        skipped: number of rows that could not be used, which the file `report` names, compressed with gzip.
+    """
 
     fingerprint: str
     row_count: int
@@ -59,6 +79,9 @@ class Content:
     sources: dict[str, int]
     rows: Path
     ids: Path
+    detected: dict[str, Any] | None = None
+    skipped: int = 0
+    report: Path | None = None
 
 
 def rows_key(fingerprint: str) -> str:
@@ -69,10 +92,21 @@ def ids_key(fingerprint: str) -> str:
     return f"datasets/{fingerprint[:2]}/{fingerprint}/ids.parquet"
 
 
+def skipped_key(fingerprint: str, dataset_id: str) -> str:
+    """Of one dataset, unlike the rows: others may have the same rows of other uploads."""
+    return f"datasets/{fingerprint[:2]}/{fingerprint}/skipped.{dataset_id}.jsonl.gz"
+
+
 def fingerprint_of(key: str) -> str | None:
-    """Of the dataset that the file belongs to; None where it is no dataset's."""
+    """The fingerprint of the dataset that a file belongs to; None if it belongs to none."""
     found = _KEY.fullmatch(key)
     return None if found is None else found["fingerprint"]
+
+
+def dataset_of(key: str) -> str | None:
+    """The id of the one dataset that a file belongs to; None if it belongs to all that have its content, or to none."""
+    found = _KEY.fullmatch(key)
+    return None if found is None else found["dataset"]
 
 
 class ContentWriter:
@@ -110,13 +144,25 @@ class ContentWriter:
         if len(self._group) == GROUP_ROWS or self._group_bytes >= _GROUP_BYTES:
             self._flush()
 
+    def extend(self, columns: CanonicalColumns) -> None:
+        """Appends rows that stand in columns, as a row group of their own."""
+        self._flush()
+        offsets = np.frombuffer(columns.lines.buffers()[1], np.int32)[columns.lines.offset :][: len(columns.lines) + 1]
+        lines = memoryview(columns.lines.buffers()[2])[offsets[0] : offsets[-1]]
+        self._digest.update(lines)
+        self._row_count += len(columns.lines)
+        self._byte_count += len(lines)
+        for found in pc.value_counts(columns.sources).to_pylist():
+            self._count_source(found["values"], found["counts"])
+        self._write(columns.ids, columns.sources, columns.samples)
+
     def content(self) -> Content:
-        """What was written, after the writer was left."""
+        """What was written; only after the writer has exited."""
         return Content(
             self._digest.hexdigest(), self._row_count, self._byte_count, self._sources, self._rows, self._ids
         )
 
-    def _count_source(self, source: str | None) -> None:
+    def _count_source(self, source: str | None, rows: int = 1) -> None:
         """The first thousand sources are counted by name: an upload may name as many as it has rows."""
         if source is None:
             name = NO_SOURCE
@@ -124,7 +170,7 @@ class ContentWriter:
             name = source
         else:
             name = OTHER_SOURCES
-        self._sources[name] = self._sources.get(name, 0) + 1
+        self._sources[name] = self._sources.get(name, 0) + rows
 
     def _flush(self) -> None:
         if not self._group:
@@ -132,19 +178,40 @@ class ContentWriter:
         ids = [row.id for row in self._group]
         sources = [row.source for row in self._group]
         samples = [row.sample for row in self._group]
-        self._rows_writer.write_batch(pa.record_batch([ids, sources, samples], schema=_ROWS_SCHEMA))
-        self._ids_writer.write_batch(pa.record_batch([ids, sources], schema=_IDS_SCHEMA))
+        self._write(ids, sources, samples)
         self._group.clear()
         self._group_bytes = 0
 
+    def _write(self, ids: Any, sources: Any, samples: Any) -> None:
+        self._rows_writer.write_batch(pa.record_batch([ids, sources, samples], schema=_ROWS_SCHEMA))
+        self._ids_writer.write_batch(pa.record_batch([ids, sources], schema=_IDS_SCHEMA))
 
-def publish(store: ArtifactStore, content: Content) -> None:
-    """Puts the content where its fingerprint says; equal content that is there already is left alone."""
-    # The rows come last: where they are, the ids are.
+
+def publish(store: ArtifactStore, content: Content, dataset_id: str | None = None) -> None:
+    """Stores the content under its fingerprint, unless it is already there, undamaged; its report under the dataset's id."""
+    if content.report is not None and dataset_id is not None:
+        _move(store, content.report, skipped_key(content.fingerprint, dataset_id))
+    # The rows come last: if they are there, so are the ids.
     for source, key in ((content.ids, ids_key(content.fingerprint)), (content.rows, rows_key(content.fingerprint))):
-        if not store.exists(key):
-            with store.writing(key) as path:
-                shutil.move(source, path)
+        if not store.is_whole(key):
+            _move(store, source, key)
+
+
+def _move(store: ArtifactStore, source: Path, key: str) -> None:
+    with store.writing(key) as path:
+        shutil.move(source, path)
+
+
+def read_skipped(store: ArtifactStore, fingerprint: str, dataset_id: str) -> Generator[bytes]:
+    """The report of a dataset that has one, decompressed, in pieces of up to 64 KiB.
+
+    Raises (also while it is read):
+        FileNotFoundError: it is not in the store; the dataset was deleted.
+        ArtifactDamaged: it was set aside.
+    """
+    with store.open(skipped_key(fingerprint, dataset_id)) as file, gzip.GzipFile(fileobj=file) as report:
+        while part := report.read(_REPORT_BYTES):
+            yield part
 
 
 @contextmanager
@@ -155,10 +222,10 @@ def _parquet(store: ArtifactStore, key: str) -> Iterator[pq.ParquetFile]:
 
 def _samples(indices: Iterable[int], rows: pa.RecordBatch | pa.Table) -> Iterator[Sample]:
     columns = [rows.column(name).to_pylist() for name in ("id", "source", "sample")]
-    # Not strict: the indices may go on past the rows. The columns are asked first, so that no index is lost between.
+    # Not strict: the indices may go on past the rows. The columns come first, so that no index is consumed in vain.
     for id, source, sample, index in zip(*columns, indices, strict=False):
         content = json.loads(sample)
-        yield Sample(index, id, source, content.get("messages"), content.get("text"))
+        yield Sample(index, id, source, content.get("messages"), content.get("text"), content.get("tools"))
 
 
 def iter_samples(store: ArtifactStore, fingerprint: str) -> Iterator[Sample]:
@@ -167,10 +234,20 @@ def iter_samples(store: ArtifactStore, fingerprint: str) -> Iterator[Sample]:
     Raises:
         FileNotFoundError: the rows are not in the store; the dataset was deleted.
     """
-    index = count()
     with _parquet(store, rows_key(fingerprint)) as parquet:
-        for batch in parquet.iter_batches(_SAMPLE_BATCH_ROWS, use_threads=False):
-            yield from _samples(index, batch)
+        yield from _every_sample(parquet)
+
+
+def samples_of(content: Content) -> Iterator[Sample]:
+    """The same of content that is not published."""
+    with pq.ParquetFile(content.rows, pre_buffer=False) as parquet:
+        yield from _every_sample(parquet)
+
+
+def _every_sample(parquet: pq.ParquetFile) -> Iterator[Sample]:
+    index = count()
+    for batch in parquet.iter_batches(_SAMPLE_BATCH_ROWS, use_threads=False):
+        yield from _samples(index, batch)
 
 
 def iter_ids(store: ArtifactStore, fingerprint: str) -> Iterator[tuple[list[str], list[str | None]]]:

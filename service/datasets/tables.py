@@ -1,4 +1,4 @@
-"""Uploaded datasets: what is known of them. Their rows are in the artifact store, named by the fingerprint."""
+"""Uploaded datasets. Their rows are in the artifact store, under their fingerprint."""
 
 from datetime import datetime
 from typing import Any
@@ -6,11 +6,14 @@ from typing import Any
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database import Base, CreatedAt
+from service.db.engine import Base, CreatedAt
 
 
 class Dataset(CreatedAt, Base):
-    """`fingerprint` is the sha256 of the canonical rows in order: equal content has equal artifacts."""
+    """`fingerprint` is the sha256 of the canonical rows in order: equal content has equal artifacts.
+
+    `detected` is null where the upload came before it was recorded. `skipped` rows are named in a report of `skipped_bytes`.
+    """
 
     __tablename__ = "datasets"
     __table_args__ = (
@@ -29,4 +32,7 @@ class Dataset(CreatedAt, Base):
     row_count: Mapped[int] = mapped_column(BigInteger)
     byte_count: Mapped[int] = mapped_column(BigInteger)
     sources: Mapped[dict[str, Any]]
+    detected: Mapped[dict[str, Any] | None]
+    skipped: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    skipped_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     deleted_at: Mapped[datetime | None]

@@ -10,15 +10,15 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from service.errors import BadRequest, TooLarge
+from service.http.errors import BadRequest, TooLarge
 from service.settings import UploadSettings
 
 _WRITE_BYTES = 2**20
 
 
 @asynccontextmanager
-async def received(request: Request, limits: UploadSettings) -> AsyncIterator[IO[bytes]]:
-    """The uploaded file, whole, for as long as the context lasts.
+async def received(request: Request, limits: UploadSettings) -> AsyncIterator[tuple[IO[bytes], str]]:
+    """The uploaded file, whole, for as long as the context lasts, and the name that the form gives it, "" if none does.
 
     Raises:
         TooLarge: the body is larger than the budget; where its Content-Length says so, none of it is read.
@@ -31,8 +31,8 @@ async def received(request: Request, limits: UploadSettings) -> AsyncIterator[IO
     stream = _within_budget(request, limits)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     receive = _form_file(request.headers, stream) if media_type == "multipart/form-data" else _raw_file(stream)
-    async with receive as file:
-        yield file
+    async with receive as found:
+        yield found
 
 
 async def _within_budget(request: Request, limits: UploadSettings) -> AsyncGenerator[bytes, None]:
@@ -48,13 +48,13 @@ async def _within_budget(request: Request, limits: UploadSettings) -> AsyncGener
                 raise _too_large(limits.max_bytes)
             yield chunk
     except ClientDisconnect as error:
-        raise BadRequest("The upload broke off before its end; send it again") from error
+        raise BadRequest("The upload was aborted before its end; send it again.") from error
     except TimeoutError as error:
-        raise BadRequest(f"Nothing came for {limits.idle_seconds:g} seconds; send the upload again") from error
+        raise BadRequest(f"No data arrived for {limits.idle_seconds:g} seconds; send the upload again.") from error
 
 
 @asynccontextmanager
-async def _raw_file(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[IO[bytes]]:
+async def _raw_file(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[tuple[IO[bytes], str]]:
     with TemporaryFile(prefix="winnow-") as file:
         # Off the event loop, a megabyte at a time: a thread for each network packet costs more than the writing.
         buffer = bytearray()
@@ -64,20 +64,20 @@ async def _raw_file(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[IO[byt
                 await asyncio.to_thread(file.write, bytes(buffer))
                 buffer.clear()
         await asyncio.to_thread(file.write, bytes(buffer))
-        yield file
+        yield file, ""
 
 
 @asynccontextmanager
-async def _form_file(headers: Headers, stream: AsyncGenerator[bytes, None]) -> AsyncIterator[IO[bytes]]:
+async def _form_file(headers: Headers, stream: AsyncGenerator[bytes, None]) -> AsyncIterator[tuple[IO[bytes], str]]:
     try:
         form = await MultiPartParser(headers, stream, max_files=1, max_fields=0).parse()
     except MultiPartException as error:
-        raise BadRequest(f"{error.message} Send one part, a file named `file`", param="file") from error
+        raise BadRequest(f"{error.message} Send one part, a file named `file`.", param="file") from error
     try:
         part = form.get("file")
         if not isinstance(part, UploadFile):
-            raise BadRequest("The form has no file named `file`; send it as one part of that name", param="file")
-        yield part.file
+            raise BadRequest("The form has no file named `file`; send the file as a part with that name.", param="file")
+        yield part.file, part.filename or ""
     finally:
         await form.close()
 

@@ -1,7 +1,7 @@
-"""`Idempotency-Key`: a POST that is sent again has one effect and one answer.
+"""`Idempotency-Key`: a repeated POST has one effect and one answer.
 
-The answer is kept in the transaction of what it tells of: either both are there or neither. While that transaction is open, it
-holds a lock on the key, so a crash leaves nothing behind that a later request would have to wait for.
+The answer is written in the transaction of the effect: either both are there or neither. While that transaction is open, it holds
+a lock on the key, so a crash leaves nothing behind that would block a later request.
 """
 
 import hashlib
@@ -13,12 +13,13 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse
 
-from service.database import SessionDep
-from service.errors import Conflict, Unprocessable
+from service.auth.authentication import PrincipalDep
+from service.auth.principal import Principal
+from service.db.engine import SessionDep
+from service.db.locks import try_advisory_lock
+from service.http.errors import Conflict, Unprocessable
 from service.idempotency import repository
-from service.sealing import Sealer, Unsealable
-from service.tenants.caller import Caller
-from service.tenants.service import CallerDep
+from service.storage.encryption import DecryptionError, Encryptor
 
 HEADER = "Idempotency-Key"
 _KEY = r"^[\x21-\x7e]{1,255}$"
@@ -28,8 +29,9 @@ KeyHeader = Annotated[
     Header(
         alias=HEADER,
         pattern=_KEY,
-        description="Yours, new for each call (a UUID). Sent again within 24 hours, the same request gets the same answer and"
-        " has no second effect; another request with it is refused (422), one that comes while the first runs as well (409).",
+        description="Chosen by you, new for each call (a UUID). Within 24 hours, the same request gets the same answer and"
+        " has no second effect; a different request is refused (422). One that arrives while the first runs is refused (409)"
+        " or gets the answer of the first.",
     ),
 ]
 
@@ -42,70 +44,88 @@ class Replayed(Exception):
         self.response = response
 
 
-class Once:
-    """The one effect of a request. Without a key it only makes the answer."""
+class IdempotentRequest:
+    """A request whose effect and answer are written in one transaction. Without a key, nothing is kept.
 
-    def __init__(
-        self, session: Session, sealer: Sealer, caller: Caller, key: str | None, request_sha256: bytes
-    ) -> None:
-        """Takes the key for the session's transaction.
+    Call `begin` before the effect and `keep` after it, in the effect's transaction; before lengthy work, call `replay` first, so
+    that a repeated request skips it.
+    """
+
+    def __init__(self, encryptor: Encryptor, principal: Principal, key: str | None, request_sha256: bytes) -> None:
+        self._encryptor, self._tenant_id = encryptor, principal.tenant_id
+        self._key, self._request_sha256 = key, request_sha256
+
+    def begin(self, session: Session) -> None:
+        """Takes the key until the transaction ends.
 
         Raises:
             Replayed: the request has been answered; its answer.
             Unprocessable: the key was used for another request.
             Conflict: a request with this key is running.
         """
-        self._session, self._sealer, self._caller, self._key = session, sealer, caller, key
-        self._request_sha256 = request_sha256
-        if key is None:
-            return
-        if not repository.lock_if_free(session, caller.tenant_id, key):
+        if self._key is not None and not try_advisory_lock(session, f"idempotency/{self._tenant_id}/{self._key}"):
             raise Conflict(
-                f"A request with this {HEADER} is running; send it again when it has ended.",
+                f"A request with this {HEADER} is still running; retry when it has finished.",
                 param=HEADER,
                 code="idempotency_key_in_use",
                 headers={"Retry-After": "1"},
                 retry=True,
             )
-        found = repository.find(session, caller.tenant_id, key)
+        self.replay(session)
+
+    def replay(self, session: Session) -> None:
+        """Answers a request that was answered before.
+
+        Raises:
+            Replayed: the request has been answered; its answer.
+            Unprocessable: the key was used for another request.
+            Conflict: the answer cannot be decrypted any more.
+        """
+        found = None if self._key is None else repository.find(session, self._tenant_id, self._key)
         if found is None:
             return
-        if found.request_sha256 != request_sha256:
+        if found.request_sha256 != self._request_sha256:
             raise Unprocessable(
-                f"This {HEADER} was used for another request (another call, or another body); use a new one for a new request.",
+                f"This {HEADER} was already used for a different request (call or body); use a new key for a new request.",
                 param=HEADER,
                 code="idempotency_key_reused",
             )
         try:
-            body = sealer.unseal(found.sealed_body)
-        except Unsealable as error:
+            body = self._encryptor.decrypt(found.sealed_body)
+        except DecryptionError as error:
             raise Conflict(
-                f"The answer to this {HEADER} cannot be read any more: the server's secret key was changed. The request had its"
-                " effect; look for it before you send it again with a new key.",
+                f"The answer to this {HEADER} can no longer be decrypted: the server's secret key has changed. The request took"
+                " effect; check its result before you repeat it with a new key.",
                 param=HEADER,
                 code="idempotency_answer_lost",
             ) from error
         raise Replayed(Response(body, found.status, {**found.headers, "Idempotent-Replayed": "true"}))
 
-    def keep(self, answer: BaseModel, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    def keep(
+        self, session: Session, answer: BaseModel, status: int, headers: Mapping[str, str] | None = None
+    ) -> JSONResponse:
         """The answer, kept with the key in the session's transaction."""
         response = JSONResponse(answer.model_dump(mode="json"), status, headers)
         if self._key is not None:
-            kept = {name: value for name, value in response.headers.items() if name != "content-length"}
             repository.put(
-                self._session,
-                self._caller.tenant_id,
+                session,
+                self._tenant_id,
                 self._key,
                 request_sha256=self._request_sha256,
                 status=status,
-                headers=kept,
-                sealed_body=self._sealer.seal(bytes(response.body)),
+                headers={name: value for name, value in response.headers.items() if name != "content-length"},
+                sealed_body=self._encryptor.encrypt(bytes(response.body)),
             )
         return response
 
 
+def is_answered(session: Session, principal: Principal, key: str) -> bool:
+    """Whether an answer is kept under the key, to this request or to another one."""
+    return repository.find(session, principal.tenant_id, key) is not None
+
+
 def request_digest(request: Request, body_sha256: bytes) -> bytes:
-    """What makes a request the same: method, path, query and body."""
+    """Identifies a request by method, path, query and body."""
     line = f"{request.method} {request.url.path}?{request.url.query}\n"
     return hashlib.sha256(line.encode() + body_sha256).digest()
 
@@ -114,17 +134,28 @@ async def _digest(request: Request) -> bytes:
     return request_digest(request, hashlib.sha256(await request.body()).digest())
 
 
-def _once(
+def _unanswered(
     request: Request,
     session: SessionDep,
-    caller: CallerDep,
+    principal: PrincipalDep,
     digest: Annotated[bytes, Depends(_digest)],
     key: KeyHeader = None,
-) -> Once:
-    return Once(session, request.app.state.sealer, caller, key, digest)
+) -> IdempotentRequest:
+    idempotent = IdempotentRequest(request.app.state.encryptor, principal, key, digest)
+    idempotent.replay(session)
+    return idempotent
 
 
-OnceDep = Annotated[Once, Depends(_once)]
+# For a route that does lengthy work before it calls `begin`.
+UnansweredDep = Annotated[IdempotentRequest, Depends(_unanswered)]
+
+
+def _begun(session: SessionDep, idempotent: UnansweredDep) -> IdempotentRequest:
+    idempotent.begin(session)
+    return idempotent
+
+
+IdempotentDep = Annotated[IdempotentRequest, Depends(_begun)]
 
 
 def install(app: FastAPI) -> None:

@@ -1,15 +1,15 @@
-"""Answers that are kept for who asks again."""
+"""Stored answers to requests with an `Idempotency-Key`."""
 
 from typing import Any
 
 from sqlalchemy import ForeignKey, Index, LargeBinary
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database import Base, CreatedAt
+from service.db.engine import Base, CreatedAt
 
 
 class IdempotencyKey(CreatedAt, Base):
-    """The answer to the first request with this key; the body is sealed, since that of a new API key holds a secret."""
+    """The answer to the first request with this key; the body is encrypted, since it may contain a new API key."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (Index("ix_idempotency_keys_created_at", "created_at"),)

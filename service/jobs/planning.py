@@ -1,131 +1,137 @@
-"""The plan of a job that is being posted: what is known of its model, its tokens, the machines and the artifacts there are."""
+"""Planning a job that is being posted, from its model, token counts, measured rates and existing artifacts."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from sqlalchemy.orm import Session
 
-from service.artifacts import ArtifactStore
+from service import ledger
 from service.datasets.tables import Dataset
-from service.jobs import cost, ledger, repository
-from service.jobs.cost import Rates
-from service.jobs.operations import Shape, TokenCounts
-from service.jobs.stage_cost import JobCounts, stages_of
-from service.jobs.state import Stage
-from service.jobs.tables import JobUnit, SelectionJob
-from service.models import ADAPTER_CONFIG
+from service.db.engine import Sessions
+from service.jobs import repository
+from service.ledger.tables import SelectionJob
+from service.ledger.workers import newest_measured_worker
+from service.models.configs import ADAPTER_CONFIG, CONFIG, entries, read_adapter_config, read_config
+from service.plan import estimate
+from service.plan.artifact_keys import rendering, result_key
+from service.plan.estimate import Rates
+from service.plan.operations import Shape, TokenCounts
+from service.plan.stage_costs import JobCounts
+from service.plan.stages import JobInputs, Stage
+from service.plan.waves import rehearse
 from service.settings import ModelSettings
+from service.storage.artifacts import ArtifactStore
 
-_DATASETS = ("pool", "target")
 _EARLIER_JOBS = 50
-_LOOKED_UP = 16  # units of a stage whose artifacts are asked for; in a remote store, each is a request
+_MAX_LOOKUPS = 16  # units of a stage whose artifacts are looked up; in a remote store, each is a request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What a plan needs from the database.
+
+    `artifacts`: by stage, (key, amount of work) of each part; the key is None if no earlier job did that part.
+    """
+
+    counts: JobCounts
+    rates: Rates
+    artifacts: Mapping[Stage, Sequence[tuple[str | None, int]]]
 
 
 def plan(
-    session: Session, store: ArtifactStore, settings: ModelSettings, job: SelectionJob, pool: Dataset, target: Dataset
+    sessions: Sessions, store: ArtifactStore, settings: ModelSettings, job: SelectionJob, pool: Dataset, target: Dataset
 ) -> dict[str, Any]:
-    """What the job, not yet written, will cost (`cost.plan`). Token counts are estimates where no earlier job counted them.
+    """What the job, not yet written, will cost (`estimate.plan`). Token counts are estimates where no earlier job counted them.
 
-    Another tenant's jobs are not looked at: what they computed is found all the same, but not told of.
+    Queries the hub and the store, which may be remote, after its transaction has ended.
     """
-    earlier = _Earlier(session, store, job, pool, target)
-    counts = {}
-    for name, dataset in zip(_DATASETS, (pool, target), strict=True):
-        counted = earlier.token_counts(name)
-        estimate = TokenCounts.of_bytes(dataset.row_count, dataset.byte_count, job.parameters["max_length"])
-        counts[name] = (counted or estimate, counted is None)
+    with sessions() as session:
+        known = _look_up(session, job, pool, target)
+    already = {stage: _share_in(store, parts) for stage, parts in known.artifacts.items()}
+    return estimate.plan(shape_of(settings, job.model), job.parameters, known.counts, known.rates, already)
+
+
+def _share_in(store: ArtifactStore, parts: Sequence[tuple[str | None, int]]) -> float:
+    total = sum(work for _, work in parts)
+    return sum(work for key, work in parts if key is not None and store.exists(key)) / total if total else 0.0
+
+
+def _look_up(session: Session, job: SelectionJob, pool: Dataset, target: Dataset) -> _Known:
+    """Considers the tenant's own jobs only: artifacts of other tenants' jobs are reused but not revealed."""
+    contents = {"pool": pool.fingerprint, "target": target.fingerprint}
+    earlier = repository.similar_jobs(session, job.tenant_id, model=job.model, limit=_EARLIER_JOBS, **contents)
+    counts: dict[str, TokenCounts] = {}
+    tokens: list[tuple[str | None, int]] = []
+    for place, (name, dataset) in enumerate((("pool", pool), ("target", target))):
+        prepared = None  # the newest tokens of the same content and length
+        for other, *fingerprints in earlier:
+            same_length = other.parameters["max_length"] == job.parameters["max_length"]
+            same_text = rendering(other.parameters) == rendering(job.parameters)
+            if same_length and same_text and fingerprints[place] == dataset.fingerprint:
+                prepared = ledger.unit_results(session, other.id, Stage.PREPARE)[0].result
+                break
+        if prepared is not None:
+            counts[name] = TokenCounts.of_summary(prepared[f"{name}_counts"])
+        tokens.append((None if prepared is None else prepared[f"{name}_tokens"], dataset.row_count))
     job_counts = JobCounts(
-        pool=counts["pool"][0],
-        target=counts["target"][0],
+        pool=counts.get("pool") or _estimated(pool, job),
+        target=counts.get("target") or _estimated(target, job),
         budget=job.budget,
-        estimated=counts["pool"][1] or counts["target"][1],
+        estimated=len(counts) < 2,
     )
     # A reproduction uses nothing of earlier jobs.
-    stages = () if job.reproduces else stages_of(job.parameters, job_counts)
-    already = {stage: earlier.share(stage) for stage in stages}
-    return cost.plan(shape_of(settings, job.model), job.parameters, job_counts, measured_rates(session), already)
+    if job.reproduces:
+        return _Known(counts=job_counts, rates=measured_rates(session), artifacts={})
+    own = _names(job, pool.fingerprint, target.fingerprint, job_counts.selectable)
+    names = [(other.id, _names(other, p, t, job_counts.selectable)) for other, p, t in earlier]
+    artifacts: dict[Stage, Sequence[tuple[str | None, int]]] = {Stage.PREPARE: tokens}
+    for stage in own.keys() - {Stage.PREPARE}:
+        same = next((other for other, of_other in names if of_other.get(stage) == own[stage]), None)
+        units = [] if same is None else ledger.unit_results(session, same, stage)
+        looked_up = units[:: max(1, len(units) // _MAX_LOOKUPS)]
+        artifacts[stage] = [(result_key(unit.artifact_key), 1) for unit in looked_up]
+    return _Known(counts=job_counts, rates=measured_rates(session), artifacts=artifacts)
+
+
+def _names(job: SelectionJob, pool: str, target: str, selectable: float) -> dict[Stage, list[str]]:
+    inputs = JobInputs(model={}, pool=pool, target=target, budget=job.budget, parameters=job.parameters)
+    return rehearse(inputs, selectable)
+
+
+def _estimated(dataset: Dataset, job: SelectionJob) -> TokenCounts:
+    return TokenCounts.of_bytes(dataset.row_count, dataset.byte_count, job.parameters["max_length"])
 
 
 def measured_rates(session: Session) -> Rates:
     """What workers have measured so far."""
-    rows, worker = repository.stage_rates(session), repository.newest_worker(session)
+    rows, worker = repository.stage_rates(session), newest_measured_worker(session)
     return Rates(
         operations={row.stage: row.operations for row in rows if row.operations},
         samples={row.stage: row.samples for row in rows if row.samples},
-        matmul={} if worker is None else worker.matmul_rates,
+        matmul={} if worker is None else worker.matmul_rates or {},
         device=None if worker is None else worker.device,
         memory_bytes=None if worker is None else worker.memory_bytes,
     )
 
 
 def shape_of(settings: ModelSettings, model: Mapping[str, Any]) -> Shape | str:
-    """The shape of a job's resolved model, or why it is not known."""
+    """The shape of a job's resolved model, or why it is unknown."""
     try:
         if "base" in model:
             base = shape_of(settings, model["base"])
-            adapter = json.loads((settings.folder / model["name"] / ADAPTER_CONFIG).read_text())
-            return base if isinstance(base, str) else base.with_adapters(adapter["r"], adapter["target_modules"])
+            adapter = read_adapter_config(settings.folder / model["name"] / ADAPTER_CONFIG)
+            if adapter.target_modules is None:
+                raise ValueError(f"its {ADAPTER_CONFIG} has no target_modules")
+            return base if isinstance(base, str) else base.with_adapters(adapter.r, adapter.target_modules)
         if model["kind"] == "registered":
-            path = str(settings.folder / model["name"] / "config.json")
+            path = settings.folder / model["name"] / CONFIG
         else:
-            path = hf_hub_download(model["id"], "config.json", revision=model["commit"], etag_timeout=10)
-        with open(path) as file:
-            return Shape.of_config(json.load(file))
+            path = Path(hf_hub_download(model["id"], CONFIG, revision=model["commit"], etag_timeout=10))
+        return Shape.of_config(entries(read_config(path)))
     except ValueError as error:
-        return str(error)
-    except Exception as error:  # of the hub's client, whatever its HTTP library raises; or a file that is gone
+        return f"of the model, {error}"
+    except Exception as error:  # whatever the hub client's HTTP library raises
         return f"the model's config.json could not be read ({type(error).__name__})"
-
-
-class _Earlier:
-    """What the tenant's earlier jobs on the same model have left in the store."""
-
-    def __init__(
-        self, session: Session, store: ArtifactStore, job: SelectionJob, pool: Dataset, target: Dataset
-    ) -> None:
-        self._session, self._store = session, store
-        self._budget, self._parameters = job.budget, job.parameters
-        self._contents = {"pool": pool.fingerprint, "target": target.fingerprint}
-        self._rows = {"pool": pool.row_count, "target": target.row_count}
-        self._jobs = repository.similar_jobs(
-            session, job.tenant_id, model=job.model, limit=_EARLIER_JOBS, **self._contents
-        )
-
-    def token_counts(self, dataset: str) -> TokenCounts | None:
-        prepared = self._prepared(dataset)
-        return None if prepared is None else TokenCounts.of_summary(prepared[f"{dataset}_counts"])
-
-    def _prepared(self, dataset: str) -> Mapping[str, Any] | None:
-        """The result of the newest prepare stage that cut the same content to the same length."""
-        for job, *contents in self._jobs:
-            same_length = job.parameters["max_length"] == self._parameters["max_length"]
-            if same_length and contents[_DATASETS.index(dataset)] == self._contents[dataset]:
-                return self._units(job, Stage.PREPARE)[0].result
-        return None
-
-    def _units(self, job: SelectionJob, stage: Stage) -> list[JobUnit]:
-        return ledger.unit_results(self._session, job.id, stage)
-
-    def share(self, stage: Stage) -> float:
-        """Of the stage's units, those that need not be computed; of `prepare`, of the samples whose tokens are there."""
-        if stage == Stage.PREPARE:
-            there = sum(self._rows[name] for name in self._rows if self._has_tokens(name))
-            return there / sum(self._rows.values())
-        if stage not in cost.STAGE_INPUTS:
-            return 0.0
-        inputs = cost.stage_inputs(stage, budget=self._budget, parameters=self._parameters, **self._contents)
-        for job, pool, target in self._jobs:
-            if inputs == cost.stage_inputs(stage, pool, target, job.budget, job.parameters):
-                return self._found(self._units(job, stage))
-        return 0.0
-
-    def _has_tokens(self, dataset: str) -> bool:
-        prepared = self._prepared(dataset)
-        return prepared is not None and self._store.exists(prepared[f"{dataset}_tokens"])
-
-    def _found(self, units: list[JobUnit]) -> float:
-        looked_up = units[:: max(1, len(units) // _LOOKED_UP)]
-        there = sum(self._store.exists(f"{unit.artifact_key}.json") for unit in looked_up)
-        return there / len(looked_up) if looked_up else 0.0

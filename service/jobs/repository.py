@@ -1,45 +1,33 @@
-"""SQL that reads jobs, scoped by tenant, and what workers have measured. What changes jobs is in ledger.py."""
+"""SQL that reads jobs, scoped by tenant, and figures on all of them. What changes jobs is in `service.ledger`."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import BigInteger, Row, bindparam, cast, func, or_, select, text
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
-from service import ids
 from service.datasets.tables import Dataset
-from service.jobs.state import JobStatus, UnitState
-from service.jobs.tables import JobEvent, JobUnit, SelectionJob, Worker, WorkerProcess
+from service.db.pagination import paginate
+from service.ledger.state import TERMINAL, JobStatus, UnitState
+from service.ledger.tables import JobEvent, JobUnit, SelectionJob
 from service.settings import LedgerSettings
 
-_LOOKED_AT = 300  # jobs, for similar ones
-
-
-def is_id(value: str) -> bool:
-    return ids.is_id("job", value)
-
-
-def get(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> SelectionJob | None:
-    if not is_id(job_id):
-        return None
-    job = select(SelectionJob).where(SelectionJob.id == job_id, SelectionJob.tenant_id == tenant_id)
-    return session.scalar(job if or_deleted else job.where(SelectionJob.deleted_at.is_(None)))
+_SEARCHED_JOBS = 300
+_DAY = timedelta(days=1)
 
 
 def page(
     session: Session, tenant_id: str, *, after: str | None, status: JobStatus | None, limit: int
-) -> list[SelectionJob]:
-    """At most `limit`, newest first, older than `after`."""
+) -> tuple[list[SelectionJob], bool]:
+    """Newest first."""
     jobs = select(SelectionJob).where(SelectionJob.tenant_id == tenant_id, SelectionJob.deleted_at.is_(None))
-    if after is not None:
-        jobs = jobs.where(SelectionJob.id < after)
     if status is not None:
         jobs = jobs.where(SelectionJob.status == status)
-    return list(session.scalars(jobs.order_by(SelectionJob.id.desc()).limit(limit)))
+    return paginate(session, jobs, SelectionJob.id, after=after, limit=limit)
 
 
-# Made once: with every poll this takes as long as running it.
+# Built once: building it takes as long as running it.
 _STAGE_ROWS = (
     select(
         JobUnit.job_id,
@@ -64,16 +52,10 @@ def stage_rows(session: Session, job_ids: Sequence[str]) -> Sequence[Row[Any]]:
     return session.execute(_STAGE_ROWS, {"job_ids": job_ids}).all()
 
 
-def events(session: Session, job_id: str, *, after: int, limit: int) -> list[JobEvent]:
-    """Oldest first, one more than the limit where there are more."""
-    return list(
-        session.scalars(
-            select(JobEvent)
-            .where(JobEvent.job_id == job_id, JobEvent.id > after)
-            .order_by(JobEvent.id)
-            .limit(limit + 1)
-        )
-    )
+def events(session: Session, job_id: str, *, after: int, limit: int) -> tuple[list[JobEvent], bool]:
+    """Oldest first."""
+    found = select(JobEvent).where(JobEvent.job_id == job_id)
+    return paginate(session, found, JobEvent.id, after=after, limit=limit, ascending=True)
 
 
 def last_event(session: Session, job_id: str, kind: str) -> dict[str, Any] | None:
@@ -87,14 +69,14 @@ def similar_jobs(
 ) -> list[tuple[SelectionJob, str, str]]:
     """The tenant's newest succeeded jobs on the model and one of the contents, each with its pool's and target's fingerprint.
 
-    Only among its last hundreds, so that a tenant with very many, none of them similar, does not have all looked at.
+    Only the latest few hundred are searched, which bounds the query for a tenant with very many.
     """
     newest = (
         select(SelectionJob)
         .where(SelectionJob.tenant_id == tenant_id, SelectionJob.status == JobStatus.SUCCEEDED)
         .where(SelectionJob.deleted_at.is_(None))
         .order_by(SelectionJob.id.desc())
-        .limit(_LOOKED_AT)
+        .limit(_SEARCHED_JOBS)
     ).subquery()
     job, pools, targets = aliased(SelectionJob, newest), aliased(Dataset), aliased(Dataset)
     found = session.execute(
@@ -122,6 +104,33 @@ _STAGE_RATES = text("""
 """)
 
 
+def open_jobs(session: Session, tenant_id: str, key_id: str) -> int:
+    """How many jobs of the key have not ended: found among those of its tenant, for which there is an index."""
+    jobs = select(func.count()).where(SelectionJob.tenant_id == tenant_id, SelectionJob.key_id == key_id)
+    return session.scalar(jobs.where(SelectionJob.status.in_(set(JobStatus) - TERMINAL))) or 0
+
+
+def samples_today(session: Session, key_id: str, room: int = 0) -> tuple[int, datetime | None]:
+    """The samples of the key's jobs of the last 24 hours, however they ended; and the time from which at most `room` of them are
+    within 24 hours, None if that is now. A key belongs to one tenant, so a query by key is scoped to it."""
+    pool, target = aliased(Dataset), aliased(Dataset)
+    samples = func.sum(pool.row_count + target.row_count)
+    jobs = (
+        select(
+            SelectionJob.created_at,
+            samples.over(order_by=(SelectionJob.created_at.desc(), SelectionJob.id.desc())).label("and_later"),
+        )
+        .join(pool, pool.id == SelectionJob.pool_id)
+        .join(target, target.id == SelectionJob.target_id)
+        # Not clock_timestamp(), for which no index is used.
+        .where(SelectionJob.key_id == key_id, SelectionJob.created_at > func.statement_timestamp() - _DAY)
+        .subquery()
+    )
+    last_to_leave = func.max(jobs.c.created_at).filter(jobs.c.and_later > room)
+    used, last = session.execute(select(func.max(jobs.c.and_later), last_to_leave)).one()
+    return int(used or 0), None if last is None else last + _DAY
+
+
 def stage_rates(session: Session) -> Sequence[Row[Any]]:
     """(stage, operations, samples), both a second, over the newest 200 units of each stage that were really computed."""
     return session.execute(_STAGE_RATES).all()
@@ -131,13 +140,14 @@ _GAUGES = text("""
     WITH open_jobs AS (
         SELECT id, status FROM selection_jobs WHERE status IN ('queued', 'running', 'cancelling')
     ), open_units AS (
-        SELECT u.stage, u.state, u.artifact_key, u.created_at, u.started_at, u.not_before, j.status
+        SELECT u.stage, u.state, u.artifact_key, u.created_at, u.started_at, u.not_before, u.waits_for, j.status
         FROM job_units u JOIN open_jobs j ON j.id = u.job_id
     ), claimable AS (
         SELECT extract(epoch FROM clock_timestamp() - greatest(created_at, started_at, not_before)) AS seconds
         FROM open_units u
         WHERE status <> 'cancelling' AND state = 'pending' AND (not_before IS NULL OR not_before <= clock_timestamp())
-            AND NOT EXISTS (SELECT FROM job_units o WHERE o.artifact_key = u.artifact_key AND o.state = 'running')
+            AND (waits_for IS NULL OR (SELECT m.state FROM job_units m WHERE m.id = u.waits_for) = 'succeeded')
+            AND (SELECT true FROM job_units o WHERE o.artifact_key = u.artifact_key AND o.state = 'running') IS NULL
     )
     SELECT 'jobs' AS gauge, status::text AS one, NULL AS two, count(*)::float8 AS value FROM open_jobs GROUP BY status
     UNION ALL SELECT 'units', stage::text, state::text, count(*) FROM open_units GROUP BY stage, state
@@ -145,15 +155,17 @@ _GAUGES = text("""
     UNION ALL SELECT 'oldest_claimable_unit_seconds', NULL, NULL, coalesce(max(seconds), 0)::float8 FROM claimable
     UNION ALL SELECT 'leases_expired', NULL, NULL, count(*) FROM job_units
         WHERE state = 'running' AND lease_expires_at < clock_timestamp()
-    UNION ALL SELECT 'workers_alive', NULL, NULL, count(*) FROM worker_processes
+    UNION ALL SELECT 'workers_alive', NULL, NULL, count(*) FROM workers
         WHERE stopped_at IS NULL AND seen_at > clock_timestamp() - make_interval(secs => :alive_seconds)
+    UNION ALL SELECT 'workers_lacking', NULL, NULL, count(*) FROM workers
+        WHERE stopped_at IS NULL AND seen_at > clock_timestamp() - make_interval(secs => :alive_seconds) AND lacks <> '[]'
 """)
 
 
 def gauges(session: Session, *, alive_seconds: float, timeout_seconds: float) -> Sequence[Row[Any]]:
-    """(gauge, one, two, value): what the metrics tell of open jobs (by status), their units (by stage and state) and workers.
+    """(gauge, one, two, value) for the metrics: open jobs by status, their units by stage and state, and workers.
 
-    A worker that has not told of itself for `alive_seconds` is not counted. What is claimable is `claim_unit`'s matter.
+    A worker without a heartbeat for `alive_seconds` is not counted. `claim_unit` defines what is claimable.
     """
     session.execute(func.set_config("statement_timeout", f"{round(timeout_seconds * 1000)}ms", True).select())
     return session.execute(_GAUGES, {"alive_seconds": alive_seconds}).all()
@@ -162,32 +174,6 @@ def gauges(session: Session, *, alive_seconds: float, timeout_seconds: float) ->
 def trace(session: Session, job_id: str) -> str | None:
     """The traceparent of the request that posted the job."""
     return session.scalar(select(SelectionJob.trace).where(SelectionJob.id == job_id))
-
-
-def newest_worker(session: Session) -> Worker | None:
-    return session.scalar(select(Worker).order_by(Worker.seen_at.desc()).limit(1))
-
-
-def record_presence(session: Session, worker_id: str, version: str, *, stopped: bool) -> None:
-    """Writes that the worker runs now, or that it has ended in good order."""
-    now = func.clock_timestamp()
-    seen = {"version": version, "seen_at": now, "stopped_at": now if stopped else None}
-    written = insert(WorkerProcess).values(worker_id=worker_id, started_at=now, **seen)
-    session.execute(written.on_conflict_do_update(index_elements=[WorkerProcess.worker_id], set_=seen))
-
-
-def record_worker(
-    session: Session, *, worker_id: str, device: str, memory_bytes: int, matmul_rates: Mapping[str, float]
-) -> None:
-    """Writes what a worker has measured of its machine; `matmul_rates` are operations a second by dtype."""
-    measured = {
-        "device": device,
-        "memory_bytes": memory_bytes,
-        "matmul_rates": dict(matmul_rates),
-        "seen_at": func.clock_timestamp(),
-    }
-    written = insert(Worker).values(worker_id=worker_id, **measured)
-    session.execute(written.on_conflict_do_update(index_elements=[Worker.worker_id], set_=measured))
 
 
 _DIAGNOSIS = text("""
@@ -220,22 +206,9 @@ def diagnosis(session: Session, ledger: LedgerSettings) -> Row[Any]:
     """One row on the open jobs and their units: open, pending, delayed, running (their lease holds), expired (three sweeps ago or
     more), overdue (cancels), still (ids).
 
-    A job stands still where nothing has happened to it for ten leases and no unit runs that it could be waiting for, or none is
-    left that could bring it on.
+    A job is still if nothing has happened to it for ten leases, and no unit is running that it could be waiting for or it has
+    no open unit left.
     """
     sweeps = 3 * ledger.sweep_seconds
     seconds = {"sweeps": sweeps, "cancel": ledger.cancel_seconds + sweeps, "still": 10 * ledger.lease_seconds}
     return session.execute(_DIAGNOSIS, seconds).one()
-
-
-_RECENT_WORKERS = text("""
-    SELECT worker_id, version, seen_at >= clock_timestamp() - make_interval(secs => :silent_seconds) AS is_alive
-    FROM worker_processes
-    WHERE stopped_at IS NULL AND seen_at > clock_timestamp() - greatest(interval '1 day', make_interval(secs => :silent_seconds))
-    ORDER BY worker_id
-""")
-
-
-def recent_workers(session: Session, *, silent_seconds: float) -> Sequence[Row[Any]]:
-    """(worker_id, version, is_alive) of those that have not said that they ended, and were alive within a day."""
-    return session.execute(_RECENT_WORKERS, {"silent_seconds": silent_seconds}).all()

@@ -7,6 +7,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    SkipValidation,
     StrictInt,
     StringConstraints,
     ValidationError,
@@ -15,10 +17,12 @@ from pydantic import (
     field_validator,
 )
 
-from service.jobs.parameters import JobParameters, Parameters
-from service.jobs.state import JobStatus, Stage
-from service.models import HubModel
-from service.pages import NumberedPage
+from service.http.pagination import NumberedPage
+from service.ledger.state import JobStatus
+from service.models.registry import HubModel
+from service.names import Text, check_name
+from service.plan.parameters import JobParameters, Parameters
+from service.plan.stages import Stage
 
 
 def _check_budget(value: Any, check: ValidatorFunctionWrapHandler) -> int | float:
@@ -45,7 +49,7 @@ Budget = Annotated[
     Annotated[StrictInt, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1, strict=True)], WrapValidator(_check_budget)
 ]
 ModelName = Annotated[str | HubModel, WrapValidator(_check_model)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
 
 
 class JobRequest(Parameters):
@@ -69,20 +73,20 @@ class JobRequest(Parameters):
         description="A registered name (GET /v1/models), or a hub id owner/name, or {id, revision}"
     )
     pool: str = Field(description="The dataset to select from")
-    target: str = Field(description="The dataset of examples of what is wanted (32 to 500 are usual)")
+    target: str = Field(description="The dataset of examples of the desired behaviour (usually 32 to 500)")
     budget: Budget = Field(
         description="How many samples to select: a number, or a fraction of the pool between 0 and 1"
     )
-    metadata: dict[str, MetadataValue] = Field(default_factory=dict, description="Yours; at most 16 entries")
-    dry_run: bool = Field(default=False, description="Only check the request and answer 200 with its plan and cost")
+    metadata: dict[str, MetadataValue] = Field(default_factory=dict, description="Your own key-value pairs; at most 16")
+    dry_run: bool = Field(default=False, description="Only validate the request and return 200 with its plan and cost")
 
     @field_validator("metadata")
     @classmethod
     def _few(cls, metadata: dict[str, str]) -> dict[str, str]:
         if len(metadata) > 16 or any(not 0 < len(key) <= 64 for key in metadata):
             raise ValueError("at most 16 entries, with keys of 1 to 64 characters")
-        if any("\0" in text for entry in metadata.items() for text in entry):
-            raise ValueError("must not contain the NUL character")  # PostgreSQL does not store it
+        for key in metadata:
+            check_name(key)
         return metadata
 
     def parameters(self) -> dict[str, Any]:
@@ -92,14 +96,16 @@ class JobRequest(Parameters):
 class StagePlan(BaseModel):
     stage: Stage
     operations: float | None = Field(description="Floating-point operations of matrix products; a multiply-add is two")
-    seconds: float | None = Field(description="Of one worker, for what is not there yet; null: no rate is known")
+    seconds: float | None = Field(description="For one worker, excluding what already exists; null: no rate is known")
     artifact_bytes: int | None
-    memory_bytes: int | None = Field(description="Of the compute process, on the device and beside it")
-    already_there: float = Field(description="Share of the stage's work that your earlier jobs have left in the store")
+    memory_bytes: int | None = Field(description="Of the compute process, on the device and in main memory")
+    already_there: float = Field(
+        description="Share of the stage's work that is already in the store from your earlier jobs"
+    )
 
 
 class PlanTotals(BaseModel):
-    """Sums of the figures that are known; of memory, the most that a stage needs."""
+    """Sums of the known figures; for memory, the maximum over the stages."""
 
     operations: float | None
     seconds: float | None
@@ -108,7 +114,7 @@ class PlanTotals(BaseModel):
 
 
 class SelectionPlan(BaseModel):
-    """What a job would do and cost."""
+    """What a job would do and what it would cost."""
 
     object: Literal["selection_plan"] = "selection_plan"
     model: dict[str, Any] = Field(examples=[{"kind": "registered", "name": "smollm2-135m-instruct"}])
@@ -118,28 +124,26 @@ class SelectionPlan(BaseModel):
     parameters: JobParameters
     stages: list[StagePlan]
     totals: PlanTotals
-    exact_operations: float | None = Field(description="Of the same job by method exact_influence")
-    note: str | None = Field(description="Where the exact method would cost less than twice this job")
-    warnings: list[str] = Field(description="What is lowered, what does not fit, and why figures are missing")
+    exact_operations: float | None = Field(description="Of the same job with method exact_influence")
+    note: str | None = Field(description="Set if the exact method would cost less than twice this job")
+    warnings: list[str] = Field(description="What was lowered, what does not fit, and why figures are missing")
     tokens: dict[str, int] = Field(examples=[{"pool": 532377, "target": 9120}])
-    estimated: bool = Field(
-        description="Tokens are estimated from bytes; the job counts them and writes the plan again"
-    )
-    device: str | None = Field(description="Of the worker seen last")
+    estimated: bool = Field(description="Tokens are estimated from bytes; the job counts them and updates the plan")
+    device: str | None = Field(description="Of the most recent worker")
 
 
 class Progress(BaseModel):
-    """Of the phase that the job is in."""
+    """Progress of the current phase."""
 
     phase: Stage
     done: int
     total: int
     unit: Literal["samples"] = "samples"
-    seconds_left: float | None = Field(default=None, description="Of this phase, at its pace so far")
+    seconds_left: float | None = Field(default=None, description="Estimate for this phase from its pace so far")
 
 
 class StageReport(BaseModel):
-    """One stage: units finished and in all, those found in the artifact store, wall seconds from first start to last end."""
+    """One stage: units finished and in total, units found in the artifact store, wall-clock time from first start to last end."""
 
     stage: Stage
     units: int
@@ -158,13 +162,41 @@ class AttemptError(BaseModel):
     detail: str
 
 
+class UnusableSample(BaseModel):
+    """A sample that takes no part in a job."""
+
+    index: int = Field(description="Position in the dataset, from 0", examples=[17])
+    id: str = Field(examples=["word_problem-0017"])
+    reason: str = Field(description="A short code", examples=["no_reply"])
+    detail: str = Field(
+        description="What is wrong with it", examples=["it has no token to learn from: its replies are empty"]
+    )
+
+
+class UnusableSamples(BaseModel):
+    """The unusable samples of a dataset."""
+
+    count: int
+    by_reason: dict[str, int] = Field(examples=[{"no_reply": 3}])
+    first: list[UnusableSample] = Field(description="The first of them")
+
+
 class JobError(BaseModel):
     code: str = Field(examples=["model_not_usable"])
     detail: str
     stage: Stage | None = None
     shard: int | None = None
     attempts: int | None = None
-    history: list[AttemptError] = Field(default_factory=list, description="Why each failed attempt of the unit failed")
+    history: list[AttemptError] = Field(
+        default_factory=list, description="The reason of each failed attempt of the unit"
+    )
+    unusable: dict[Literal["pool", "target"], UnusableSamples] | None = Field(
+        default=None, description="With the code `too_many_unusable`: the dataset that exceeds `max_unusable`"
+    )
+
+
+# Answered as they are stored, without a look: they were validated when the job was created.
+StoredParameters = Annotated[JobParameters, SkipValidation, PlainSerializer(lambda stored: stored)]
 
 
 class SelectionJobOut(BaseModel):
@@ -178,11 +210,11 @@ class SelectionJobOut(BaseModel):
     pool: str
     target: str
     budget: int
-    parameters: JobParameters
+    parameters: StoredParameters
     metadata: dict[str, str]
     error: JobError | None
-    retry_of: str | None = Field(description="The job that this one is posted again of")
-    reproduces: str | None = Field(description="The job whose provenance this one computes anew")
+    retry_of: str | None = Field(description="The job that this one retries")
+    reproduces: str | None = Field(description="The job that this one reproduces")
     created_at: datetime
     started_at: datetime | None
     cancel_requested_at: datetime | None
@@ -199,4 +231,4 @@ class EventOut(BaseModel):
 
 
 class EventPage(NumberedPage[EventOut]):
-    """Events oldest first; `after` = the last `last_id` continues, also while the job runs."""
+    """Events, oldest first; `after` = the last `last_id` continues, even while the job runs."""

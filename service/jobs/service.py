@@ -1,112 +1,110 @@
-"""Planning, making, describing and cancelling jobs."""
+"""Drafting, creating, describing, cancelling and deleting jobs."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
-from service import models
-from service.artifacts import ArtifactStore
+from service import ledger
+from service.auth.principal import Principal
 from service.datasets import service as datasets
 from service.datasets.tables import Dataset
-from service.errors import Conflict, NotFound, Unprocessable
+from service.db.engine import Sessions
+from service.http.errors import Conflict, Unprocessable
 from service.ids import new_id
-from service.jobs import ledger, planning, repository
-from service.jobs.parameters import JobParameters
+from service.jobs import planning, quotas, repository
 from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
-from service.jobs.state import TERMINAL, JobStatus, Stage
-from service.jobs.tables import SelectionJob
-from service.limits import quotas
+from service.ledger.state import TERMINAL, JobStatus
+from service.ledger.tables import SelectionJob
+from service.models import registry
 from service.observability.traces import traceparent
+from service.plan.parameters import JobParameters
+from service.plan.waves import prepare_unit
 from service.results import repository as results
 from service.settings import LimitSettings, ModelSettings
-from service.tenants.caller import Caller
+from service.storage.artifacts import ArtifactStore
 
 
-def create(
-    session: Session,
-    caller: Caller,
-    request: JobRequest,
-    settings: ModelSettings,
-    limits: LimitSettings,
-    store: ArtifactStore,
-) -> SelectionJob:
-    """Writes the job, its first unit, and its first events: `job.queued` and, with its plan, `job.planned`. Never touches
-    the broker: the dispatcher hears of the unit.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A job that can be written: validated, its model resolved, and planned."""
 
-    Raises:
-        Unprocessable: names the field that cannot be honoured.
-        TooManyRequests: a quota of the key does not allow it now.
-    """
-    job, pool, target = _make(session, caller, request, settings)
-    return start(session, caller, job, pool, target, settings, limits, store)
+    job: SelectionJob
+    sample_count: int
+    plan: dict[str, Any]
 
 
-def start(
-    session: Session,
-    caller: Caller,
-    job: SelectionJob,
-    pool: Dataset,
-    target: Dataset,
-    settings: ModelSettings,
-    limits: LimitSettings,
-    store: ArtifactStore,
-) -> SelectionJob:
-    """Writes a job that has been made, as `create` does: every new job goes through here.
+def draft(
+    sessions: Sessions, principal: Principal, request: JobRequest, settings: ModelSettings, store: ArtifactStore
+) -> Draft:
+    """Validates, resolves and plans a job, and writes nothing.
+
+    Asks the hub and the store: call it while no transaction is open; those of its own end before each network call.
 
     Raises:
-        TooManyRequests: a quota of the caller's key does not allow it now.
+        Unprocessable: a field is not acceptable; `param` names it.
+        Unavailable: the hub does not answer.
     """
-    job.trace = traceparent()
-    planned = planning.plan(session, store, settings, job, pool, target)
-    quotas.check_job(session, caller, limits, pool.row_count + target.row_count)
-    prepare = ledger.UnitSpec(
-        stage=Stage.PREPARE,
-        shard=0,
-        artifact_key=f"prepare/{job.id}",
-        spec={},
-        total=pool.row_count + target.row_count,
+    with sessions() as session:
+        pool = datasets.require(session, principal.tenant_id, request.pool, "pool")
+        target = datasets.require(session, principal.tenant_id, request.target, "target")
+    job = new_job(
+        principal,
+        pool,
+        target,
+        budget=_budget(request.budget, pool.row_count),
+        model=registry.resolve(settings, request.model, request),
+        parameters=request.parameters(),
+        request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
+        job_metadata=request.metadata,
     )
-    ledger.create_job(session, job, [prepare])
-    ledger.add_event(session, job.id, "job.planned", **planned)
+    return plan(sessions, job, pool, target, settings, store)
+
+
+def new_job(principal: Principal, pool: Dataset, target: Dataset, **columns: Any) -> SelectionJob:
+    """A queued job of the principal's key, not yet written."""
+    owner = {"tenant_id": principal.tenant_id, "key_id": principal.key_id}
+    data = {"pool_id": pool.id, "target_id": target.id}
+    return SelectionJob(id=new_id("job"), status=JobStatus.QUEUED, **owner, **data, **columns)
+
+
+def plan(
+    sessions: Sessions, job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSettings, store: ArtifactStore
+) -> Draft:
+    """The draft of a job whose model is resolved."""
+    job.model = registry.with_fingerprints(settings, job.model)
+    planned = planning.plan(sessions, store, settings, job, pool, target)
+    return Draft(job=job, sample_count=pool.row_count + target.row_count, plan=planned)
+
+
+def create(session: Session, principal: Principal, draft: Draft, limits: LimitSettings) -> SelectionJob:
+    """Writes the job, its first unit, and its first events: `job.queued` and, with its plan, `job.planned`. Every new job goes
+    through here. The broker is not used: the dispatcher is notified of the unit.
+
+    Raises:
+        Unprocessable: a dataset was deleted since the draft; `param` names it.
+        QuotaExceeded: a quota of the key does not allow it now.
+    """
+    job = draft.job
+    datasets.require(session, job.tenant_id, job.pool_id, "pool")  # from here on neither can be deleted
+    datasets.require(session, job.tenant_id, job.target_id, "target")
+    quotas.check(session, principal, limits, draft.sample_count)
+    job.trace = traceparent()
+    ledger.create_job(session, job, [prepare_unit(job.id, draft.sample_count)])
+    ledger.add_event(session, job.id, "job.planned", **draft.plan)
     session.flush()
     session.refresh(job)
     return job
 
 
-def plan(
-    session: Session, caller: Caller, request: JobRequest, settings: ModelSettings, store: ArtifactStore
-) -> SelectionPlan:
-    """What the job would cost. Writes nothing; refuses what `create` refuses, but for quotas: a plan uses none."""
-    job, pool, target = _make(session, caller, request, settings)
-    planned = planning.plan(session, store, settings, job, pool, target)
-    asked = {"model": job.model, "pool": pool.id, "target": target.id, "budget": job.budget}
-    return SelectionPlan.model_validate({**asked, "parameters": job.parameters, **planned})
-
-
-def _make(
-    session: Session, caller: Caller, request: JobRequest, settings: ModelSettings
-) -> tuple[SelectionJob, Dataset, Dataset]:
-    """The job, not yet written, and its pool and target."""
-    pool = datasets.require(session, caller.tenant_id, request.pool, "pool")
-    target = datasets.require(session, caller.tenant_id, request.target, "target")
-    budget = _budget(request.budget, pool.row_count)
-    job = SelectionJob(
-        id=new_id("job"),
-        tenant_id=caller.tenant_id,
-        key_id=caller.key_id,
-        status=JobStatus.QUEUED,
-        pool_id=pool.id,
-        target_id=target.id,
-        model=models.resolve(settings, request.model, request),
-        budget=budget,
-        parameters=request.parameters(),
-        request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
-        job_metadata=request.metadata,
-    )
-    return job, pool, target
+def describe_plan(draft: Draft) -> SelectionPlan:
+    """What the job would do and cost. Quotas are not checked: a plan uses none."""
+    job = draft.job
+    chosen = {"model": job.model, "pool": job.pool_id, "target": job.target_id, "budget": job.budget}
+    return SelectionPlan.model_validate({**chosen, "parameters": job.parameters, **draft.plan})
 
 
 def _budget(budget: int | float, row_count: int) -> int:
@@ -116,50 +114,28 @@ def _budget(budget: int | float, row_count: int) -> int:
     return count
 
 
-def require(session: Session, tenant_id: str, job_id: str) -> SelectionJob:
-    """The tenant's job.
-
-    Raises:
-        NotFound: there is none by this id, or it is another tenant's.
-    """
-    job = repository.get(session, tenant_id, job_id)
-    if job is None:
-        raise NotFound(f"No selection job {job_id!r}.", param="id")
-    return job
-
-
-def page(
-    session: Session, tenant_id: str, *, after: str | None, status: JobStatus | None, limit: int
-) -> tuple[list[SelectionJob], bool]:
-    """A page of the tenant's jobs, newest first, and whether there are more."""
-    found = repository.page(session, tenant_id, after=after, status=status, limit=limit + 1)
-    return found[:limit], len(found) > limit
-
-
 def cancel(session: Session, tenant_id: str, job_id: str) -> tuple[SelectionJob, bool]:
-    """The job, and whether this has cancelled it: repeating, or a job that has ended, changes nothing."""
-    job = require(session, tenant_id, job_id)
-    asked = ledger.request_cancel(session, job)
+    """The job, and whether this call cancelled it: a job that has ended or is being cancelled is not changed."""
+    job = ledger.require_job(session, tenant_id, job_id)
+    cancelled = ledger.request_cancel(session, job)
     session.flush()
     session.refresh(job)
-    return job, asked
+    return job, cancelled
 
 
 def delete(session: Session, tenant_id: str, job_id: str) -> bool:
-    """Deletes the job's results, units and events; its provenance stays. True; False where that was done before.
+    """Deletes the job's results, units and events; its provenance stays. False if it was deleted before.
 
     Raises:
         NotFound: the tenant has no such job.
         Conflict: it has not ended.
     """
-    job = repository.get(session, tenant_id, job_id, or_deleted=True)
-    if job is None:
-        raise NotFound(f"No selection job {job_id!r}.", param="id")
+    job = ledger.require_job(session, tenant_id, job_id, or_deleted=True)
     try:
         deleted = ledger.delete_job(session, job)
     except ledger.NotTerminal as error:
         raise Conflict(
-            f"Job {job_id} is {job.status}; cancel it first, or wait for its end.",
+            f"Job {job_id} is {job.status}; cancel it first, or wait until it ends.",
             code="job_not_finished",
         ) from error
     results.delete(session, job_id)
@@ -188,7 +164,7 @@ def _describe(job: SelectionJob, rows: Sequence[Row[Any]]) -> SelectionJobOut:
         pool=job.pool_id,
         target=job.target_id,
         budget=job.budget,
-        parameters=JobParameters.model_validate(job.parameters),
+        parameters=cast(JobParameters, job.parameters),
         metadata=job.job_metadata,
         error=None if job.error is None else JobError.model_validate(job.error),
         retry_of=job.retry_of,

@@ -19,8 +19,8 @@ from service.settings import LogSettings
 log = logging.getLogger(__name__)
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_NOT_FIELDS = (*RESERVED_ATTRS, "color_message", "data")  # of uvicorn and celery: the message again, for a terminal
-# They tell of every call that goes well, some with URLs that are signed.
+_NOT_FIELDS = (*RESERVED_ATTRS, "color_message", "data")  # of uvicorn and celery: the message repeated for a terminal
+# They log every successful call, some with signed URLs.
 _QUIET = ("httpx", "httpx2", "httpcore", "urllib3", "botocore", "alembic")
 
 _DETAIL = re.compile(r"DETAIL:.*?(?=\n\[SQL|\n\nThe above|\n\nDuring|\n[A-Z]+:|\Z)", re.DOTALL)
@@ -46,7 +46,7 @@ def context() -> dict[str, Any]:
 
 
 class _WithoutValues(logging.Formatter):
-    """Tells of an error of the database what failed, not with which row: that may be a user's sample, or a key's digest."""
+    """Of a database error it shows what failed, not with which row: that may be a user's sample, or a key's digest."""
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
         error, seen = ei[1], set()
@@ -88,7 +88,7 @@ def configure(settings: LogSettings, **process: Any) -> None:
         process: fields that every JSON line of the process carries.
     """
     handler = logging.StreamHandler()
-    handler.setLevel(settings.level)  # loggers with a level of their own (uvicorn's) do not ask the root's
+    handler.setLevel(settings.level)  # loggers with their own level (uvicorn's) ignore the root's
     handler.setFormatter(_Json(process) if settings.format == "json" else _Text(_TEXT))
     logging.basicConfig(level=settings.level, handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
@@ -98,11 +98,11 @@ def configure(settings: LogSettings, **process: Any) -> None:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
-    sys.excepthook = _uncaught
+    sys.excepthook = _log_uncaught
 
 
-def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
-        return
-    log.critical("the process ends by an error", exc_info=(kind, error, trace))
+    else:
+        log.critical("the process ends by an error", exc_info=(kind, error, trace))

@@ -1,6 +1,6 @@
 """Traces over OTLP/HTTP, where an endpoint is set; without one nothing that makes them is even imported.
 
-Spans are sent by a thread of their own: a collector that is away costs spans, never time.
+Spans are sent by a separate thread: a collector that is unavailable costs spans, never time.
 """
 
 import logging
@@ -41,7 +41,7 @@ def traceparent() -> str | None:
 
 def _current() -> "SpanContext | None":
     api = sys.modules.get("opentelemetry.trace")
-    if api is None:  # nobody makes traces
+    if api is None:  # tracing is off
         return None
     context: SpanContext = api.get_current_span().get_span_context()
     return context if context.is_valid else None
@@ -99,7 +99,7 @@ class Traces:
             yield note
 
     def close(self) -> None:
-        """Sends what has ended; gives up after a few seconds, so that a collector that is away holds no shutdown."""
+        """Sends what has ended; gives up after a few seconds, so that an unavailable collector does not delay a shutdown."""
         if self._provider is not None:
             closing = threading.Thread(target=self._provider.shutdown, name="traces-close", daemon=True)
             closing.start()
@@ -121,7 +121,7 @@ def _make_provider(endpoint: str, service: str) -> "TracerProvider":
 
 
 class _Seldom(logging.Filter):
-    """One record a minute: while the collector is away, every batch complains."""
+    """One record per minute: while the collector is unavailable, every batch logs an error."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,96 +1,49 @@
 """Rows of results in batches of columns, for streams.
 
-A stream takes a session for each batch and gives it back before the batch is sent: a slow client holds no connection, and
-one that goes away leaves nothing open.
+A stream takes a session for each batch and releases it before the batch is sent: a slow client holds no connection, and one
+that disconnects leaves nothing open.
 """
 
 import ctypes
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from threading import BoundedSemaphore
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from anyio import CapacityLimiter
-from anyio.lowlevel import RunVar
-from anyio.to_thread import run_sync
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from service.artifacts import ArtifactStore
-from service.database import Sessions
 from service.datasets import storage
-from service.errors import Unavailable
-from service.results import repository
-from service.results.formats import ByteStream, batch_of
-from service.results.tables import CHUNK_SIZE
+from service.db.engine import Sessions
+from service.results import content, repository
+from service.results.formats import Format, batch_of, masked
+from service.results.service import FinishedJob
+from service.storage.artifacts import ArtifactStore
+from winnow.merkle import CHUNK_SIZE
 
-# Content of the pool that one batch holds; on the way to bytes it is there a dozen times. Each batch of a selection reads the
-# whole pool, so it is larger; the estimate for it is made from the pool's mean row.
+# Bytes of content per batch, which takes a dozen times as much memory while it is encoded. Each batch of a selection reads the
+# whole pool, so it is larger; its size is estimated from the pool's mean row.
 BATCH_BYTES = 2**19
 SELECTED_BATCH_BYTES = 2 * 2**20
-# A stream that waits for its client holds one batch of bytes, one that makes a batch several times as much.
-MOST_STREAMS = 32
-_MOST_MAKING = 1
-_LOOK_ROWS = 256  # a row may have a megabyte
-# Arrow's own allocator keeps what was freed by each thread for that thread: twice the memory here, and no faster.
-pa.set_memory_pool(pa.system_memory_pool())
-# glibc moves this up to 32 MB by itself, and from then on what buffers of megabytes leave is not given back to the system.
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**18
-if hasattr(_libc := ctypes.CDLL(None), "mallopt"):
-    _libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 # Lists or arrays by name, all of one length.
 Columns = dict[str, Any]
 
-_streams = BoundedSemaphore(MOST_STREAMS)
-_making: RunVar[CapacityLimiter] = RunVar("making_of_batches")
 
+def bound_memory() -> None:
+    """Makes a process that serves streams return freed memory to the system.
 
-class ResultStream(StreamingResponse):
-    """Streams bytes from a generator, and closes it whatever happens."""
-
-    def __init__(self, content: ByteStream, *, media_type: str, headers: dict[str, str] | None = None) -> None:
-        self._content = content
-        super().__init__((), media_type=media_type, headers=headers)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _streams.acquire(blocking=False):
-            raise Unavailable(
-                f"This server sends {MOST_STREAMS} results at a time, its most. Try again soon.",
-                code="too_many_streams",
-                headers={"Retry-After": "5"},
-            )
-        try:
-            # What fails on the way to the first bytes still gets its own status: none has been sent yet.
-            first = await self._next()
-            self.body_iterator = self._rest(first)
-            await super().__call__(scope, receive, send)
-        finally:
-            self._content.close()
-            _streams.release()
-
-    async def _next(self) -> bytes:
-        """The next bytes, empty at the end. Its threads are few, and not those that answer other requests."""
-        try:
-            limiter = _making.get()
-        except LookupError:
-            limiter = CapacityLimiter(_MOST_MAKING)
-            _making.set(limiter)
-        return await run_sync(next, self._content, b"", limiter=limiter)
-
-    async def _rest(self, part: bytes) -> AsyncIterator[bytes]:
-        while part:
-            yield part
-            part = await self._next()
+    Arrow's own allocator keeps freed memory per thread: twice the memory here, and no faster. And glibc raises its threshold for
+    mapping a buffer to 32 MB, after which freed buffers of megabytes are not returned.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 class Rows:
     """The rows of one succeeded job, read batch by batch."""
 
-    def __init__(self, sessions: Sessions, store: ArtifactStore, job: repository.Job) -> None:
+    def __init__(self, sessions: Sessions, store: ArtifactStore, job: FinishedJob) -> None:
         self._sessions = sessions
         self._store = store
         self._job = job
@@ -105,24 +58,24 @@ class Rows:
         for columns in self._weights():
             yield batch_of(columns | self._selection(columns["index"]))
 
-    def all_with_content(self) -> Iterator[pa.RecordBatch]:
+    def all_with_content(self, format: Format) -> Iterator[pa.RecordBatch]:
         """Like `all`, with the samples' content; a batch ends where its content reaches BATCH_BYTES."""
-        kinds = content_kinds(self._store, self._pool.fingerprint)
+        layout = content.layout(self._store, self._pool.fingerprint)
         for samples in _batches(storage.iter_samples(self._store, self._pool.fingerprint)):
             columns = self._columns(samples[0].index, [s.id for s in samples], [s.source for s in samples])
-            yield batch_of(columns | self._selection(columns["index"]) | _content(samples, kinds))
+            yield batch_of(columns | self._selection(columns["index"]) | layout.content(samples, format))
 
     def selected(self) -> Iterator[pa.RecordBatch]:
         """The selected samples in rank order."""
         return map(batch_of, self._selected(CHUNK_SIZE))
 
-    def selected_with_content(self) -> Iterator[pa.RecordBatch]:
+    def selected_with_content(self, format: Format) -> Iterator[pa.RecordBatch]:
         """Like `selected`, with the samples' content; as many a batch as hold SELECTED_BATCH_BYTES at the pool's mean size."""
-        kinds = content_kinds(self._store, self._pool.fingerprint)
+        layout = content.layout(self._store, self._pool.fingerprint)
         rows = SELECTED_BATCH_BYTES * self._pool.row_count // self._pool.byte_count
         for columns in self._selected(min(max(rows, 1), CHUNK_SIZE)):
             samples = storage.read_samples(self._store, self._pool.fingerprint, columns["index"])
-            yield batch_of(columns | _content(samples, kinds))
+            yield batch_of(columns | layout.content(samples, format))
 
     def _weights(self, start: int = 0) -> Iterator[Columns]:
         for rows in storage.iter_id_tables(self._store, self._pool.fingerprint, start, CHUNK_SIZE):
@@ -133,12 +86,12 @@ class Rows:
     def _columns(self, start: int, ids: Sequence[str], sources: Sequence[str | None]) -> Columns:
         """The columns of samples [start, start + len(ids)), whose ids and sources are given."""
         with self._sessions() as session:
-            found = repository.weight_arrays(session, self._job.id, start, start + len(ids))
+            found = repository.weights(session, self._job.id, start, start + len(ids))
         return {
             "index": np.arange(start, start + len(ids)),
             "id": ids,
             "source": sources,
-            "influence": found.influence,
+            "influence": masked(found.influence),
             "weight": found.weight,
             "exact": found.exact,
         }
@@ -155,7 +108,7 @@ class Rows:
         after = -1
         while True:
             with self._sessions() as session:
-                rows = repository.selected_after(session, self._job.id, after, batch_rows)
+                rows, _ = repository.selected_after(session, self._job.id, after, batch_rows)
             if not rows:
                 return
             yield {
@@ -177,28 +130,9 @@ def _batches(samples: Iterable[storage.Sample]) -> Iterator[list[storage.Sample]
     size = 0
     for sample in samples:
         batch.append(sample)
-        size += sum(len(m["content"]) for m in sample.messages) if sample.messages else len(sample.text or "")
+        size += content.size(sample)
         if len(batch) == CHUNK_SIZE or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def content_kinds(store: ArtifactStore, fingerprint: str) -> list[str]:
-    """The columns that the pool's content needs: `messages`, `text`, or both where the upload mixed them.
-
-    A file's columns must stand before its first row is written, hence this look through the rows, at about 1 GB a second.
-    """
-    found: set[str] = set()
-    with store.open(storage.rows_key(fingerprint)) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
-        for batch in parquet.iter_batches(_LOOK_ROWS, columns=["sample"], use_threads=False):
-            is_messages = pc.starts_with(batch.column("sample"), '{"messages"')
-            found.update("messages" if value else "text" for value in pc.unique(is_messages).to_pylist())
-            if len(found) == 2:
-                break
-    return sorted(found)
-
-
-def _content(samples: Sequence[storage.Sample], kinds: Sequence[str]) -> Columns:
-    return {kind: [getattr(sample, kind) for sample in samples] for kind in kinds}

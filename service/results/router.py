@@ -1,21 +1,32 @@
 """`/v1/selection-jobs/{job_id}/...`: what a succeeded job found, in pages, streams and files."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
 
-from service import etags
-from service.artifacts import ArtifactStore
 from service.audit import service as audit
-from service.database import SessionDep
+from service.auth.authentication import ReadDep, live_check
 from service.datasets import storage
-from service.errors import Conflict, Forbidden, Gone, NotFound, Unauthorized, Unavailable, Unprocessable, responses
-from service.pages import AfterNumber
+from service.db.engine import SessionDep
+from service.http import etags
+from service.http.downloads import Download
+from service.http.errors import (
+    Conflict,
+    Forbidden,
+    Gone,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+    responses,
+)
+from service.http.pagination import AfterNumber
 from service.results import explain, repository
-from service.results.export import ResultStream, Rows
-from service.results.formats import ENCODERS, JOB_METADATA, MEDIA_TYPES, ROOT_METADATA, Format, jsonl
+from service.results.export import Rows
+from service.results.formats import ENCODERS, MEDIA_TYPES, Format, comma_separated, jsonl, or_null, shortest
 from service.results.schemas import (
     ProvenanceOut,
     SampleOut,
@@ -25,8 +36,9 @@ from service.results.schemas import (
     WeightOut,
     WeightsPage,
 )
-from service.results.service import finished_job
-from service.tenants.service import ReadDep
+from service.results.service import FinishedJob, finished_job
+from service.storage.artifacts import ArtifactStore
+from winnow.merkle import JOB_METADATA, ROOT_METADATA
 
 router = APIRouter(
     prefix="/selection-jobs",
@@ -35,17 +47,17 @@ router = APIRouter(
 )
 
 DEFAULT_LIMIT = 1000
-PageLimit = Annotated[int, Query(ge=1, le=10_000, description="Most samples of one page")]
+PageLimit = Annotated[int, Query(ge=1, le=10_000, description="Maximum number of samples per page")]
 
 
 @router.get(
     "/{job_id}/results",
-    summary="The summary of a succeeded job",
+    summary="Get the summary of a succeeded job",
     response_model=SelectionResult,
     responses=etags.NOT_MODIFIED,
 )
-def get_results(job_id: str, request: Request, session: SessionDep, caller: ReadDep) -> Response:
-    job = finished_job(session, caller.tenant_id, job_id)
+def get_results(job_id: str, request: Request, session: SessionDep, principal: ReadDep) -> Response:
+    job = finished_job(session, principal.tenant_id, job_id)
     result = repository.result(session, job.id)
     found = SelectionResult(
         job_id=job.id, created_at=result.created_at, sample_count=result.sample_count, **result.summary
@@ -55,10 +67,13 @@ def get_results(job_id: str, request: Request, session: SessionDep, caller: Read
 
 @router.get(
     "/{job_id}/weights",
-    summary="One weight a sample, in pool order",
+    summary="List or stream one weight per sample, in pool order",
     response_model=WeightsPage,
     responses={
-        200: {"content": {MEDIA_TYPES[Format.JSONL]: {}}, "description": "A page, or with `stream` all as lines"},
+        200: {
+            "content": {MEDIA_TYPES[Format.JSONL]: {}},
+            "description": "A page, or with `stream` all weights as JSON lines",
+        },
         **etags.NOT_MODIFIED,
         **responses(Gone, Unavailable),
     },
@@ -67,44 +82,57 @@ def get_weights(
     job_id: str,
     request: Request,
     session: SessionDep,
-    caller: ReadDep,
+    principal: ReadDep,
     after: AfterNumber = None,
     limit: PageLimit = DEFAULT_LIMIT,
     stream: Annotated[
-        bool, Query(description="All that follow `after`, one JSON object a line; continues one that broke off")
+        bool,
+        Query(description="All weights following `after`, one JSON object per line; resumes an interrupted stream"),
     ] = False,
 ) -> Response:
-    job = finished_job(session, caller.tenant_id, job_id)
+    job = finished_job(session, principal.tenant_id, job_id)
     start = 0 if after is None else after + 1
     if not stream:
         tag = etags.make("weights", repository.weights_root(session, job.id), job.id, start, limit)
         return etags.answer(request, tag, lambda: _weights_page(session, request.app.state.store, job, start, limit))
     if "limit" in request.query_params:
-        raise Unprocessable("limit goes with pages; leave it out, or leave out stream.", param="limit")
+        raise Unprocessable("limit applies to pages; omit either limit or stream.", param="limit")
     tag = etags.make("weights", repository.weights_root(session, job.id), job.id, start, "stream")
     rows = Rows(request.app.state.sessions, request.app.state.store, job)
-    return etags.not_modified(request, tag) or ResultStream(
-        jsonl(rows.weights(start)), media_type=MEDIA_TYPES[Format.JSONL], headers=etags.headers(tag)
+    return etags.not_modified(request, tag) or Download(
+        request.app.state.shares,
+        principal.tenant_id,
+        jsonl(rows.weights(start)),
+        check=live_check(request.app.state.sessions, principal),
+        media_type=MEDIA_TYPES[Format.JSONL],
+        headers=etags.headers(tag),
     )
 
 
-def _weights_page(session: Session, store: ArtifactStore, job: repository.Job, start: int, limit: int) -> WeightsPage:
+def _weights_page(session: Session, store: ArtifactStore, job: FinishedJob, start: int, limit: int) -> WeightsPage:
     stop = min(start + limit, job.pool.row_count)
     if start >= stop:
-        return WeightsPage(data=[], has_more=False, last_id=None)
+        return WeightsPage.of([], has_more=False)
     ids, sources = storage.read_ids(store, job.pool.fingerprint, start, stop)
     found = repository.weights(session, job.id, start, stop)
-    columns = (range(start, stop), ids, sources, found.influence, found.weight, found.exact)
+    columns = (
+        range(start, stop),
+        ids,
+        sources,
+        or_null(found.influence),
+        shortest(found.weight),
+        found.exact.tolist(),
+    )
     data = [
         WeightOut(index=index, id=id, source=source, influence=influence, weight=weight, exact=exact)
         for index, id, source, influence, weight, exact in zip(*columns, strict=True)
     ]
-    return WeightsPage(data=data, has_more=stop < job.pool.row_count, last_id=stop - 1)
+    return WeightsPage.of(data, stop < job.pool.row_count, "index")
 
 
 @router.get(
     "/{job_id}/selected",
-    summary="The selected samples, in rank order",
+    summary="List the selected samples, in rank order",
     response_model=SelectedPage,
     responses=etags.NOT_MODIFIED,
 )
@@ -112,18 +140,18 @@ def get_selected(
     job_id: str,
     request: Request,
     session: SessionDep,
-    caller: ReadDep,
+    principal: ReadDep,
     after: AfterNumber = None,
     limit: PageLimit = DEFAULT_LIMIT,
 ) -> Response:
-    job = finished_job(session, caller.tenant_id, job_id)
+    job = finished_job(session, principal.tenant_id, job_id)
     last = -1 if after is None else after
     tag = etags.make("selected", repository.weights_root(session, job.id), job.id, last, limit)
     return etags.answer(request, tag, lambda: _selected_page(session, job, last, limit))
 
 
-def _selected_page(session: Session, job: repository.Job, after: int, limit: int) -> SelectedPage:
-    found = repository.selected_after(session, job.id, after, limit + 1)
+def _selected_page(session: Session, job: FinishedJob, after: int, limit: int) -> SelectedPage:
+    found, has_more = repository.selected_after(session, job.id, after, limit)
     data = [
         SelectedOut(
             rank=row.rank,
@@ -134,14 +162,14 @@ def _selected_page(session: Session, job: repository.Job, after: int, limit: int
             weight=row.weight,
             exact=row.exact,
         )
-        for row in found[:limit]
+        for row in found
     ]
-    return SelectedPage(data=data, has_more=len(found) > limit, last_id=data[-1].rank if data else None)
+    return SelectedPage.of(data, has_more, "rank")
 
 
 @router.get(
     "/{job_id}/samples/{index}",
-    summary="One sample, and why it has its influence",
+    summary="Explain the influence of one sample",
     response_model=SampleOut,
     responses=etags.NOT_MODIFIED,
 )
@@ -150,28 +178,28 @@ def get_sample(
     index: int,
     request: Request,
     session: SessionDep,
-    caller: ReadDep,
-    landmarks: Annotated[int, Query(ge=0, le=100, description="How many of those that spoke for it are named")] = 10,
+    principal: ReadDep,
+    landmarks: Annotated[int, Query(ge=0, le=100, description="Number of contributing landmarks to list")] = 10,
     target: Annotated[
-        int | None, Query(ge=0, description="Explains the influence on this target sample alone, by its index")
+        int | None, Query(ge=0, description="Explain the influence on this target sample only, by its index")
     ] = None,
     targets_after: AfterNumber = None,
     targets_limit: Annotated[
-        int, Query(ge=1, le=10_000, description="Most target samples of one page")
+        int, Query(ge=1, le=10_000, description="Maximum number of target samples per page")
     ] = DEFAULT_LIMIT,
 ) -> Response:
-    """Where the explanation can no longer be made, `explanation` is null, and `explanation_missing` says why and what to do."""
-    job = finished_job(session, caller.tenant_id, job_id)
+    """If no explanation can be given any more, `explanation` is null, and `explanation_missing` says why and what to do."""
+    job = finished_job(session, principal.tenant_id, job_id)
     first = 0 if targets_after is None else targets_after + 1
-    asked = explain.Asked(
+    query = explain.SampleQuery(
         index=index, landmarks=landmarks, target=target, first_target=first, targets_limit=targets_limit
     )
-    return etags.answer_by_content(request, explain.sample(session, request.app.state.store, job, asked))
+    return etags.answer_by_content(request, explain.sample(session, request.app.state.store, job, query))
 
 
 @router.get(
     "/{job_id}/export",
-    summary="All samples or the selection, as a file",
+    summary="Export all samples or the selection as a file",
     response_class=StreamingResponse,
     responses={
         200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}, "description": "The file, streamed"},
@@ -183,45 +211,61 @@ def export(
     job_id: str,
     request: Request,
     session: SessionDep,
-    caller: ReadDep,
+    principal: ReadDep,
     format: Annotated[Format, Query(description="Of the file")] = Format.PARQUET,
     selected_only: Annotated[
-        bool, Query(description="Only the selection, by rank; else all samples, by index")
+        bool, Query(description="true: only the selection, by rank; false: all samples, by index")
     ] = False,
     include: Annotated[
-        Literal["messages"] | None, Query(description="The samples' content too: ready to train on; not in CSV")
+        Literal["messages"] | None,
+        Query(
+            description="Include the samples' content. Uploaded again, the file gives the same samples, in CSV with"
+            " escape_formulas=false. JSON in a string are messages and tools in CSV, tools and the arguments of calls in Parquet."
+        ),
     ] = None,
+    escape_formulas: Annotated[
+        bool,
+        Query(
+            description="CSV only: put an apostrophe before each id, source or text that a spreadsheet would take for a formula,"
+            " that is one that starts with = + - @, a tab or a line break and is no number. false: as they were uploaded."
+        ),
+    ] = True,
 ) -> Response:
-    """Columns: index, id, source, influence, weight, exact, selected, rank, and with `include` messages (or text)."""
-    job = finished_job(session, caller.tenant_id, job_id)
+    """Columns: index, id, source, influence, weight, exact, selected, rank, and with `include` those of messages, tools and text
+    that the pool has. The influence of a sample that took no part is null, in CSV an empty field."""
+    job = finished_job(session, principal.tenant_id, job_id)
     if include is not None:
-        _require_content(job, format)
+        _require_content(job)
+    if format is not Format.CSV and "escape_formulas" in request.query_params:
+        raise Unprocessable("escape_formulas applies to format=csv; omit it.", param="escape_formulas")
     root = repository.weights_root(session, job.id)
-    tag = etags.make("export", root, job.id, format.value, selected_only, include)
+    tag = etags.make("export", root, job.id, format.value, selected_only, include, escape_formulas)
     if (unchanged := etags.not_modified(request, tag)) is not None:
         return unchanged
     audit.record(
-        session, caller, "results.exported", job.id, format=format, selected_only=selected_only, include=include
+        session, principal, "results.exported", job.id, format=format, selected_only=selected_only, include=include
     )
     rows = Rows(request.app.state.sessions, request.app.state.store, job)
+    encode = ENCODERS[format] if escape_formulas else partial(comma_separated, escape_formulas=False)
     origin = {JOB_METADATA: job.id, ROOT_METADATA: root}  # which a Parquet file keeps
     if include is None:
         batches = rows.selected() if selected_only else rows.all()
     else:
-        batches = rows.selected_with_content() if selected_only else rows.all_with_content()
-    return ResultStream(
-        ENCODERS[format](batch.replace_schema_metadata(origin) for batch in batches),
+        batches = rows.selected_with_content(format) if selected_only else rows.all_with_content(format)
+    return Download(
+        request.app.state.shares,
+        principal.tenant_id,
+        encode(batch.replace_schema_metadata(origin) for batch in batches),
+        check=live_check(request.app.state.sessions, principal),
         media_type=MEDIA_TYPES[format],
         headers={"Content-Disposition": f'attachment; filename="{job.id}.{format}"', **etags.headers(tag)},
     )
 
 
-def _require_content(job: repository.Job, format: Format) -> None:
-    if format is Format.CSV:
-        raise Unprocessable("include=messages needs format=jsonl or format=parquet; CSV has no lists.", param="include")
-    if job.pool.deleted:
+def _require_content(job: FinishedJob) -> None:
+    if job.pool.deleted_at is not None:
         raise Gone(
-            f"The pool {job.pool.id} has been deleted, and its text with it; export without include.",
+            f"The pool {job.pool.id} has been deleted, including its text; export without include.",
             param="include",
             code="pool_deleted",
         )
@@ -229,7 +273,7 @@ def _require_content(job: repository.Job, format: Format) -> None:
 
 @router.get(
     "/{job_id}/provenance",
-    summary="The audit record",
+    summary="Get the audit record",
     response_model=ProvenanceOut,
     responses=etags.NOT_MODIFIED,
 )
@@ -237,13 +281,13 @@ def get_provenance(
     job_id: str,
     request: Request,
     session: SessionDep,
-    caller: ReadDep,
-    chunks: Annotated[bool, Query(description="With `chunk_sha256`, to find out where a file differs")] = False,
+    principal: ReadDep,
+    chunks: Annotated[bool, Query(description="Include `chunk_sha256`, to find out where a file differs")] = False,
 ) -> Response:
     """Stays when the job is deleted."""
-    job = finished_job(session, caller.tenant_id, job_id, or_deleted=True)
+    job = finished_job(session, principal.tenant_id, job_id, or_deleted=True)
     row = repository.provenance(session, job.id)
-    audit.record(session, caller, "provenance.read", job.id)
+    audit.record(session, principal, "provenance.read", job.id)
     found = ProvenanceOut(
         job_id=job.id,
         created_at=row.created_at,

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from service.datasets.schemas import Message
-from service.pages import NumberedPage
+from service.datasets.schemas import Messages
+from service.http.pagination import NumberedPage
 
 _JOB = "job_0193a1b2c3d4e5f60718293a4b5c6d7e"
 
@@ -16,24 +16,27 @@ class _Strict(BaseModel):
 
 
 class SelectionResult(BaseModel):
-    """The summary. Beside the fields named here it has those that the job's method computed, null where it did not:
+    """The summary. Besides the fields of this schema it has these, null if the job's method did not compute them:
 
-    * `sentences`: what to know first, in words; `notes`: of these, what was lowered, left out or not reached
+    * `sentences`: the main findings in words; `notes`: among these, what was lowered, excluded or not reached
     * `influence`, `weight`: histogram (64 bins), quantiles, mean and std, of all samples and of the selected
-    * `sources`: of each source, samples in the pool, selected, and the sum of their weights
+    * `sources`: for each source, samples in the pool, samples selected, and the sum of their weights
     * `landmark_count`, `refined_count`: samples whose gradients were computed, as landmarks and as the shortlist
-    * `fidelity`: leave-one-out `mean_r2` and `mean_spearman`, and `r2` and `spearman` of each target
-    * `embedding`: what `auto` has `chosen`, and the `candidates` with their cost and fidelity
+    * `fidelity`: leave-one-out `mean_r2` and `mean_spearman`, and `r2` and `spearman` for each target
+    * `embedding`: the one that was `chosen`, and the `candidates` of `auto` with their cost and fidelity
     * `kernel`: `sigma` (width) and `delta` (ridge) that were used
     * `scaling_error`: relative error of the factored scaling of Adam
-    * `warmup`: samples, steps, loss of the first and the last step, and `losses` (200 means at most)
+    * `warmup`: samples, steps, loss of the first and the last step, and `losses` (at most 200 means)
     * `solution`: certificate of the weights: `support`, `ridge`, `threshold`, `objective`, `kkt_residual`, `duality_gap`,
-      `iterations`, `clipped_eigenvalues`, `clipped_mass`, `restricted`
+      `iterations`, `converged`, `clipped_eigenvalues`, `clipped_mass`, `restricted`
     * `validation`: measured and predicted change of the mean target loss by one step on the selection, on random samples, and
       on the targets held out, and its `sentence`
-    * `nonfinite`: of pool and target, how many have no finite loss, gradient or embedding, and the first hundred by id
-    * `pool`, `target`: samples, tokens, how many were truncated or have no response
-    * `dtype`, `device`, `stages`: where and how long it was computed
+    * `unusable`: for pool and target, how many samples took no part because they cannot be rendered or have nothing to learn
+      from: `count`, `by_reason`, and the `first` hundred (index, id, reason, detail)
+    * `rendering`: for pool and target, in how many samples the rendered text is not what the messages say, by the code of a note
+    * `nonfinite`: for pool and target, how many samples have no finite loss, gradient or embedding, and the first hundred ids
+    * `pool`, `target`: samples, tokens, how many were truncated
+    * `dtype`, `device`, `stages`: how, where and for how long it was computed
     """
 
     # The one open model: the method decides what there is to say, and publish refuses names that are taken.
@@ -43,21 +46,28 @@ class SelectionResult(BaseModel):
     object: Literal["selection_result"] = "selection_result"
     job_id: str = Field(examples=[_JOB])
     created_at: datetime
-    sample_count: int = Field(description="Samples of the pool, each with a weight", examples=[600])
-    selected_count: int = Field(description="Samples of the selection", examples=[60])
+    sample_count: int = Field(description="Number of samples in the pool, each with a weight", examples=[600])
+    selected_count: int = Field(description="Number of selected samples", examples=[60])
 
 
 class WeightOut(_Strict):
     index: int = Field(description="Position in the pool, from 0", examples=[17])
     id: str = Field(description="The sample's own id in the pool", examples=["word_problem-0017"])
     source: str | None = Field(examples=["word_problem"])
-    influence: float = Field(description="What training on it does for the target; more is better", examples=[0.4375])
-    weight: float = Field(description="0 where it was not selected", examples=[1.0])
-    exact: bool = Field(description="The influence was computed; false: propagated from landmarks")
+    influence: float | None = Field(
+        description="How much training on it helps the target; higher is better. null: it took no part, because it is unusable or"
+        " not finite",
+        examples=[0.4375],
+    )
+    weight: float = Field(description="0 if it was not selected", examples=[1.0])
+    exact: bool = Field(description="true: the influence was computed; false: propagated from landmarks")
 
 
 class SelectedOut(WeightOut):
-    rank: int = Field(description="0 was taken first", examples=[0])
+    influence: float = Field(
+        description="How much training on it helps the target; higher is better", examples=[0.4375]
+    )
+    rank: int = Field(description="0 is the first selected", examples=[0])
 
 
 class WeightsPage(NumberedPage[WeightOut]):
@@ -71,8 +81,10 @@ class SelectedPage(NumberedPage[SelectedOut]):
 class TargetInfluence(_Strict):
     index: int = Field(description="Position in the target, from 0", examples=[3])
     id: str = Field(description="The target sample's own id", examples=["dev-3"])
-    influence: float = Field(description="The sample's influence on this target sample", examples=[0.5])
-    counts: bool = Field(description="False: has no response or no finite gradient, and takes no part in the mean")
+    influence: float | None = Field(
+        description="The sample's influence on this target sample; null: it does not count", examples=[0.5]
+    )
+    counts: bool = Field(description="false: it is unusable or has no finite gradient and is excluded from the mean")
 
 
 class TargetsPage(NumberedPage[TargetInfluence]):
@@ -83,23 +95,23 @@ class LandmarkOut(_Strict):
     index: int = Field(description="Position in the pool, from 0", examples=[912])
     id: str = Field(description="The landmark's own id in the pool", examples=["word_problem-0912"])
     source: str | None = Field(examples=["word_problem"])
-    influence: float = Field(description="Its own, computed from its gradient, on what `target` says", examples=[0.61])
+    influence: float = Field(description="Its own influence, from its gradient; on `target` if given", examples=[0.61])
     kernel: float = Field(
-        description="How alike the embeddings of sample and landmark are: with the Gaussian kernel 1 where they are equal",
+        description="Similarity of the embeddings of sample and landmark; with the Gaussian kernel, 1 if they are equal",
         examples=[0.83],
     )
     contribution: float = Field(
-        description="What it added to the sample's influence: the kernel times the landmark's coefficient of the kernel ridge"
-        " regression, which may have the other sign than its influence",
+        description="Its contribution to the sample's influence: the kernel times the landmark's coefficient in the kernel ridge"
+        " regression, whose sign may differ from that of its influence",
         examples=[0.21],
     )
     share: float = Field(
-        description="Its contribution as a part of all contributions, signs left aside: 0 to 1", examples=[0.35]
+        description="Absolute size of its contribution relative to all contributions: 0 to 1", examples=[0.35]
     )
 
 
 class OtherLandmarks(_Strict):
-    """All landmarks that are not named, together."""
+    """The sum over all landmarks that are not listed."""
 
     count: int = Field(examples=[4086])
     contribution: float
@@ -107,47 +119,54 @@ class OtherLandmarks(_Strict):
 
 
 class Explanation(_Strict):
-    """What the sample's influence consists of. The contributions of `landmarks` and `others` add up to `influence`."""
+    """The components of the sample's influence. The contributions of `landmarks` and `others` add up to `influence`."""
 
     explained_by: Literal["own_gradient", "landmarks", "embedding_similarity", "none"] = Field(
-        description="Where the influence is from. `none`: the sample has none, or the method computes none"
+        description="Where the influence comes from. `none`: the sample has none, or the method computes none"
     )
     sentence: str = Field(description="The same in words")
-    target: int | None = Field(description="The target sample asked for; null: the mean over those that count")
-    influence: float = Field(description="What is explained: the sample's influence, or its influence on `target`")
-    targets: TargetsPage | None = Field(description="null where the sample has no influence")
+    target: int | None = Field(description="The requested target sample; null: the mean over those that count")
+    reason: str | None = Field(
+        default=None,
+        description="Why the sample took no part: a reason of `unusable` in the result, or `not_finite`; null: it took part",
+    )
+    influence: float | None = Field(
+        description="What is explained: the sample's influence, or its influence on `target`; null: there is none"
+    )
+    targets: TargetsPage | None = Field(description="null if the sample has no influence")
     landmarks: list[LandmarkOut] = Field(
         default=[],
-        description="Largest contribution first, whatever its sign; empty unless landmarks spoke for the sample",
+        description="Largest contribution first, regardless of sign; empty unless landmarks contributed",
     )
-    others: OtherLandmarks | None = Field(default=None, description="null unless landmarks spoke for the sample")
+    others: OtherLandmarks | None = Field(default=None, description="null unless landmarks contributed")
 
 
 class SampleOut(WeightOut):
-    """One sample of the pool: what it is, what it was given, and why."""
+    """One sample of the pool: its content, its influence and weight, and why."""
 
     object: Literal["sample"] = "sample"
     job_id: str = Field(examples=[_JOB])
     selected: bool
-    rank: int | None = Field(description="0 was taken first; null where it was not selected", examples=[0])
-    messages: list[Message] | None
+    rank: int | None = Field(description="0 is the first selected; null if it was not selected", examples=[0])
+    messages: Messages
+    tools: list[dict[str, Any]] | None
     text: str | None
-    content_missing: str | None = Field(description="Why neither messages nor text are there")
+    content_missing: str | None = Field(description="Why messages and text are missing")
     explanation: Explanation | None
     explanation_missing: str | None = Field(description="Why there is no explanation, and what to do")
 
 
 class ProvenanceOut(_Strict):
-    """The audit record, immutable."""
+    """The immutable audit record."""
 
     object: Literal["provenance"] = "provenance"
     job_id: str = Field(examples=[_JOB])
     created_at: datetime
     weights_root: str = Field(
         pattern="^[0-9a-f]{64}$",
-        description="Merkle root of the weights, 16,384 samples a leaf. leaf = sha256 of the influences (float32), weights"
-        " (float32) and exact flags (one byte, 0 or 1), little-endian; node = sha256(0x01 || left || right); the last"
-        " node of an odd level is promoted.",
+        description="Merkle root of the weights, 16,384 samples per leaf. leaf = sha256 of the influences (float32; null is the"
+        " NaN 0x7fc00000), weights (float32) and exact flags (one byte, 0 or 1), little-endian; node = sha256(0x01 || left ||"
+        " right); the last node of an odd level is promoted.",
     )
-    chunk_sha256: list[str] | None = Field(description="With `chunks`: the leaves; null where the job was deleted")
+    chunk_sha256: list[str] | None = Field(description="With `chunks`: the leaves; null if the job has been deleted")
     record: dict[str, Any] = Field(description="Request, inputs, code, environment, parameters and units of the job")

@@ -1,24 +1,27 @@
-"""Publishing the results of a job, and telling whether a caller may read them."""
+"""Publishing the results of a job, and finding the job that has them."""
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sqlalchemy.orm import Session
 
-from service.errors import Conflict, NotFound
-from service.jobs.state import TERMINAL, JobStatus
+from service import ledger
+from service.datasets.tables import Dataset
+from service.http.errors import Conflict
+from service.ledger.state import TERMINAL, JobStatus
 from service.results import repository
-from service.results.merkle import SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
-from service.results.tables import CHUNK_SIZE, JobResult, Provenance
+from service.results.tables import JobResult, Provenance
+from winnow.merkle import CHUNK_SIZE, SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
 
 HISTOGRAM_BINS = 64
 QUANTILE_PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 RETRY_AFTER_SECONDS = 5
 
-# What the summary's neighbours in the answer are called; a summary field of that name would hide one of them.
+# Fields beside the summary in the answer, which a summary field of the same name would hide.
 RESERVED_SUMMARY_FIELDS = frozenset({"object", "job_id", "created_at", "sample_count", "selected_count"})
 
 _CHUNK_COLUMNS = {
@@ -41,27 +44,33 @@ _SELECTED_COLUMNS = {
 }
 
 
-def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> repository.Job:
-    """The tenant's job, which has succeeded and so has results.
+@dataclass(frozen=True, slots=True)
+class FinishedJob:
+    """A job that has results. Its pool may have been deleted."""
+
+    id: str
+    pool: Dataset
+
+
+def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> FinishedJob:
+    """The tenant's job if it has succeeded.
 
     Raises:
         NotFound: the tenant has no such job.
         Conflict: it has not succeeded: `job_not_finished`, or `no_results` where it never will.
     """
-    job = repository.job(session, tenant_id, job_id, or_deleted=or_deleted)
-    if job is None:
-        raise NotFound(f"No selection job {job_id!r}. List yours with GET /v1/selection-jobs.", param="job_id")
+    job = ledger.require_job(session, tenant_id, job_id, or_deleted=or_deleted)
     if job.status is JobStatus.SUCCEEDED:
-        return job
+        return FinishedJob(job.id, session.get_one(Dataset, job.pool_id))
     if job.status in TERMINAL:
         why = f" ({job.error['detail']})" if job.error else ""
         raise Conflict(
-            f"Job {job_id} is {job.status}{why}: it has no results and will have none; post a new job.",
+            f"Job {job_id} is {job.status}{why}: it has no results and never will; post a new job.",
             code="no_results",
         )
     can_succeed = job.status is not JobStatus.CANCELLING
     raise Conflict(
-        f"Job {job_id} is {job.status}; it has results once it has succeeded."
+        f"Job {job_id} is {job.status}; results are available once it has succeeded."
         if can_succeed
         else f"Job {job_id} is being cancelled and will have no results.",
         code="job_not_finished",
@@ -71,17 +80,17 @@ def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: b
 
 
 def distribution(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
-    """What a chart of the values needs, ready for JSON.
+    """What a chart of the values needs, ready for JSON. NaN, where a sample has no influence, is left out.
 
     Returns:
         histogram {edges (65), counts (64)} of equal bins, quantiles {p0, p1, p5, p25, p50, p75, p95, p99, p100}, mean, std.
 
     Raises:
-        ValueError: there are no values, or not all of them are finite.
+        ValueError: there are no values, or one of them is infinite.
     """
-    if values.ndim != 1 or values.size == 0:
+    if values.ndim != 1 or np.isnan(values).all():
         raise ValueError(f"values: a vector of at least one is needed, not shape {values.shape}")
-    wide = values.astype(np.float64)
+    wide = values[~np.isnan(values)].astype(np.float64)
     if not np.isfinite(wide).all():
         raise ValueError(f"values: {int((~np.isfinite(wide)).sum())} of {wide.size} are not finite")
     low, high = float(wide.min()), float(wide.max())
@@ -116,8 +125,8 @@ def publish(
     given `selection_sha256`.
 
     Args:
-        influence: (n,) of every pool sample, in pool order; `weight` (n,), not negative; `exact` (n,), whether the
-            influence was computed and not propagated.
+        influence: (n,) of every pool sample, in pool order, NaN where it took no part, which is answered as null; `weight` (n,),
+            not negative; `exact` (n,), whether the influence was computed and not propagated.
         selected: (k,) pool indices, the first taken first; `sample_ids` and `sources` (k,) belong to them.
         summary: what GET results answers with, ready for JSON.
         provenance: the audit record, ready for JSON.
@@ -126,7 +135,7 @@ def publish(
         ValueError: an argument has the wrong type, shape or range; it is named, and nothing is written.
     """
     _check_weights(influence, weight, exact)
-    _check_selection(selected, sample_ids, sources, n=influence.size)
+    _check_selection(selected, sample_ids, sources, influence)
     _check_json("summary", summary)
     _check_json("provenance", provenance)
     if hidden := RESERVED_SUMMARY_FIELDS & summary.keys():
@@ -175,23 +184,31 @@ def _check_weights(
             raise ValueError(f"{name}: must be {np.dtype(dtype)}, not {array.dtype}")
         if array.shape != (n,):
             raise ValueError(f"{name}: must have shape ({n},) like influence, not {array.shape}")
-    for name, array in (("influence", influence), ("weight", weight)):
-        if (wrong := np.flatnonzero(~np.isfinite(array))).size:
+    for name, bad in (("influence", np.isinf(influence)), ("weight", ~np.isfinite(weight))):
+        if (wrong := np.flatnonzero(bad)).size:
             raise ValueError(f"{name}: {wrong.size} of {n} are not finite, the first at index {wrong[0]}")
     if (wrong := np.flatnonzero(weight < 0)).size:
         raise ValueError(f"weight: {wrong.size} of {n} are negative, the first at index {wrong[0]}")
+    for name, array in (("weight", weight), ("exact", exact)):
+        if (wrong := np.flatnonzero(np.isnan(influence) & (array != 0))).size:
+            raise ValueError(f"{name}: {wrong.size} of {n} have no influence, the first at index {wrong[0]}")
 
 
 def _check_selection(
-    selected: npt.NDArray[np.int64], sample_ids: Sequence[str], sources: Sequence[str | None], *, n: int
+    selected: npt.NDArray[np.int64],
+    sample_ids: Sequence[str],
+    sources: Sequence[str | None],
+    influence: npt.NDArray[np.float32],
 ) -> None:
-    k = selected.size
+    k, n = selected.size, influence.size
     if selected.dtype != np.int64 or selected.ndim != 1 or k == 0:
         raise ValueError(f"selected: must be a vector of at least one int64, not {selected.dtype} {selected.shape}")
     if selected.min() < 0 or selected.max() >= n:
         raise ValueError(f"selected: must lie in [0, {n}), not [{selected.min()}, {selected.max()}]")
     if np.unique(selected).size != k:
         raise ValueError("selected: holds an index more than once")
+    if np.isnan(influence[selected]).any():
+        raise ValueError("selected: holds a sample that has no influence")
     for name, column in (("sample_ids", sample_ids), ("sources", sources)):
         if len(column) != k:
             raise ValueError(f"{name}: must have {k} entries like selected, not {len(column)}")

@@ -1,4 +1,4 @@
-"""Results of a job: one weight a sample in chunk rows, the selected samples as rows, and what was computed once at the end."""
+"""Results of a job: weights in chunks, the selected samples, the summary and the provenance."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, LargeBi
 from sqlalchemy.dialects.postgresql import ARRAY, REAL
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database import Base, CreatedAt
-
-CHUNK_SIZE = 16_384
+from service.db.engine import Base, CreatedAt
+from winnow.merkle import CHUNK_SIZE
 
 
 class WeightChunk(Base):
     """Samples [chunk_no * CHUNK_SIZE, ...) of the pool, in pool order.
 
-    Chunks of arrays take a ninth of the room of one row a sample and load thirty times faster; the view `sample_weights`
-    expands them for SQL. `sha256` is that of the three arrays' bytes (float32, float32, uint8; little-endian) in a row.
+    Chunks of arrays take a ninth of the space of one row per sample and load thirty times faster; the view `sample_weights`
+    expands them for SQL. An influence of NaN is none: the sample took no part. `sha256` is that of the three arrays' bytes
+    (float32, float32, uint8; little-endian) in a row.
     """
 
     __tablename__ = "weight_chunks"

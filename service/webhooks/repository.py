@@ -1,4 +1,4 @@
-"""All SQL of webhooks."""
+"""SQL of webhooks."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,11 @@ from sqlalchemy import delete, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from service import ids
+from service.db.pagination import paginate
 from service.webhooks.tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint
 
 CHANNEL = "winnow_webhooks"
 KEPT = timedelta(days=30)
-
-
-def lock_tenant(session: Session, tenant_id: str) -> None:
-    """Until the transaction ends no other one creates an endpoint of the tenant."""
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"webhooks/{tenant_id}", 0))))
 
 
 def count(session: Session, tenant_id: str) -> int:
@@ -25,7 +21,7 @@ def count(session: Session, tenant_id: str) -> int:
 
 
 def get(session: Session, tenant_id: str, endpoint_id: str, *, lock: bool = False) -> WebhookEndpoint | None:
-    """The endpoint, if it is not deleted; with `lock` nothing else changes it until the transaction ends."""
+    """The endpoint, unless it is deleted; `lock` locks it until the transaction ends."""
     if not ids.is_id("whk", endpoint_id):
         return None
     found = select(WebhookEndpoint).where(
@@ -37,12 +33,10 @@ def get(session: Session, tenant_id: str, endpoint_id: str, *, lock: bool = Fals
     return session.scalar(found.with_for_update(key_share=True) if lock else found)
 
 
-def page(session: Session, tenant_id: str, *, after: str | None, limit: int) -> list[WebhookEndpoint]:
-    """At most `limit`, newest first, older than `after`."""
-    found = select(WebhookEndpoint).where(WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
-    if after is not None:
-        found = found.where(WebhookEndpoint.id < after)
-    return list(session.scalars(found.order_by(WebhookEndpoint.id.desc()).limit(limit)))
+def page(session: Session, tenant_id: str, *, after: str | None, limit: int) -> tuple[list[WebhookEndpoint], bool]:
+    """Newest first."""
+    live = select(WebhookEndpoint).where(WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
+    return paginate(session, live, WebhookEndpoint.id, after=after, limit=limit)
 
 
 def get_delivery(session: Session, endpoint_id: str, delivery_id: str, *, lock: bool = False) -> WebhookDelivery | None:
@@ -54,14 +48,12 @@ def get_delivery(session: Session, endpoint_id: str, delivery_id: str, *, lock: 
 
 def deliveries(
     session: Session, endpoint_id: str, *, after: str | None, state: str | None, limit: int
-) -> list[WebhookDelivery]:
-    """At most `limit`, newest first, older than `after`."""
+) -> tuple[list[WebhookDelivery], bool]:
+    """Newest first."""
     found = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id)
-    if after is not None:
-        found = found.where(WebhookDelivery.id < after)
     if state is not None:
         found = found.where(WebhookDelivery.state == state)
-    return list(session.scalars(found.order_by(WebhookDelivery.id.desc()).limit(limit)))
+    return paginate(session, found, WebhookDelivery.id, after=after, limit=limit)
 
 
 def attempts(session: Session, delivery_id: str) -> Sequence[WebhookAttempt]:
@@ -71,7 +63,7 @@ def attempts(session: Session, delivery_id: str) -> Sequence[WebhookAttempt]:
 
 
 def notify(session: Session) -> None:
-    """The senders look when the transaction has been committed."""
+    """Wakes the senders when the transaction is committed."""
     session.execute(select(func.pg_notify(CHANNEL, "")))
 
 
@@ -81,9 +73,9 @@ def now(session: Session) -> datetime:
 
 
 def fail_unwanted(session: Session, endpoint_id: str | None = None) -> None:
-    """What waits for an endpoint that is disabled or deleted (for this one, or any) has failed.
+    """Fails the pending messages of disabled and deleted endpoints, or of this one alone.
 
-    Any: an event may have been written while its endpoint was being disabled.
+    All of them: an event may have been written while its endpoint was being disabled.
     """
     session.flush()
     unwanted = or_(WebhookEndpoint.disabled_at.is_not(None), WebhookEndpoint.deleted_at.is_not(None))
@@ -117,14 +109,14 @@ _DUE = text("""
 
 
 def due(session: Session, *, each: int) -> list[Due]:
-    """What may be sent now, what waits longest first, and at most so many of one endpoint: one with a long queue hides none."""
+    """The messages that are due, oldest first, and at most `each` per endpoint, so that a long queue hides no other one."""
     return [Due(row.id, row.endpoint_id, row.tenant_id) for row in session.execute(_DUE, {"each": each})]
 
 
 def claim(
     session: Session, delivery_ids: Collection[str], *, lease_seconds: float
 ) -> list[tuple[WebhookDelivery, WebhookEndpoint]]:
-    """Takes such of them as are still due and free, each with its endpoint: until the lease ends no other process will."""
+    """Claims those that are still due, each with its endpoint: until the lease ends no other process sends them."""
     found = (
         select(WebhookDelivery, WebhookEndpoint)
         .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
@@ -148,9 +140,9 @@ def record_attempt(
     error: str | None,
     again_seconds: float | None,
 ) -> bool:
-    """Writes an attempt and what follows from it: no error: it is delivered; else the next one in so many seconds, or none.
+    """Logs an attempt. Without an error the message is delivered; else it is retried in `again_seconds`, or has failed if None.
 
-    False where the claim held no longer (it was replayed, or its endpoint deleted): the attempt is written, the delivery stays.
+    Returns False if the claim is no longer valid (a replay, a deleted endpoint): the attempt is logged, the delivery unchanged.
     """
     session.add(WebhookAttempt(delivery_id=claimed.id, status=status, seconds=seconds, error=error))
     state = "delivered" if error is None else "failed" if again_seconds is None else "pending"

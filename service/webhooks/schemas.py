@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from service.names import Text
+
 
 class Event(StrEnum):
     SUCCEEDED = "selection_job.succeeded"
@@ -28,14 +30,14 @@ Url = Annotated[
     str,
     StringConstraints(max_length=2048),
     Field(
-        description="https only, to public addresses; port 443, or from 1024", examples=["https://example.com/winnow"]
+        description="https only, to public addresses; port 443 or from 1024", examples=["https://example.com/winnow"]
     ),
 ]
 Events = Annotated[
     list[Event],
-    Field(min_length=1, max_length=len(Event), description="`selection_job.phase`: a job's next stages begin"),
+    Field(min_length=1, max_length=len(Event), description="`selection_job.phase`: a job's next stages start"),
 ]
-Description = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")]
+Description = Annotated[Text, StringConstraints(max_length=500)]
 
 
 class _Request(BaseModel):
@@ -54,14 +56,12 @@ class WebhookRequest(_Request):
 
 
 class WebhookChange(_Request):
-    """What is left out or null stays as it is."""
+    """Fields that are omitted or null are not changed."""
 
     url: Url | None = None
     events: Events | None = None
     description: Description | None = None
-    enabled: bool | None = Field(
-        default=None, description="Disabling fails what has not been delivered; it can be replayed"
-    )
+    enabled: bool | None = Field(default=None, description="Disabling fails pending messages; they can be replayed")
 
 
 class WebhookOut(BaseModel):
@@ -76,26 +76,26 @@ class WebhookOut(BaseModel):
     disabled_at: datetime | None
     disabled_reason: str | None
     previous_secret_until: datetime | None = Field(
-        description="Until then the secret before the last rotation signs as well"
+        description="Until then, messages are signed with the previous secret too"
     )
     created_at: datetime
 
 
 class NewSecret(WebhookOut):
-    secret: str = Field(description="`whsec_...`, for a Standard Webhooks library. Shown here and nowhere again")
+    secret: str = Field(description="`whsec_...`, for a Standard Webhooks library; shown only here")
 
 
 class DeliveryOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     object: Literal["webhook_delivery"] = "webhook_delivery"
-    id: str = Field(description="The header `webhook-id`: the same each time it is sent")
+    id: str = Field(description="The header `webhook-id`, the same for every attempt")
     job_id: str | None = Field(description="None: a test")
     type: str
     state: DeliveryState
-    attempts: int = Field(description="Since it was made, or last replayed")
+    attempts: int = Field(description="Since it was created or last replayed")
     next_attempt_at: datetime | None = Field(
-        description="When it is tried next; while it is: when it would be taken for lost"
+        description="Time of the next attempt; during an attempt, the time when it is considered lost"
     )
     finished_at: datetime | None
     created_at: datetime
@@ -105,11 +105,11 @@ class Attempt(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     created_at: datetime
-    status: int | None = Field(description="That of the answer; None: there was none")
+    status: int | None = Field(description="Status of the response; null: there was none")
     seconds: float
     error: str | None
 
 
 class DeliveryDetail(DeliveryOut):
-    payload: str = Field(description="The body, as it is sent and signed")
+    payload: str = Field(description="The body as sent and signed")
     log: list[Attempt] = Field(description="Every attempt, oldest first")

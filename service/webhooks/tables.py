@@ -1,4 +1,4 @@
-"""Webhooks: endpoints, deliveries, attempts. A trigger on job_events makes the deliveries (migration 0004)."""
+"""Webhooks: endpoints, deliveries, attempts. A trigger on job_events makes the deliveries."""
 
 from datetime import datetime
 
@@ -6,11 +6,11 @@ from sqlalchemy import REAL, BigInteger, CheckConstraint, ForeignKey, Identity, 
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database import Base, CreatedAt
+from service.db.engine import Base, CreatedAt
 
 
 class WebhookEndpoint(CreatedAt, Base):
-    """Where a tenant wants to be told of which events. Its row stays when it is deleted: a delivery may be written just then.
+    """Where a tenant wants to be notified of which events. Its row stays when it is deleted: a delivery may be written just then.
 
     The secrets are sealed; the previous one signs beside the new one until `previous_secret_until`.
     """

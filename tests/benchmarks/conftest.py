@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_form import REPOSITORY, Run
-from tiny import EXAMPLES
+from support.small_form import REPOSITORY, Run
+from support.tiny import EXAMPLES
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tiny import EXAMPLES
+import pytest
+from support.tiny import EXAMPLES
 
 SMALL = [
     *("--shapes", "tiny", "--dtypes", "float32", "--samples", "4", "--longest", "120", "--matmul-size", "256"),
@@ -32,6 +33,7 @@ def run_core(model: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_small_form(tiny_llama: Path, tmp_path: Path) -> None:
     found = run_core(tiny_llama, tmp_path)
 
@@ -55,7 +57,7 @@ def test_small_form(tiny_llama: Path, tmp_path: Path) -> None:
     settings = found["pipeline"]["settings"]
     assert settings["rds_plus"]["rds_plus_over_this"]["operations"] == 1
     work = {name: one["operations_by_stage"] for name, one in settings.items()}
-    assert all(set(one["seconds_by_stage"][0]) >= set(work[name]) - {"publish"} for name, one in settings.items())
+    assert all(set(one["seconds_by_stage"][0]) >= set(work[name]) for name, one in settings.items())
     # The landmarks' share of the exact method's gradients, all of which are of the pool's samples.
     landmarks = work["default"]["landmark_gradients"] / work["exact_influence"]["landmark_gradients"]
     assert math.isclose(landmarks, 8 / 40, rel_tol=1e-6)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_form import REPOSITORY, Run
-from tiny import EXAMPLES, make_tokenizer, pool_rows
+from support.small_form import REPOSITORY, Run
+from support.tiny import EXAMPLES, make_tokenizer, pool_rows
 from transformers import AutoModelForCausalLM
 
-from worker.adapters import trainable
 from worker.influence import OptimizerOptions
-from worker.warmup import Training, train
+from worker.loading.adapters import trainable
+from worker.training import Training, train
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import downstream
@@ -38,6 +38,7 @@ def measured(cache: Path, kind: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in (cache / "measured" / kind).rglob("*.json")]
 
 
+@pytest.mark.slow
 def test_it_trains_on_what_is_selected_and_never_on_the_test(run_benchmark: Run, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     found = run_benchmark("downstream", *SMALL, *TRAINING)

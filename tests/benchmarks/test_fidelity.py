@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-from small_form import Run
+from support.small_form import Run
 
 OPTIONS = ("--rows", "120", "--max-length", "64", "--projection-dim", "192", "--dtype", "float32", "--draws", "3")
 GRID = ("--landmarks", "16", "120", "--refine", "0", "1")
 
 
+@pytest.mark.slow
 def test_the_points_are_what_they_must_be_where_it_is_known(run_benchmark: Run, tmp_path: Path) -> None:
     found = run_benchmark("fidelity", *OPTIONS, *GRID, "--processes", "1")
     assert len(found["ids"]) == len(set(found["ids"])) == 120
@@ -38,6 +39,7 @@ def test_the_points_are_what_they_must_be_where_it_is_known(run_benchmark: Run, 
     assert "<svg" in (tmp_path / "out" / "fidelity.svg").read_text()[:2000]
 
 
+@pytest.mark.slow
 def test_more_values_of_a_projection_are_nearer_to_the_whole_gradient(run_benchmark: Run) -> None:
     found = run_benchmark("projection", "--rows", "24", "--max-length", "64", "--dims", "128", "1024")
     errors = {(each["projection"], each["values"]): each["error"] for each in found["projections"]}

@@ -17,6 +17,7 @@ def line(found: dict[str, Any], optimizer: str, step: str, rate: float) -> dict[
     return chosen
 
 
+@pytest.mark.slow
 def test_prediction_in_its_limits(run_benchmark: Any, tmp_path: Path) -> None:
     found = run_benchmark("prediction", *SMALL)
     assert found["noise"]["sgd"] < 2e-6

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import psycopg
 import pyarrow.parquet as pq
 from psycopg.rows import dict_row
 from safetensors.numpy import load_file
+from support.processes import having
 
-from service.jobs.state import TERMINAL
-from service.results.merkle import chunk_sha256, merkle_root
-from service.scratch import abandoned
+from service.ledger import store_identity
+from service.ledger.state import TERMINAL
+from service.storage.artifacts import DAMAGED, ArtifactStore
+from service.storage.tempdirs import find_abandoned
+from winnow.merkle import chunk_sha256, merkle_root
 
 Row = dict[str, Any]
 
@@ -37,25 +39,13 @@ def audit(database_url: str, store: Path, marker: str, *, alive: Collection[int]
         jobs = connection.execute("SELECT * FROM selection_jobs ORDER BY created_at").fetchall()
         wrong = [f"{job['id']}: {what}" for job in jobs for what in _of_job(connection, store, job)]
     wrong += _of_store(store)
-    wrong += [f"process {pid} has outlived its world" for pid in marked(marker) if pid not in alive]
+    wrong += [f"process {pid} has outlived its world" for pid in having(MARKER, marker) if pid not in alive]
     assert not wrong, "\n".join(wrong)
 
 
 def leftovers(store: Path) -> list[Path]:
     """What writers have left in the folder that they write in before they rename."""
     return sorted((store / "tmp").glob("*"))
-
-
-def marked(marker: str) -> list[int]:
-    """The processes that have the marker in their environment; those that have ended and were not waited for do not count."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARKER) == marker and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
 
 
 def _of_job(connection: psycopg.Connection[Row], store: Path, job: Row) -> Iterator[str]:
@@ -70,7 +60,7 @@ def _of_job(connection: psycopg.Connection[Row], store: Path, job: Row) -> Itera
         name = f"{unit['stage']}/{unit['shard']}"
         told = [e for e in events if _is_of(unit, e["data"])]
         yield from (f"unit {name} {what}" for what in _of_unit(unit, told, events))
-        if unit["state"] == "succeeded" and unit["stage"] != "publish":
+        if unit["state"] == "succeeded":
             yield from (f"unit {name} {what}" for what in _of_artifact(store, unit["artifact_key"]))
     if job["status"] == "succeeded":
         yield from _of_results(connection, job)
@@ -108,7 +98,8 @@ def _of_unit(unit: Row, told: list[Row], events: list[Row]) -> Iterator[str]:
     if len(failed) != unit["failures"]:
         yield f"has {unit['failures']} failures, and its events tell of {len(failed)}"
     succeeded = [event for event in told if event["type"] == "unit.succeeded"]
-    if len(succeeded) != (unit["state"] == "succeeded"):
+    reopened = [event for event in told if event["type"] == "unit.reopened"]
+    if len(succeeded) != len(reopened) + (unit["state"] == "succeeded"):
         yield f"is {unit['state']}, and its events tell of {len(succeeded)} successes"
     ends = [event for event in told if event["type"] in _ENDS]
     for number, claim in enumerate(claims):
@@ -147,14 +138,18 @@ def _of_results(connection: psycopg.Connection[Row], job: Row) -> Iterator[str]:
 
 
 def _of_store(store: Path) -> Iterator[str]:
-    swept = abandoned(store / "tmp")  # of a process that is gone: what starts next removes it
+    swept = set(find_abandoned(store / "tmp"))  # of a process that is gone: what starts next removes it
     for path in leftovers(store):
         if path in swept:
             continue
         yield f"the store holds the temporary file {path.name}"
+    artifacts = ArtifactStore(str(store))
     for path in store.rglob("*"):
-        if not path.is_file() or path.is_relative_to(store / "tmp"):
+        name = path.relative_to(store).parts[0]
+        if not path.is_file() or name in ("tmp", DAMAGED, store_identity.MARKER) or path.suffix == ".sum":
             continue
+        if (damage := artifacts.damage(str(path.relative_to(store)))) is not None:
+            yield f"{path.relative_to(store)} is damaged: {damage}"
         try:
             _read(path)
         except Exception as error:

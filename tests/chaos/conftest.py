@@ -1,6 +1,7 @@
 """The servers of a session, the undisturbed run that every scenario is compared with, and the count of faults.
 
-With CHAOS=all every crash point that the undisturbed run passes is a scenario (`make chaos`), else a few telling ones are.
+With CHAOS=all every crash point that the undisturbed run passes is a scenario (`make chaos`, `make test-all`), else a few telling
+ones are. What is `slow` here repeats in another place, or for longer, what the others show in less than a minute.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
-from servers import Servers
+from support.servers import Servers
 from undisturbed import Undisturbed, run_undisturbed
 from world import World
 
@@ -58,12 +59,6 @@ def pytest_configure_node(node: Any) -> None:
     """Hands what the undisturbed run has found to a process of pytest-xdist."""
     if _UNDISTURBED in node.config.stash:
         node.workerinput["undisturbed"] = node.config.stash[_UNDISTURBED]
-
-
-@pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    with Servers.started(tmp_path_factory.mktemp("servers")) as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """What the scenarios share: who runs what, processes that stand still for a while, and how a scenario ends."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,10 +7,10 @@ from typing import Any
 
 import psutil
 import pytest
+from support.processes import Process
+from support.world import Json
 from undisturbed import Undisturbed
-from world import Json, Process, World
-
-only_in_full = pytest.mark.skipif(os.environ.get("CHAOS") != "all", reason="runs in `make chaos` only")
+from world import World
 
 Told = Callable[[str, object], None]
 
@@ -49,6 +48,14 @@ def _near(row: Json) -> Json:
 def struck(world: World) -> int:
     """The process that the latest plan has struck, once it has."""
     return int(world.until("the fault strikes", lambda: world.faults.struck))
+
+
+def held_job(world: World) -> str:
+    """A new job, whose compute child stands still where it has just computed something."""
+    world.faults.arm(COMPUTED, action="hold")
+    job_id = world.submit()
+    struck(world)
+    return job_id
 
 
 def worker_of(world: World, pid: int) -> Process:

@@ -6,14 +6,14 @@ from contextlib import AbstractContextManager
 
 import pytest
 import redis
-from scenario import COMPUTED, Told, frozen, only_in_full, struck, survived
-from servers import Broker, Servers
+from scenario import Told, frozen, held_job, survived
+from support.servers import Broker, Servers
 from undisturbed import Undisturbed
 from world import JOB, LEDGER, World
 
-from service.dispatch import QUEUE
+from service.background.dispatcher import QUEUE
 
-pytestmark = only_in_full
+pytestmark = pytest.mark.slow
 
 
 def _post_at_once(world: World, pool: str, target: str) -> str:
@@ -32,9 +32,7 @@ def test_jobs_survive_a_broker_that_is_away(
     record_property: Told,
     away: Callable[[Broker], AbstractContextManager[None]],
 ) -> None:
-    pair.faults.arm(COMPUTED, action="hold")
-    job_id = pair.submit()
-    struck(pair)
+    job_id = held_job(pair)
     job = pair.get(job_id)
     with away(servers.broker):
         record_property("fault", "broker away while a job runs and another is posted")

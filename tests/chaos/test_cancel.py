@@ -1,10 +1,13 @@
 """A cancel races the last write of its job: one of them wins, and nothing of the other is there."""
 
+import signal
 import time
 from collections import Counter
 
 import psycopg
-from scenario import Told, only_in_full, survived
+import pytest
+from scenario import Told, is_stopped, struck, survived, worker_of
+from support.world import JOBS
 from undisturbed import Undisturbed
 from world import World
 
@@ -23,12 +26,11 @@ _ALMOST_DONE = """
     INSERT INTO job_units OVERRIDING SYSTEM VALUE SELECT (jsonb_populate_record(unit, jsonb_build_object(
         'id', nextval(pg_get_serial_sequence('job_units', 'id')), 'job_id', %(new)s::text, 'state', 'pending'))).*
         FROM job_units unit WHERE job_id = %(of)s;
-    UPDATE job_units SET state = 'running', lease_expires_at = now() WHERE job_id = %(new)s AND stage <> 'publish';
-    UPDATE job_units SET state = 'succeeded', lease_expires_at = null WHERE job_id = %(new)s AND stage <> 'publish';
-    UPDATE job_units SET attempt = 0, finished_at = null, result = null, artifact_key = 'publish/' || %(new)s::text
-        WHERE job_id = %(new)s AND stage = 'publish';
+    UPDATE job_units SET state = 'running', lease_expires_at = now() WHERE job_id = %(new)s AND stage <> 'validate';
+    UPDATE job_units SET state = 'succeeded', lease_expires_at = null WHERE job_id = %(new)s AND stage <> 'validate';
+    UPDATE job_units SET attempt = 0, finished_at = null, result = null WHERE job_id = %(new)s AND stage = 'validate';
     INSERT INTO job_events (job_id, type, data) SELECT %(new)s, type, data FROM job_events
-        WHERE job_id = %(of)s AND type <> 'job.succeeded' AND data->>'stage' IS DISTINCT FROM 'publish' ORDER BY id;
+        WHERE job_id = %(of)s AND type <> 'job.succeeded' AND data->>'stage' IS DISTINCT FROM 'validate' ORDER BY id;
 """
 
 
@@ -39,6 +41,7 @@ def _almost_done(world: World, done: str) -> str:
     return job_id
 
 
+@pytest.mark.slow
 def test_a_cancel_races_the_last_write(pair: World, undisturbed: Undisturbed, record_property: Told) -> None:
     """Real workers publish and the real API cancels; the cancel comes ever closer to the moment at which it is too late."""
     done = pair.submit()
@@ -58,16 +61,43 @@ def test_a_cancel_races_the_last_write(pair: World, undisturbed: Undisturbed, re
     survived(pair, undisturbed, done)
 
 
-@only_in_full
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "end"), [("before", "cancelled"), ("after", "succeeded")])
+def test_a_cancel_meets_a_worker_that_stands_still_at_its_last_write(
+    pair: World, undisturbed: Undisturbed, record_property: Told, moment: str, end: str
+) -> None:
+    """As long as it takes until the cancel is enforced without it; when it wakes, it changes nothing of the job."""
+    pair.faults.arm(f"worker: {moment} commit of …succeed_job…", action="stop")
+    job_id = pair.submit()
+    late = worker_of(pair, struck(pair))
+    pair.until("it stands still", lambda: is_stopped(late.pid))
+    record_property("fault", f"cancel while a worker stands still {moment} its last write")
+    try:
+        pair.cancel(
+            job_id
+        )  # before: the server ends the worker's transaction, which holds the job's row, after a lease
+        assert pair.ended(job_id)["status"] == end
+    finally:
+        late.signal(signal.SIGCONT)
+    job = pair.get(job_id)
+    survived(pair, undisturbed, pair.post_usual(job["pool"], job["target"]))
+    assert pair.get(job_id)["status"] == end
+    found = pair.client.get(f"{JOBS}/{job_id}/results").status_code
+    assert found == (200 if end == "succeeded" else 409)
+    if end == "succeeded":
+        assert pair.selection(job_id) == undisturbed["selection"]
+
+
+@pytest.mark.slow
 def test_a_cancel_at_any_time_of_a_job(pair: World, undisturbed: Undisturbed, record_property: Told) -> None:
     """The whole way of a job by the API, cancelled after ever more of its units."""
     job = pair.get(pair.submit())
     pool, target = job["pool"], job["target"]
     for units in range(_JOBS):
-        job_id = pair.post(pool, target)
+        job_id = pair.post_usual(pool, target)
         pair.until("so many units are done", lambda at=units, of=job_id: len(pair.events(of, "unit.succeeded")) >= at)
         pair.call("POST", f"/v1/selection-jobs/{job_id}/cancel")
         record_property("fault", "cancel of a running job")
         if pair.ended(job_id)["status"] == "succeeded":
             assert pair.selection(job_id) == undisturbed["selection"]
-    survived(pair, undisturbed, pair.post(pool, target))
+    survived(pair, undisturbed, pair.post_usual(pool, target))

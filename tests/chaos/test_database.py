@@ -1,20 +1,27 @@
 """PostgreSQL is restarted, is away, or ends every connection."""
 
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psycopg
-from scenario import COMPUTED, Told, only_in_full, struck, survived
-from servers import Servers
-from tiny import pool_rows
+import pytest
+from scenario import COMPUTED, Told, held_job, struck, survived
+from small_disk import fill, free, small_disk
+from support.servers import Servers
+from support.tiny import pool_rows
 from undisturbed import Undisturbed
 from world import JOB, World
 
 _ROUNDS = 20
-_PUBLISHING = "worker: before commit of publish+finish_unit+succeed_job"
+_PUBLISHING = "worker: before commit of …succeed_job…"
 _END_ALL = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
 
 
+@pytest.mark.slow
 def test_a_job_survives_that_all_connections_are_ended_again_and_again(
     pair: World, servers: Servers, undisturbed: Undisturbed, record_property: Told
 ) -> None:
@@ -42,7 +49,7 @@ def test_a_job_survives_that_all_connections_are_ended_again_and_again(
     survived(pair, undisturbed, job_id)
 
 
-@only_in_full
+@pytest.mark.slow
 def test_a_job_survives_restarts_of_the_database(
     pair: World, servers: Servers, undisturbed: Undisturbed, record_property: Told
 ) -> None:
@@ -60,13 +67,11 @@ def test_a_job_survives_restarts_of_the_database(
     survived(pair, undisturbed, job_id)
 
 
-@only_in_full
+@pytest.mark.slow
 def test_the_api_says_that_the_database_is_away_and_recovers(
     pair: World, servers: Servers, undisturbed: Undisturbed, record_property: Told
 ) -> None:
-    pair.faults.arm(COMPUTED, action="hold")
-    job_id = pair.submit()
-    struck(pair)
+    job_id = held_job(pair)
     job = pair.get(job_id)
     record_property("fault", "PostgreSQL away")
     with servers.postgres.away():
@@ -81,6 +86,51 @@ def test_the_api_says_that_the_database_is_away_and_recovers(
             assert _is_away(answer), (answer.status_code, answer.text)
     assert pair.get(job_id)["status"] == "running"
     survived(pair, undisturbed, job_id)
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_database_is_reported_and_ends_no_job(
+    pair: World, servers: Servers, undisturbed: Undisturbed, record_property: Told
+) -> None:
+    """Jobs and their events are moved to a disk that is filled. What is read goes on; what is written waits for room."""
+    job_id = held_job(pair)
+    job = pair.get(job_id)
+    body = {**JOB, "pool": job["pool"], "target": job["target"]}
+    with _tables_on_a_small_disk(pair, servers, "selection_jobs", "job_events") as disk:
+        fill(disk)
+        record_property("fault", "disk of PostgreSQL full")
+        refused = [pair.client.post("/v1/selection-jobs", json=body) for _ in range(3)]
+        assert {(answer.status_code, answer.json().get("code")) for answer in refused} == {(503, "database_full")}
+        assert all(int(answer.headers["Retry-After"]) > 0 for answer in refused)
+        assert pair.get(job_id)["status"] == "running"
+        pair.faults.release()
+        free(disk)
+        pair.ended(job_id)
+    survived(pair, undisturbed, job_id)
+
+
+@contextmanager
+def _tables_on_a_small_disk(world: World, servers: Servers, *tables: str) -> Iterator[Path]:
+    with psycopg.connect(servers.postgres.url, autocommit=True) as server:
+        row = server.execute("SHOW data_directory").fetchone()
+        assert row is not None
+        data = Path(row[0])
+        disk = data.parent / "small"
+        with small_disk(disk, "16m"), psycopg.connect(world.database_url, autocommit=True) as connection:
+            os.chown(disk, data.stat().st_uid, data.stat().st_gid)
+            server.execute(f"CREATE TABLESPACE small LOCATION '{disk}'")
+            try:
+                for table in tables:
+                    # A page with a row in it takes no other one: each insert needs a new page, for which there is no room.
+                    connection.execute(f"ALTER TABLE {table} SET (fillfactor = 10)")
+                    connection.execute(f"ALTER TABLE {table} SET TABLESPACE small")
+                yield disk
+            finally:
+                free(disk)
+                for table in tables:
+                    connection.execute(f"ALTER TABLE {table} SET TABLESPACE pg_default")
+                server.execute("CHECKPOINT")  # until then the files of the tables are there
+                server.execute("DROP TABLESPACE small")
 
 
 def _is_away(answer: httpx.Response) -> bool:

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from scenario import COMPUTED, Told, errors, only_in_full, only_worker, struck, survived
-from tiny import make_tokenizer, pool_rows, target_rows
+from scenario import COMPUTED, Told, errors, only_worker, struck, survived
+from support.tiny import make_tokenizer, pool_rows, target_rows
 from undisturbed import Undisturbed
 from world import POOL, TARGET, World
 
-pytestmark = only_in_full
+pytestmark = pytest.mark.slow
 
 # Bytes of a token, and a limit between what a batch of 512 tokens takes and one of 256. Only touched memory counts in a group.
 _HALVED = 256
@@ -93,7 +93,7 @@ def test_a_poison_sample_fails_its_own_job_and_no_other(
     tokens = make_tokenizer()(_POISON, add_special_tokens=False)["input_ids"]
     pair.faults.weigh_batches(poison=tokens[1:-1])
     target = pair.upload(target_rows(TARGET, "python_function"))
-    failing, beside = (pair.post(pair.upload(rows), target) for rows in (poisoned, clean))
+    failing, beside = (pair.post_usual(pair.upload(rows), target) for rows in (poisoned, clean))
     record_property("fault", "a sample that crashes the compute child, always")
     pids = [worker.pid for worker in pair.workers]
     job = pair.ended(failing)
@@ -104,5 +104,5 @@ def test_a_poison_sample_fails_its_own_job_and_no_other(
     for reason in job["error"]["history"]:
         assert reason["code"] == "compute_died"
         assert "SIGABRT" in reason["detail"]
-        assert f"It was at {stage}, samples " in reason["detail"]
+        assert f"It was processing {stage}, samples " in reason["detail"]
     assert [worker.pid for worker in pair.workers] == pids

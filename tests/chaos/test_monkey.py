@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 import redis
-import world
-from scenario import Told, frozen, only_in_full, survived
-from servers import Servers
-from tiny import pool_rows, target_rows
+from scenario import Told, frozen, survived
+from support.processes import Process
+from support.servers import Servers
+from support.tiny import pool_rows, target_rows
 from undisturbed import Undisturbed
-from world import POOL, TARGET, TERMINAL, Process, World
+from world import LEDGER, POOL, TARGET, TERMINAL, World
 
 _SECONDS, _EVERY = 60.0, 2.0
 _JOBS = 3
@@ -98,16 +98,15 @@ class Monkey:
 
 
 @pytest.fixture
-def patient(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def patient(servers: Servers) -> Iterator[World]:
     """Two workers, and as many attempts as chance may take from one unit."""
-    monkeypatch.setattr(world, "LEDGER", world.LEDGER.model_copy(update={"max_attempts": 20}))
-    with World.made(servers) as made:
+    with World.made(servers, LEDGER.model_copy(update={"max_attempts": 20})) as made:
         made.add_worker()
         made.add_worker()
         yield made
 
 
-@only_in_full
+@pytest.mark.slow
 def test_jobs_survive_a_minute_of_everything(
     patient: World, servers: Servers, undisturbed: Undisturbed, record_property: Told
 ) -> None:
@@ -118,7 +117,7 @@ def test_jobs_survive_a_minute_of_everything(
         patient.clear()
         pool, target = patient.upload(pool_rows(POOL)), patient.upload(target_rows(TARGET, "python_function"))
         for _ in range(_JOBS):
-            patient.post(pool, target)
+            patient.post_usual(pool, target)
         while time.monotonic() < until and not _have_ended(patient):
             record_property("fault", monkey.act())
             time.sleep(_EVERY)

@@ -6,21 +6,23 @@ from pathlib import Path
 
 import psutil
 import psycopg
+import pytest
 from scenario import (
     COMPUTED,
     Told,
     attempts,
     errors,
     frozen,
+    held_job,
     is_stopped,
-    only_in_full,
     only_worker,
     struck,
     survived,
     worker_of,
 )
+from support.processes import Process
 from undisturbed import Undisturbed
-from world import LEDGER, Process, World
+from world import LEDGER, World
 
 LEASE_LOST = "lost the lease on"
 # Passed by one unit of the job, which is alone in its wave: who passes it next is at the same unit.
@@ -62,13 +64,11 @@ def test_a_worker_that_stood_still_while_computing_is_fenced(
     ]
 
 
-@only_in_full
+@pytest.mark.slow
 def test_a_unit_that_takes_many_leases_is_not_taken_over(
     pair: World, undisturbed: Undisturbed, record_property: Told
 ) -> None:
-    pair.faults.arm(COMPUTED, action="hold")
-    job_id = pair.submit()
-    struck(pair)
+    job_id = held_job(pair)
     record_property("fault", "a unit that takes two leases")
     begun = time.monotonic()
     pair.until("two leases are over", lambda: time.monotonic() - begun > 2 * LEDGER.lease_seconds)
@@ -76,7 +76,7 @@ def test_a_unit_that_takes_many_leases_is_not_taken_over(
     assert errors(pair, job_id) == []
 
 
-@only_in_full
+@pytest.mark.slow
 def test_a_worker_that_stood_still_while_it_wrote_is_fenced(
     pair: World, undisturbed: Undisturbed, record_property: Told
 ) -> None:
@@ -85,7 +85,7 @@ def test_a_worker_that_stood_still_while_it_wrote_is_fenced(
     with only_worker(pair, **long) as one:
         other = pair.add_worker(**long)
         pair.until("both are ready", lambda: all("ready." in worker.log.read_text() for worker in (one, other)))
-        pair.faults.arm("worker: before commit of finish_unit+start_stages", action="stop")
+        pair.faults.arm("worker: before commit of …start_stages…", action="stop")
         job_id = pair.submit()
         late = worker_of(pair, struck(pair))
         try:
@@ -111,11 +111,12 @@ def _idle_in_transaction(world: World) -> int:
     return int(row[0])
 
 
-@only_in_full
+@pytest.mark.slow
 def test_a_compute_child_that_stands_still_is_replaced(
     pair: World, undisturbed: Undisturbed, record_property: Told
 ) -> None:
-    with only_worker(pair, WINNOW_WORKER__STALL_SECONDS="10"):
+    # Long enough for a compute process to start on a busy machine: while it imports torch it sends nothing.
+    with only_worker(pair, WINNOW_WORKER__STALL_SECONDS="40"):
         pair.faults.arm(COMPUTED, action="stop")
         job_id = pair.submit()
         child = struck(pair)

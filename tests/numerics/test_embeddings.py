@@ -2,49 +2,37 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import attach_execution_device_hook
-from numerics_reference import EXACT, FAMILIES, MIXED, build, poolable, ragged, relative_error, state_function
 from peft import LoraConfig, inject_adapter_in_model
-from torch.func import jvp
+from support.numerics_reference import EXACT, FAMILIES, MIXED, build, ragged, relative_error
 
-from worker.influence import EmbeddingOptions, embed
-from worker.influence.dual import random_tangents
+from worker.influence import EmbeddingOptions, embed, per_sample_gradients
+from worker.influence.embeddings import plain_embeddings, plain_state
+from worker.influence.forward_mode import random_tangents
 
 POOLINGS = ("last", "response")
 
 
-def tangents_of(model, options):
+@torch.no_grad()
+def central_differences(model, samples, options, step=1e-6):
+    """`plain_embeddings` with differences in place of derivatives."""
     parameters = dict(model.base_model.named_parameters())
     tangents = random_tangents(model.base_model, options.blocks, options.tangents, options.seed)
-    return {name: parameters[name].detach() for name in tangents}, tangents
-
-
-def expected_jvp(model, samples, options, derivative):
-    """Rows of concatenated derivatives, one sample and one direction at a time, normalised."""
-    values, tangents = tangents_of(model, options)
-    size = options.tangents * model.get_input_embeddings().weight.shape[1]
-    rows = torch.zeros(len(samples), size, dtype=torch.float64)
+    rows = torch.zeros(len(samples), options.tangents * 24, dtype=torch.float64)
     for i in range(len(samples)):
-        if poolable(samples, i, options.pooling):
-            state = state_function(model, samples, i, options.blocks, options.pooling)
-            pieces = [
-                derivative(state, values, {name: t[j] for name, t in tangents.items()}) for j in range(options.tangents)
+        if (state := plain_state(model, samples, i, options)) is not None:
+            ends = [
+                [
+                    state({name: parameters[name] + sign * step * t[j] for name, t in tangents.items()})
+                    for sign in (1, -1)
+                ]
+                for j in range(options.tangents)
             ]
-            rows[i] = torch.nn.functional.normalize(torch.cat(pieces).detach(), dim=0)
+            rows[i] = torch.nn.functional.normalize(torch.cat([ahead - behind for ahead, behind in ends]), dim=0)
     return rows
-
-
-def forward_mode(state, values, direction):
-    return jvp(state, (values,), (direction,))[1]
-
-
-@torch.no_grad()
-def central_difference(state, values, direction, step=1e-6):
-    ahead = state({name: value + step * direction[name] for name, value in values.items()})
-    behind = state({name: value - step * direction[name] for name, value in values.items()})
-    return (ahead - behind) / (2 * step)
 
 
 def attend_plainly(model):
@@ -60,7 +48,7 @@ def test_jvp_equals_forward_mode_one_at_a_time(family, pooling, token_budget):
     options = EmbeddingOptions(pooling=pooling, blocks=2, tangents=3, seed=5)
     actual = embed(model, samples, options=options, token_budget=token_budget)
     attend_plainly(model)
-    expected = expected_jvp(model, samples, options, forward_mode)
+    expected = plain_embeddings(model, samples, options)
     assert actual.shape == (len(samples), 72)
     for i in range(len(samples)):
         if expected[i].any():
@@ -75,7 +63,7 @@ def test_jvp_equals_central_differences(family):
     options = EmbeddingOptions(pooling="response", blocks=3, tangents=1, seed=2)
     actual = embed(model, samples, options=options, token_budget=50)
     attend_plainly(model)
-    assert relative_error(actual, expected_jvp(model, samples, options, central_difference)) < 1e-6
+    assert relative_error(actual, central_differences(model, samples, options)) < 1e-6
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -85,7 +73,7 @@ def test_jvp_of_every_family(family, pooling):
     options = EmbeddingOptions(pooling=pooling, blocks=2, tangents=2)
     actual = embed(model, samples, options=options, token_budget=50)
     model.config._attn_implementation = "eager"
-    expected = expected_jvp(model, samples, options, forward_mode)
+    expected = plain_embeddings(model, samples, options)
     assert relative_error(actual, expected) < 2e-6, "float32 norms and softmax inside a float64 model leave up to 1e-6"
 
 
@@ -93,14 +81,21 @@ def test_jvp_of_every_family(family, pooling):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_equals_a_plain_forward(family, pooling):
     model, samples = build(family), ragged(*MIXED)
-    actual = embed(model, samples, options=EmbeddingOptions(kind="hidden", pooling=pooling, blocks=2), token_budget=33)
-    for i in range(len(samples)):
-        if poolable(samples, i, pooling):
-            with torch.no_grad():
-                state = state_function(model, samples, i, 2, pooling)({})
-            assert relative_error(actual[i], state / state.norm()) < 1e-6
-        else:
+    options = EmbeddingOptions(kind="hidden", pooling=pooling, blocks=2)
+    actual = embed(model, samples, options=options, token_budget=33)
+    norm = next(
+        part for name, part in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm")
+    )
+    for i, (start, stop) in enumerate(pairwise(samples.offsets)):
+        pooled = samples.response[start:stop].nonzero()[0] if pooling == "response" else np.arange(stop - start)[-1:]
+        if not pooled.size:
             assert not actual[i].any()
+            continue
+        with torch.no_grad():
+            ids = torch.from_numpy(samples.input_ids[start:stop]).long()[None]
+            state = norm(model(ids, output_hidden_states=True).hidden_states[2])[0, pooled].mean(0)
+        assert relative_error(actual[i], state / state.norm()) < 1e-6
+    assert relative_error(plain_embeddings(model, samples, options), actual) < 1e-6
 
 
 @pytest.mark.parametrize("token_budget", [1, 33, 10_000])
@@ -145,7 +140,7 @@ def test_adapters_are_part_of_the_embedding(family):
     actual = embed(model, samples, options=options, token_budget=29)
     model.eval()
     attend_plainly(model)
-    assert relative_error(actual, expected_jvp(model, samples, options, forward_mode)) < 1e-10
+    assert relative_error(actual, plain_embeddings(model, samples, options)) < 1e-10
 
 
 def test_quantised_weights_are_refused_by_jvp_alone():
@@ -178,7 +173,7 @@ def test_rows_have_unit_length_or_are_zero():
     rows = embed(build("llama", torch.float32), ragged(*MIXED), options=EmbeddingOptions(blocks=1), token_budget=50)
     assert rows.dtype == torch.float32
     lengths = rows.norm(dim=1)
-    pooled = torch.tensor([poolable(ragged(*MIXED), i, "response") for i in range(len(MIXED))])
+    pooled = torch.tensor(["r" in text for text in MIXED])
     torch.testing.assert_close(lengths, pooled.float())
 
 
@@ -254,3 +249,38 @@ def test_an_architecture_the_rules_do_not_cover_is_refused():
     block.mlp = squared
     with pytest.raises(ValueError, match="use kind='hidden'"):
         embed(model, ragged("..r"), options=EmbeddingOptions(blocks=2), token_budget=9)
+
+
+def passes_of(model, call):
+    """How often the first block runs in each of two calls."""
+    seen = []
+    handle = model.base_model.layers[0].register_forward_pre_hook(lambda *_: seen.append(None))
+    counts = []
+    for _ in range(2):
+        seen.clear()
+        call()
+        counts.append(len(seen))
+    handle.remove()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("call", "checks"),
+    [
+        (lambda m, s: per_sample_gradients(m, s, projection=None), 2),  # the model's own logits, and ours
+        (lambda m, s: embed(m, s, options=EmbeddingOptions(blocks=1)), 2),  # ours, and torch.func.jvp's
+        (lambda m, s: embed(m, s, options=EmbeddingOptions(kind="hidden", blocks=1)), 0),
+    ],
+)
+def test_a_model_is_checked_once(call, checks):
+    model, samples = build("llama"), ragged("..rr", "..rr")
+    assert passes_of(model, lambda: call(model, samples)) == [1 + checks, 1]
+    other = build("llama")
+    assert passes_of(other, lambda: call(other, samples)) == [1 + checks, 1], "each model object for itself"
+
+
+def test_other_parameters_are_checked_too():
+    """More blocks, or adapters that were added since, may hold what the rules do not cover."""
+    model, samples = build("llama"), ragged("..rr")
+    embed(model, samples, options=EmbeddingOptions(blocks=1))
+    assert passes_of(model, lambda: embed(model, samples, options=EmbeddingOptions(blocks=2))) == [3, 1]

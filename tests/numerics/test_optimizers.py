@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from numerics_reference import (
+from support.numerics_reference import (
     EXACT,
     build,
-    one_by_one_loss,
     ragged,
     random_state,
     relative_error,
@@ -23,6 +22,7 @@ from worker.influence import (
     state_of,
     step_offset,
 )
+from worker.influence.exact_gradients import plain_loss
 from worker.influence.optimizers import rank_one
 
 BETAS, EPS = (0.8, 0.97), 1e-4
@@ -51,7 +51,7 @@ def test_equals_a_step_of_torch(family, kind):
 
     def backward(i):
         optimizer.zero_grad()
-        one_by_one_loss(model, samples, i).backward()
+        plain_loss(model, samples, i).backward()
 
     for _ in range(3):
         backward(0)
@@ -228,11 +228,11 @@ def test_optimizers_that_do_not_fit():
     weights = [module.weight for module, _ in role_layers(model).values()]
     optimizer = torch.optim.AdamW(weights)
     for step in range(2):
-        one_by_one_loss(model, ragged("..rr"), 0).backward()
+        plain_loss(model, ragged("..rr"), 0).backward()
         if step:
             weights[0].grad = None
         optimizer.step()
     with pytest.raises(ValueError, match=r"stepped \[1, 2\] times"):
         state_of(optimizer, model)
-    with pytest.raises(ValueError, match=r"shape \(96, 24\) that is not the model's"):
+    with pytest.raises(ValueError, match=r"shape \(96, 24\) not of this model"):
         state_of(optimizer, build("gpt2"))

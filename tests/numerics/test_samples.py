@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numerics_reference import MIXED, ragged
+from support.numerics_reference import MIXED, ragged
 
 from worker.influence import Samples, token_batches
 from worker.influence.samples import last_marked

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from worker.influence import first_order_weights, solver
-from worker.influence.solver import weighted_selection
+from worker.influence.solver import plain_certificate, weighted_selection
 
 KINDS = [
     *(
@@ -113,21 +113,11 @@ def reference(p, Q, rate, ridge, total, scale):
     return weights
 
 
-def kkt_residual(p, Q, rate, ridge, weights, scale):
-    """The definition in `WeightedSolution`, with Q dense, but for the sum."""
-    over = p - rate * Q @ weights - ridge * weights
-    over -= over[weights > 0].mean()
-    return max(np.abs(over[weights > 0]).max(), over[weights == 0].max(initial=0)) / scale
-
-
-def objective(p, Q, rate, ridge, weights):
-    return -p @ weights + rate / 2 * weights @ Q @ weights + ridge / 2 * weights @ weights
-
-
 def check(p, B, M, rate, budget):
     """Asserts what must hold of a solution; returns it and the reference's weights at the same ridge."""
     n, (Q, negative, total) = len(p), clipped_form(B, M)
     solution = weighted_selection(p, budget=budget, factors=(B, M), learning_rate=rate)
+    assert solution.converged
     weights, ridge, scale = solution.weights, solution.ridge, scale_of(p, Q, rate)
     assert (weights >= 0).all()
     assert abs(weights.sum() / n - 1) < 1e-12
@@ -136,14 +126,14 @@ def check(p, B, M, rate, budget):
     assert solution.clipped_mass == pytest.approx(-negative.sum() / max(total, 1e-300), abs=1e-12)
     # Where samples were left out, the problem that was solved is that of the others; of the second order they are the support.
     inside = weights > 0 if solution.restricted else np.ones(n, dtype=bool)
-    residual = kkt_residual(p[inside], Q[np.ix_(inside, inside)], rate, ridge, weights[inside], scale)
-    assert residual < 1e-8
-    assert solution.kkt_residual < 1e-8
-    assert abs(residual - solution.kkt_residual) < 1e-10
-    assert 0 <= solution.duality_gap < 1e-14
-    assert solution.objective / (n * scale) == pytest.approx(
-        objective(p, Q, rate, ridge, weights) / (n * scale), abs=1e-12
+    residual, value = plain_certificate(
+        p[inside], Q[np.ix_(inside, inside)], weights[inside], ridge=ridge, learning_rate=rate
     )
+    assert residual / scale < 1e-8
+    assert solution.kkt_residual < 1e-8
+    assert abs(residual / scale - solution.kkt_residual) < 1e-10
+    assert 0 <= solution.duality_gap < 1e-14
+    assert solution.objective / (n * scale) == pytest.approx(value / (n * scale), abs=1e-12)
     expected = np.zeros(n)
     expected[inside] = reference(p[inside], Q[np.ix_(inside, inside)], rate, ridge, n, scale)
     return solution, expected
@@ -180,6 +170,14 @@ def test_a_form_of_zero_gives_the_closed_form(budget, ties):
         np.testing.assert_allclose(near.weights, closed.weights, atol=1e-7 * 60 / budget)
 
 
+def test_a_search_that_is_cut_short_says_so(monkeypatch):
+    p, B, M, rate, budget = problem(1, "plain")
+    monkeypatch.setattr(solver, "MAX_STEPS", 1)
+    solution = weighted_selection(p, budget=budget, factors=(B, M), learning_rate=rate)
+    assert not solution.converged
+    assert solution.kkt_residual > 1e-8, "the certificate is that of the last point"
+
+
 def test_equal_p_without_a_form_gives_equal_weights_to_the_lower_indices():
     solution = weighted_selection(np.full(5, 3.0), budget=2, factors=None, learning_rate=1.0)
     np.testing.assert_allclose(solution.weights, [2.5, 2.5, 0, 0, 0])
@@ -210,7 +208,7 @@ def test_certificate_of_perturbed_weights_is_honest():
     """The gap is primal less dual, bounds what is lost against the optimum, and grows with the perturbation."""
     generator, solution, pool, scale, p, Q, rate = dense_pool()
     n = len(p)
-    best = objective(p, Q, rate, solution.ridge, solution.weights)
+    best = plain_certificate(p, Q, solution.weights, ridge=solution.ridge, learning_rate=rate)[1]
     for _ in range(10):
         direction = generator.standard_normal(n)
         previous = solution.duality_gap
@@ -221,7 +219,7 @@ def test_certificate_of_perturbed_weights_is_honest():
             assert residual > 100 * solution.kkt_residual
             assert gap > previous
             previous = gap
-            actual = objective(p, Q, rate, solution.ridge, weights)
+            actual = plain_certificate(p, Q, weights, ridge=solution.ridge, learning_rate=rate)[1]
             assert n * (scale * value - p.max()) == pytest.approx(actual, rel=1e-10)
             slopes = p - rate * Q @ weights
             lowest = reference(slopes, np.zeros((n, n)), 0.0, solution.ridge, n, scale)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics_reference import EXACT, build, one_by_one_loss, ragged, relative_error, role_layers
+from support.numerics_reference import EXACT, build, ragged, relative_error, role_layers
 
 from worker.influence import (
     OptimizerOptions,
@@ -23,7 +23,8 @@ from worker.influence import (
     step_offset,
     stepped,
 )
-from worker.influence.curvature import _add
+from worker.influence.exact_gradients import plain_loss
+from worker.influence.hessian_vector_products import _add
 
 POOL = ragged("....rrr", "..rr..rr", "....", "...r", "rrrr", "....rrr", seed=5)
 POOL = POOL.take([0, 1, 2, 3, 4, 5, 0])  # the first twice
@@ -48,7 +49,7 @@ def torch_optimizer(model, options, learning_rate):
 
 def mean_loss(model, samples, weights=None):
     weights = torch.ones(len(samples), dtype=torch.float64) if weights is None else weights
-    losses = [one_by_one_loss(model, samples, i) for i in range(len(samples))]
+    losses = [plain_loss(model, samples, i) for i in range(len(samples))]
     return sum(w * x for w, x in zip(weights, losses, strict=True) if x is not None) / weights.sum()
 
 
@@ -100,8 +101,8 @@ def test_objective_predicts_a_real_step_to_third_order(name, family, record_prop
     G_tk = per_sample_gradients(model, TARGETS, projection=None).values
     U_nr, V_rk = low_rank(G_nk, n)
     assert V_rk.shape[0] == n - 2, "an empty sample and a duplicate add no direction"
-    terms = second_order_terms(
-        model, POOL, TARGETS, kind="hessian", coefficients=U_nr, scaling=scaling, offset=b, projection=None
+    (terms,) = second_order_terms(
+        model, POOL, [TARGETS], kind="hessian", coefficients=U_nr, scaling=scaling, offset=b, projection=None
     )
     B_nr, M_rr = quadratic_factors("hessian", n=n, B_nr=G_nk @ V_rk.T, M_rr=terms.M_rr)
     Qw_n = B_nr @ (M_rr @ (B_nr.T @ weights))

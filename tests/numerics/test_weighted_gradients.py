@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from numerics_reference import (
+from support.numerics_reference import (
     EXACT,
     MIXED,
     adapter_layers,
     build,
-    one_by_one_gradients,
+    plain_losses,
     ragged,
     relative_error,
     role_layers,
     with_adapters,
 )
 
-from worker.influence import directional_derivatives, sample_losses, weighted_gradients
-from worker.influence import gradients as gradients_module
+from worker.influence import directional_derivatives, exact_gradients, sample_losses, weighted_gradients
+from worker.influence.exact_gradients import plain_gradients
 
 N = len(MIXED)
 FAMILIES = dict.fromkeys(EXACT, 1e-10) | dict.fromkeys(("qwen2", "gemma2", "gpt_neox"), 1e-6)
@@ -40,9 +40,9 @@ def directions_of(layers, count):
 @pytest.mark.parametrize("token_budget", [1, 23, 10_000])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_autograd(family, token_budget, count, monkeypatch):
-    monkeypatch.setattr(gradients_module, "PIECE_BYTES", 3 * 24 * 96 * 8)
+    monkeypatch.setattr(exact_gradients, "PIECE_BYTES", 3 * 24 * 96 * 8)
     model, samples = build(family), ragged(*MIXED)
-    gradients, losses = one_by_one_gradients(model, samples)
+    gradients = plain_gradients(model, samples)
     weights, directions = random(N, count), directions_of(role_layers(model), count)
     sums = weighted_gradients(model, samples, weights.numpy(), token_budget=token_budget)
     assert list(sums) == list(role_layers(model))
@@ -50,9 +50,8 @@ def test_equal_autograd(family, token_budget, count, monkeypatch):
     products = directional_derivatives(model, samples, directions, token_budget=token_budget)
     assert relative_error(products, gradients @ flat(directions).T) < FAMILIES[family]
     assert not products[[2, 4, 5]].any()
-    torch.testing.assert_close(
-        sample_losses(model, samples, token_budget=token_budget), losses, rtol=FAMILIES[family], atol=1e-12
-    )
+    losses = sample_losses(model, samples, token_budget=token_budget)
+    torch.testing.assert_close(losses, plain_losses(model, samples), rtol=FAMILIES[family], atol=1e-12)
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -63,7 +62,7 @@ def test_adapters(family):
     directions = directions_of(adapter_layers(model), 2)
     products = directional_derivatives(model, samples, directions, modules="lora")
     model.eval()
-    gradients, _ = one_by_one_gradients(model, samples, layers=adapter_layers(model))
+    gradients = plain_gradients(model, samples, modules="lora")
     assert relative_error(flat(sums), weights.T @ gradients) < 1e-10
     assert relative_error(products, gradients @ flat(directions).T) < 1e-10
 
@@ -73,7 +72,7 @@ def test_samples_of_weight_zero_are_not_run():
     weights = torch.zeros(N, 2)
     weights[[0, 8], 1] = 1.0
     sums = weighted_gradients(model, samples, weights, progress=lambda done, total: seen.append((done, total)))
-    gradients, _ = one_by_one_gradients(model, samples)
+    gradients = plain_gradients(model, samples)
     assert seen[-1] == (2, 2)
     assert relative_error(flat(sums)[1], gradients[0] + gradients[8]) < 1e-10
     assert not flat(sums)[0].any()
@@ -153,11 +152,11 @@ def test_errors_say_what_does_not_fit():
         with pytest.raises(ValueError, match=r"weights_nc must be finite and \(1, c\)"):
             weighted_gradients(model, samples, weights)
     directions = directions_of(role_layers(model), 2)
-    with pytest.raises(ValueError, match=r"directions of layer layers.0.mlp.down_proj must be \(c, 24, 40\)"):
+    with pytest.raises(ValueError, match=r"directions: layers.0.mlp.down_proj must be \(2, 24, 40\)"):
         directional_derivatives(model, samples, {name: v.mT for name, v in directions.items()})
     one_less = {**directions, "layers.0.mlp.down_proj": directions["layers.0.mlp.down_proj"][:1]}
-    with pytest.raises(ValueError, match="the same c for all"):
+    with pytest.raises(ValueError, match=r"must be \(1, 24, 40\), not \(2, 24, 40\)"):
         directional_derivatives(model, samples, one_less)
     del directions["layers.2.mlp.down_proj"]
-    with pytest.raises(ValueError, match=r"directions has no layer layers.2.mlp.down_proj"):
+    with pytest.raises(ValueError, match="directions: must have the chosen layers"):
         directional_derivatives(model, samples, directions)

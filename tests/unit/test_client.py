@@ -1,152 +1,161 @@
-"""The Python client against a scripted server."""
+"""The Python client against a scripted server; each test runs with the synchronous and with the asynchronous client."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from support.scripted_server import PROBLEM, Blocking, Chunks, Server, Step, page, problem
 
-from service import client as client_module
-from service.client import JobFailed, Unreachable, Winnow, WinnowError
+from winnow import AsyncWinnow, JobFailed, Unreachable, Winnow, WinnowError
 
-Handler = Callable[[httpx.Request], httpx.Response]
-
-PROBLEM = {
-    "type": "about:blank",
-    "title": "Invalid request",
-    "status": 422,
-    "code": "invalid_rows",
-    "detail": "line 2: has no known form",
-    "param": "line 2",
-    "errors": [{"param": "line 2", "message": "has no known form"}],
-    "request_id": "req_1",
-}
+Connect = Callable[..., Any]
 
 
-def problem(status: int = 422, headers: dict[str, str] | None = None, **changed: Any) -> httpx.Response:
-    content = json.dumps(PROBLEM | {"status": status} | changed)
-    return httpx.Response(
-        status, content=content, headers={"Content-Type": "application/problem+json", **(headers or {})}
-    )
+@pytest.fixture(params=["sync", "async"])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    """A context manager with a client of the server that it is given."""
 
+    @contextmanager
+    def connected(server: Server, **options: Any) -> Iterator[Any]:
+        address = "http://winnow.test/", "wnw_key"
+        if request.param == "sync":
+            with Winnow(*address, transport=server, **options) as client:
+                yield client
+        else:
+            with asyncio.Runner() as runner:
+                client = AsyncWinnow(*address, transport=server, **options)
+                runner.run(client.__aenter__())
+                yield Blocking(client, runner)
+                runner.run(client.__aexit__(None, None, None))
 
-class Server:
-    """Answers with what the script holds, in turn, and remembers what was asked."""
-
-    def __init__(self, *script: httpx.Response | Exception | Handler) -> None:
-        self.script = list(script)
-        self.requests: list[httpx.Request] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        request.read()
-        self.requests.append(request)
-        step = self.script.pop(0)
-        if isinstance(step, Exception):
-            raise step
-        return step if isinstance(step, httpx.Response) else step(request)
-
-    def client(self, **options: Any) -> Winnow:
-        return Winnow("http://winnow.test/", "wnw_key", transport=httpx.MockTransport(self), **options)
+    return connected
 
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The client does not sleep; how long it would have is kept here."""
+    """The clients do not sleep; how long they would have is kept here."""
     slept: list[float] = []
-    monkeypatch.setattr(client_module.time, "sleep", slept.append)
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("winnow.transport.time.sleep", slept.append)
+    monkeypatch.setattr("winnow.transport.asyncio.sleep", sleep)
     return slept
 
 
-def page(data: list[Any], last: Any, has_more: bool) -> httpx.Response:
-    return httpx.Response(200, json={"object": "list", "data": data, "has_more": has_more, "last_id": last})
+CALLS: list[tuple[str, Any, Callable[[Any], Any]]] = [
+    ("GET models", None, lambda w: w.models()),
+    ("POST selection-jobs", {"model": "m", "budget": 3}, lambda w: w.create_job(model="m", budget=3)),
+    ("POST selection-jobs", {"budget": 3, "dry_run": True}, lambda w: w.plan(budget=3)),
+    ("GET selection-jobs/j", None, lambda w: w.job("j")),
+    ("POST selection-jobs/j/cancel", None, lambda w: w.cancel("j")),
+    ("POST selection-jobs/j/retry", None, lambda w: w.retry("j")),
+    ("POST selection-jobs/j/reproduce", None, lambda w: w.reproduce("j")),
+    ("GET selection-jobs/j/results", None, lambda w: w.results("j")),
+    ("GET selection-jobs/j/provenance", None, lambda w: w.provenance("j")),
+    ("GET selection-jobs/j/provenance?chunks=true", None, lambda w: w.provenance("j", chunks=True)),
+    ("GET selection-jobs/j/samples/7?landmarks=10", None, lambda w: w.sample("j", 7)),
+    ("GET selection-jobs/j/samples/7?landmarks=3&target=0", None, lambda w: w.sample("j", 7, landmarks=3, target=0)),
+    ("POST keys", {"name": "CI", "scopes": ["read"]}, lambda w: w.create_key("CI", scopes=["read"])),
+    ("GET usage", None, lambda w: w.usage()),
+    ("POST webhooks", {"url": "u", "events": []}, lambda w: w.create_webhook("u", events=[])),
+    ("PATCH webhooks/w", {"enabled": False}, lambda w: w.change_webhook("w", enabled=False)),
+    ("POST webhooks/w/rotate-secret", None, lambda w: w.rotate_webhook_secret("w")),
+    ("POST webhooks/w/test", None, lambda w: w.test_webhook("w")),
+    ("GET webhooks/w/deliveries/d", None, lambda w: w.delivery("w", "d")),
+    ("POST webhooks/w/deliveries/d/replay", None, lambda w: w.replay("w", "d")),
+    ("DELETE selection-jobs/j", None, lambda w: w.delete_job("j")),
+    ("DELETE datasets/d", None, lambda w: w.delete_dataset("d")),
+    ("DELETE keys/k", None, lambda w: w.revoke_key("k")),
+    ("DELETE webhooks/w", None, lambda w: w.delete_webhook("w")),
+]
 
 
-def test_a_request_carries_the_key() -> None:
-    server = Server(httpx.Response(202, json={"id": "job_1"}))
-    with server.client() as winnow:
-        assert winnow.create_job(model="m", pool="a", target="b", budget=3) == {"id": "job_1"}
-    request = server.requests[0]
-    assert str(request.url) == "http://winnow.test/v1/selection-jobs"
+@pytest.mark.parametrize(("sent", "body", "call"), CALLS)
+def test_a_call_is_its_request(connect: Connect, sent: str, body: Any, call: Callable[[Any], Any]) -> None:
+    is_delete = sent.startswith("DELETE")
+    server = Server(httpx.Response(204) if is_delete else httpx.Response(200, json={"id": "x", "data": [1]}))
+    with connect(server) as winnow:
+        found = call(winnow)
+    assert found == (None if is_delete else [1] if sent == "GET models" else {"id": "x", "data": [1]})
+    (request,) = server.requests
+    assert f"{request.method} {str(request.url).removeprefix('http://winnow.test/v1/')}" == sent
     assert request.headers["authorization"] == "Bearer wnw_key"
-    assert json.loads(request.content) == {"model": "m", "pool": "a", "target": "b", "budget": 3}
+    assert (json.loads(request.content) if request.content else None) == body
+    assert ("Idempotency-Key" in request.headers) is sent.startswith("POST")
 
 
-def test_a_file_is_uploaded_under_its_name(tmp_path: Path) -> None:
+LISTS: list[tuple[str, dict[str, str], Callable[[Any], Any]]] = [
+    ("datasets", {}, lambda w: w.datasets()),
+    ("datasets/d/rows", {}, lambda w: w.rows("d")),
+    ("selection-jobs", {}, lambda w: w.jobs()),
+    ("selection-jobs", {"status": "running"}, lambda w: w.jobs("running")),
+    ("selection-jobs/j/events", {}, lambda w: w.events("j")),
+    ("selection-jobs/j/selected", {}, lambda w: w.selected("j")),
+    ("audit-log", {"action": "a"}, lambda w: w.audit_log(action="a", object_id=None)),
+    ("keys", {}, lambda w: w.keys()),
+    ("webhooks", {}, lambda w: w.webhooks()),
+    ("webhooks/w/deliveries", {"state": "failed"}, lambda w: w.deliveries("w", "failed")),
+]
+
+
+@pytest.mark.parametrize(("path", "params", "call"), LISTS)
+def test_a_list_is_read_through_its_pages(
+    connect: Connect, path: str, params: dict[str, str], call: Callable[[Any], Any]
+) -> None:
+    server = Server(page([{"id": "b"}], 0, True), page([{"id": "a"}], "a", True), page([], None, False))
+    with connect(server) as winnow:
+        assert list(call(winnow)) == [{"id": "b"}, {"id": "a"}]
+    assert {request.url.path for request in server.requests} == {f"/v1/{path}"}
+    assert server.params == [params, {**params, "after": "0"}, {**params, "after": "a"}]
+
+
+def test_a_file_is_uploaded_under_its_name(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
-    path.write_bytes(b'{"text": "a"}\n')
+    content = b'{"text": "a"}\n' * 10_000
+    path.write_bytes(content)
     server = Server(httpx.ConnectError("refused"), httpx.Response(201, json={"id": "ds_1"}))
-    with server.client() as winnow:
+    with connect(server) as winnow:
         assert winnow.upload_dataset(path)["id"] == "ds_1"
     for request in server.requests:  # the second attempt sends the file from its start
-        assert request.content == b'{"text": "a"}\n'
-        assert request.headers["content-length"] == "14"
-        assert dict(request.url.params) == {"name": "pool.jsonl", "format": "auto"}
+        assert request.content == content
+        assert request.headers["content-length"] == str(len(content))
+        assert "transfer-encoding" not in request.headers
+    assert server.params == [{"name": "pool.jsonl"}] * 2
 
 
-def test_a_plan_is_a_job_that_is_not_made() -> None:
-    server = Server(httpx.Response(200, json={"object": "selection_plan"}))
-    with server.client() as winnow:
-        assert winnow.plan(model="m", budget=3) == {"object": "selection_plan"}
-    (sent,) = server.requests
-    assert (sent.method, sent.url.path) == ("POST", "/v1/selection-jobs")
-    assert json.loads(sent.content) == {"model": "m", "budget": 3, "dry_run": True}
-
-
-def test_the_registered_models() -> None:
-    server = Server(httpx.Response(200, json={"object": "list", "data": [{"name": "tiny"}]}))
-    with server.client() as winnow:
-        assert winnow.models() == [{"name": "tiny"}]
-    assert server.requests[0].url.path == "/v1/models"
-
-
-def test_keys_are_made_listed_and_revoked_and_tell_of_their_use() -> None:
-    made = httpx.Response(201, json={"id": "key_2", "key": "wnw_new"})
-    pages = page([{"id": "key_2"}], "key_2", True), page([{"id": "key_1"}], "key_1", False)
-    server = Server(made, *pages, httpx.Response(204), httpx.Response(200, json={"object": "usage"}))
-    with server.client() as winnow:
-        assert winnow.create_key("CI", scopes=["read"], expires_in_days=3)["key"] == "wnw_new"
-        assert [key["id"] for key in list(winnow.keys())] == ["key_2", "key_1"]
-        winnow.revoke_key("key_1")
-        assert winnow.usage() == {"object": "usage"}
-    assert json.loads(server.requests[0].content) == {"name": "CI", "scopes": ["read"], "expires_in_days": 3}
-    assert [(r.method, str(r.url).partition("/v1/")[2]) for r in server.requests] == [
-        ("POST", "keys"),
-        ("GET", "keys"),
-        ("GET", "keys?after=key_2"),
-        ("DELETE", "keys/key_1"),
-        ("GET", "usage"),
-    ]
-
-
-def test_content_needs_a_name() -> None:
+def test_content_needs_a_name(connect: Connect) -> None:
     server = Server(httpx.Response(201, json={}))
-    with server.client() as winnow:
+    with connect(server) as winnow:
         with pytest.raises(ValueError, match="name"):
             winnow.upload_dataset(b"x")
         winnow.upload_dataset(b"x", name="pool")
     assert server.requests[0].content == b"x"
 
 
-def test_a_problem_becomes_an_error() -> None:
-    with Server(problem()).client() as winnow, pytest.raises(WinnowError) as caught:
+def test_a_problem_becomes_an_error(connect: Connect) -> None:
+    with connect(Server(problem())) as winnow, pytest.raises(WinnowError) as caught:
         winnow.upload_dataset(b"x", name="pool")
     error = caught.value
     assert (error.status, error.code, error.param, error.request_id) == (422, "invalid_rows", "line 2", "req_1")
-    assert error.detail == "line 2: has no known form"
-    assert error.errors == PROBLEM["errors"]
+    assert (error.detail, error.errors) == (PROBLEM["detail"], PROBLEM["errors"])
     assert "req_1" in str(error)
 
 
-def test_an_answer_of_something_in_between_becomes_an_error() -> None:
-    with Server(httpx.Response(404, text="<html>nginx")).client() as winnow, pytest.raises(WinnowError) as caught:
+def test_the_answer_of_a_proxy_becomes_an_error(connect: Connect) -> None:
+    with connect(Server(httpx.Response(404, text="<html>nginx"))) as winnow, pytest.raises(WinnowError) as caught:
         winnow.job("job_1")
     assert (caught.value.status, caught.value.code) == (404, "http_error")
     assert "nginx" in caught.value.detail
 
 
-def test_a_get_is_repeated(pauses: list[float]) -> None:
+def test_a_get_is_retried(connect: Connect, pauses: list[float]) -> None:
     server = Server(
         httpx.ConnectError("refused"),
         httpx.ReadTimeout("slow"),
@@ -154,7 +163,7 @@ def test_a_get_is_repeated(pauses: list[float]) -> None:
         problem(503, {"Retry-After": "7"}),
         httpx.Response(200, json={"id": "job_1"}),
     )
-    with server.client() as winnow:
+    with connect(server) as winnow:
         assert winnow.job("job_1") == {"id": "job_1"}
     assert pauses[-1] == 7.0
     assert 0.25 <= pauses[0] <= 0.75
@@ -162,148 +171,105 @@ def test_a_get_is_repeated(pauses: list[float]) -> None:
     assert 1.0 <= pauses[2] <= 3.0
 
 
-@pytest.mark.parametrize("status", [400, 409, 500])
-def test_a_get_that_was_refused_is_not_repeated(status: int) -> None:
-    server = Server(problem(status))
-    with server.client() as winnow, pytest.raises(WinnowError):
-        winnow.results("job_1")
+GET, POST, DELETE = (lambda w: w.results("j"), lambda w: w.cancel("j"), lambda w: w.delete_job("j"))
+UPLOAD = lambda w: w.upload_dataset(b"{}", "d")  # noqa: E731
+MAY_HAVE_ARRIVED: list[Callable[[], Step]] = [
+    lambda: httpx.ReadTimeout("slow"),
+    lambda: httpx.ReadError("reset"),
+    lambda: problem(503),
+    lambda: problem(429),
+]
 
 
-FAILURES = [httpx.ReadTimeout("slow"), httpx.ReadError("reset"), problem(503), problem(429)]
+@pytest.mark.parametrize(
+    ("call", "failure", "is_retried"),
+    [
+        *((call, failure, call is not DELETE) for call in (GET, POST, UPLOAD, DELETE) for failure in MAY_HAVE_ARRIVED),
+        *((GET, lambda status=status: problem(status), False) for status in (400, 409, 500)),
+        (DELETE, lambda: httpx.ConnectTimeout("slow"), True),
+        (POST, lambda: problem(409, code="idempotency_key_in_use"), True),
+        (POST, lambda: problem(429, {"x-should-retry": "false"}), False),
+        (POST, lambda: problem(429, {"Retry-After": "31"}), False),
+    ],
+)
+def test_what_is_retried_and_under_which_key(
+    connect: Connect, call: Callable[[Any], Any], failure: Callable[[], Step], is_retried: bool
+) -> None:
+    server = Server(failure(), *[httpx.Response(200, json={"id": "x"}) for _ in range(2)])
+    with connect(server) as winnow:
+        with nullcontext() if is_retried else pytest.raises(WinnowError):
+            call(winnow)
+        assert len(server.requests) == 1 + is_retried
+        call(winnow)
+    *keys, last = [request.headers.get("Idempotency-Key") for request in server.requests]
+    assert len(set(keys)) == 1
+    assert keys[0] != last if call in (POST, UPLOAD) else keys[0] is last is None
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_post_that_may_have_arrived_is_repeated_under_its_key(failure: Any) -> None:
-    again = problem(409, code="idempotency_key_in_use")
-    server = Server(failure, again, *[httpx.Response(200, json={"id": "job_1"})] * 2)
-    with server.client() as winnow:
-        assert winnow.cancel("job_1")["id"] == winnow.cancel("job_1")["id"] == "job_1"
-    keys = [request.headers["Idempotency-Key"] for request in server.requests]
-    assert keys[0] == keys[1] == keys[2] != keys[3]
-
-
-def test_an_upload_that_may_have_arrived_is_repeated_under_its_key() -> None:
-    server = Server(httpx.ReadError("reset"), *[httpx.Response(201, json={"id": "ds_1"})] * 2)
-    with server.client() as winnow:
-        assert winnow.upload_dataset(b"{}", "d") == winnow.upload_dataset(b"{}", "d")
-    keys = [request.headers["Idempotency-Key"] for request in server.requests]
-    assert keys[0] == keys[1] != keys[2]
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_delete_that_may_have_arrived_is_not_repeated(failure: Any) -> None:
-    server = Server(failure)
-    with server.client() as winnow, pytest.raises(WinnowError):
-        winnow.delete_job("job_1")
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("headers", [{"x-should-retry": "false"}, {"Retry-After": "31"}])
-def test_what_is_of_no_use_now_is_not_repeated(headers: dict[str, str]) -> None:
-    server = Server(problem(429, headers))
-    with server.client() as winnow, pytest.raises(WinnowError):
-        winnow.create_job()
-    assert len(server.requests) == 1
-
-
-def test_a_delete_is_repeated_where_no_connection_was_made() -> None:
-    server = Server(httpx.ConnectTimeout("slow"), httpx.Response(204))
-    with server.client() as winnow:
-        winnow.delete_job("job_1")
-
-
-def test_a_server_that_is_away_is_named() -> None:
+def test_a_server_that_does_not_answer_is_named(connect: Connect) -> None:
     server = Server(*[httpx.ConnectError("refused")] * 3)
-    with server.client(retries=2) as winnow, pytest.raises(Unreachable, match=r"winnow\.test/v1/selection.*refused"):
+    with (
+        connect(server, retries=2) as winnow,
+        pytest.raises(Unreachable, match=r"winnow\.test/v1/selection.*refused") as caught,
+    ):
         winnow.job("job_1")
-    assert server.script == []
+    assert (server.script, caught.value.code) == ([], "unreachable")
 
 
-def test_lists_go_through_their_pages() -> None:
-    server = Server(page([{"id": "b"}], "b", True), page([{"id": "a"}], "a", False))
-    with server.client() as winnow:
-        assert list(winnow.jobs(status="running")) == [{"id": "b"}, {"id": "a"}]
-    assert dict(server.requests[0].url.params) == {"status": "running"}
-    assert dict(server.requests[1].url.params) == {"status": "running", "after": "b"}
+def states(*jobs: dict[str, Any]) -> list[httpx.Response]:
+    return [httpx.Response(200, json={"id": "job_1"} | job, headers={"Retry-After": "3"}) for job in jobs]
 
 
-def test_selected_samples_go_through_their_pages() -> None:
-    server = Server(page([{"rank": 0}], 0, True), page([], None, False))
-    with server.client() as winnow:
-        assert list(winnow.selected("job_1")) == [{"rank": 0}]
-    assert dict(server.requests[1].url.params) == {"after": "0"}
-
-
-@pytest.mark.parametrize("method", ["datasets", "events"])
-def test_other_lists(method: str) -> None:
-    arguments = ["job_1"] if method == "events" else []
-    with Server(page([{"id": 1}], 1, False)).client() as winnow:
-        assert list(getattr(winnow, method)(*arguments)) == [{"id": 1}]
-
-
-def test_deleting_has_no_answer_to_read() -> None:
-    server = Server(httpx.Response(204))
-    with server.client() as winnow:
-        winnow.delete_dataset("ds_1")
-    assert (server.requests[0].method, server.requests[0].url.path) == ("DELETE", "/v1/datasets/ds_1")
-
-
-def states(*jobs: dict[str, Any], retry_after: str = "3") -> list[httpx.Response]:
-    return [httpx.Response(200, json={"id": "job_1"} | job, headers={"Retry-After": retry_after}) for job in jobs]
-
-
-def test_wait_tells_of_changes(pauses: list[float]) -> None:
-    server = Server(
-        *states({"status": "queued"}, {"status": "running"}, {"status": "running"}, {"status": "succeeded"})
-    )
+def test_wait_reports_changes(connect: Connect, pauses: list[float]) -> None:
+    server = Server(*states(*({"status": s} for s in ("queued", "running", "running", "succeeded"))))
     seen: list[str] = []
-    with server.client() as winnow:
+    with connect(server) as winnow:
         found = winnow.wait("job_1", on_update=lambda job: seen.append(job["status"]), poll_seconds=3)
     assert found["status"] == "succeeded"
     assert seen == ["queued", "running", "succeeded"]
-    assert [dict(request.url.params) for request in server.requests] == [{}, *[{"wait": "3"}] * 3]
-    assert len(pauses) == 2  # the server holds nothing here: the client does not ask again at once
+    assert server.params == [{}, *[{"wait": "3"}] * 3]
+    assert len(pauses) == 2  # this server does not hold the request: the client does not repeat it at once
     assert all(1 < pause <= 2 for pause in pauses)
 
 
-def test_wait_leaves_the_waiting_to_the_service() -> None:
+def test_wait_leaves_the_waiting_to_the_service(connect: Connect) -> None:
     server = Server(*states({"status": "queued"}, {"status": "succeeded"}))
-    with server.client(timeout=10) as winnow:
+    with connect(server, timeout=10) as winnow:
         winnow.wait("job_1")
-    assert dict(server.requests[1].url.params) == {"wait": "30"}
+    assert server.params[1] == {"wait": "30"}
     assert server.requests[1].extensions["timeout"]["read"] == 40
 
 
-def test_wait_polls_as_the_caller_asks(pauses: list[float]) -> None:
+def test_wait_polls_at_the_given_interval(connect: Connect, pauses: list[float]) -> None:
     server = Server(*states({"status": "queued"}, {"status": "succeeded"}))
-    with server.client() as winnow:
+    with connect(server) as winnow:
         winnow.wait("job_1", on_update=print, poll_seconds=0.1)
     assert pauses == [0.1]
-    assert dict(server.requests[1].url.params) == {}
+    assert server.params[1] == {}
 
 
-def test_wait_raises_what_failed() -> None:
-    error = {"code": "out_of_memory", "detail": "The device has no memory left."}
-    with Server(*states({"status": "failed", "error": error})).client() as winnow, pytest.raises(JobFailed) as caught:
+OUT_OF_MEMORY = {"code": "out_of_memory", "detail": "The device has no memory left."}
+
+
+@pytest.mark.parametrize(("status", "error"), [("failed", OUT_OF_MEMORY), ("cancelled", None)])
+def test_wait_raises_how_the_job_has_ended(connect: Connect, status: str, error: Any) -> None:
+    server = Server(*states({"status": status, "error": error}))
+    with (
+        connect(server) as winnow,
+        pytest.raises(JobFailed, match=error["code"] if error else "job_1 was cancelled") as caught,
+    ):
         winnow.wait("job_1")
-    assert caught.value.problem == error
-    assert (caught.value.code, caught.value.job["status"]) == ("out_of_memory", "failed")
+    assert caught.value.problem == (error or caught.value.problem)
+    assert (caught.value.code, caught.value.job["status"]) == (error["code"] if error else "cancelled", status)
 
 
-def test_wait_raises_when_cancelled() -> None:
-    with Server(*states({"status": "cancelled", "error": None})).client() as winnow:
-        with pytest.raises(JobFailed, match="job_1 was cancelled") as caught:
-            winnow.wait("job_1")
-        assert caught.value.code == "cancelled"
-
-
-def test_wait_gives_up_in_time() -> None:
-    with Server(*states({"status": "running"})).client() as winnow, pytest.raises(TimeoutError, match="still running"):
+def test_wait_gives_up_in_time(connect: Connect) -> None:
+    with connect(Server(*states({"status": "running"}))) as winnow, pytest.raises(TimeoutError, match="still running"):
         winnow.wait("job_1", timeout=0)
 
 
-def test_wait_polls_once_more_when_time_is_up(pauses: list[float]) -> None:
-    with Server(*states({"status": "running"}, {"status": "succeeded"})).client() as winnow:
+def test_wait_polls_once_more_when_time_is_up(connect: Connect, pauses: list[float]) -> None:
+    with connect(Server(*states({"status": "running"}, {"status": "succeeded"}))) as winnow:
         winnow.wait("job_1", timeout=1)
     assert 0 < pauses[0] <= 1
 
@@ -313,96 +279,122 @@ def stream(*events: dict[str, Any], broken: bool = False) -> httpx.Response:
     return httpx.Response(200, stream=Chunks(b"retry: 2000\n\n", *sent, b": ping\n\n", broken=broken))
 
 
-def test_follow_goes_on_where_a_stream_broke_off(pauses: list[float]) -> None:
+def test_follow_continues_an_interrupted_stream(connect: Connect, pauses: list[float]) -> None:
     events = [{"id": 7, "type": "job.running"}, {"id": 9, "type": "unit.claimed"}, {"id": 12, "type": "job.failed"}]
     server = Server(stream(*events[:2], broken=True), stream(), stream(events[2]))
-    with server.client() as winnow:
+    with connect(server) as winnow:
         assert list(winnow.follow("job_1")) == events
     assert [request.headers["last-event-id"] for request in server.requests] == ["0", "9", "9"]
     assert {request.headers["accept"] for request in server.requests} == {"text/event-stream"}
     assert pauses == [2.0, 2.0]
 
 
-def test_follow_ends_where_there_is_nothing_more() -> None:
-    with Server(httpx.Response(204)).client() as winnow:
+def test_follow_ends_where_there_is_nothing_more(connect: Connect) -> None:
+    with connect(Server(httpx.Response(204))) as winnow:
         assert list(winnow.follow("job_1", after=12)) == []
 
 
-def test_follow_gives_up_on_streams_that_send_nothing() -> None:
+def test_follow_gives_up_on_streams_that_send_nothing(connect: Connect) -> None:
     server = Server(*[httpx.Response(200, stream=Chunks(broken=True)) for _ in range(3)])
-    with server.client(retries=2) as winnow, pytest.raises(Unreachable):
+    with connect(server, retries=2) as winnow, pytest.raises(Unreachable):
         list(winnow.follow("job_1"))
     assert server.script == []
 
 
-class Chunks(httpx.SyncByteStream):
-    """A body that comes in pieces, and perhaps breaks off."""
-
-    def __init__(self, *chunks: bytes, broken: bool = False) -> None:
-        self.chunks, self.broken, self.closed = chunks, broken, False
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self.chunks
-        if self.broken:
-            raise httpx.RemoteProtocolError("incomplete chunked read")
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@pytest.mark.parametrize(
-    ("asked", "params"), [({}, {"landmarks": "10"}), ({"landmarks": 3, "target": 0}, {"landmarks": "3", "target": "0"})]
-)
-def test_a_sample_is_asked_for_by_its_index(asked: dict[str, int], params: dict[str, str]) -> None:
-    server = Server(httpx.Response(200, json={"index": 7}))
-    with server.client() as winnow:
-        assert winnow.sample("job_1", 7, **asked) == {"index": 7}
-    assert server.requests[0].url.path == "/v1/selection-jobs/job_1/samples/7"
-    assert dict(server.requests[0].url.params) == params
-
-
-def test_weights_are_read_from_a_stream() -> None:
+def test_weights_are_read_from_a_stream(connect: Connect) -> None:
     body = Chunks(b'{"index":0,"id":"a', '\u2028"}\n{"index"'.encode(), b":1}\n")
     server = Server(httpx.Response(200, stream=body))
-    with server.client() as winnow:
+    with connect(server) as winnow:
         assert list(winnow.weights("job_1")) == [{"index": 0, "id": "a\u2028"}, {"index": 1}]
-    assert dict(server.requests[0].url.params) == {"stream": "true"}
+    assert server.params == [{"stream": "true"}]
     assert body.closed
 
 
-def test_a_stream_that_breaks_off_is_told() -> None:
-    with Server(httpx.Response(200, stream=Chunks(b'{"index":0}\n', broken=True))).client() as winnow:
+def test_a_stream_that_is_left_is_closed(connect: Connect) -> None:
+    body = Chunks(b'{"index":0}\n', b'{"index":1}\n')
+    with connect(Server(httpx.Response(200, stream=body))) as winnow:
+        rows = winnow.weights("job_1")
+        assert next(rows) == {"index": 0}
+        rows.close()
+        assert body.closed
+
+
+def test_the_synchronous_client_works_within_a_running_event_loop() -> None:
+    """As in a notebook, whose loop has hooks of its own for asynchronous generators that are left."""
+    body = Chunks(b'{"index":0}\n', b'{"index":1}\n')
+
+    async def cell() -> None:
+        with Winnow("http://winnow.test", "wnw_key", transport=Server(httpx.Response(200, stream=body))) as winnow:
+            rows: Any = winnow.weights("job_1")
+            assert next(rows) == {"index": 0}
+            rows.close()
+            assert body.closed
+
+    asyncio.run(cell())
+
+
+def test_an_interrupted_stream_is_reported(connect: Connect) -> None:
+    with connect(Server(httpx.Response(200, stream=Chunks(b'{"index":0}\n', broken=True)))) as winnow:
         rows = winnow.weights("job_1")
         assert next(rows) == {"index": 0}
         with pytest.raises(Unreachable, match="incomplete"):
             next(rows)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_export_takes_the_format_from_the_suffix(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "params"),
+    [
+        *((f"out.{kind}", {}, {"format": kind, "selected_only": "false"}) for kind in ("jsonl", "csv", "parquet")),
+        ("out.csv", {"selected_only": True}, {"format": "csv", "selected_only": "true"}),
+        (
+            "out",
+            {"format": "jsonl", "include": "messages"},
+            {"format": "jsonl", "selected_only": "false", "include": "messages"},
+        ),
+    ],
+)
+def test_an_export_is_written_to_its_file(
+    connect: Connect, tmp_path: Path, name: str, options: dict[str, Any], params: dict[str, str]
+) -> None:
     server = Server(httpx.Response(200, stream=Chunks(b"ab", b"c")))
-    with server.client() as winnow:
-        path = winnow.export("job_1", tmp_path / f"out.{suffix}", selected_only=True)
+    with connect(server) as winnow:
+        path = winnow.export("job_1", tmp_path / name, **options)
     assert path.read_bytes() == b"abc"
-    assert dict(server.requests[0].url.params) == {"format": suffix, "selected_only": "true"}
+    assert server.params == [params]
 
 
-def test_export_passes_what_to_include(tmp_path: Path) -> None:
-    server = Server(httpx.Response(200, content=b"x"))
-    with server.client() as winnow:
-        winnow.export("job_1", tmp_path / "out", format="jsonl", include="messages")
-    assert dict(server.requests[0].url.params) == {"format": "jsonl", "selected_only": "false", "include": "messages"}
-
-
-def test_an_export_that_breaks_off_leaves_the_file_of_before(tmp_path: Path) -> None:
+def test_an_interrupted_export_leaves_the_previous_file(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     path.write_text("before")
-    with Server(httpx.Response(200, stream=Chunks(b"x", broken=True))).client() as winnow, pytest.raises(Unreachable):
+    server = Server(httpx.Response(200, stream=Chunks(b"x", broken=True)))
+    with connect(server) as winnow, pytest.raises(Unreachable):
         winnow.export("job_1", path)
     assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
     assert path.read_text() == "before"
 
 
-def test_export_needs_a_format(tmp_path: Path) -> None:
-    with Server().client() as winnow, pytest.raises(ValueError, match=r"\.jsonl, \.csv, \.parquet"):
+def test_export_needs_a_format(connect: Connect, tmp_path: Path) -> None:
+    with connect(Server()) as winnow, pytest.raises(ValueError, match=r"\.jsonl, \.csv, \.parquet"):
         winnow.export("job_1", tmp_path / "out.xlsx")
+
+
+def test_the_clients_have_the_same_documented_methods() -> None:
+    methods = {name for name in dir(Winnow) if not name.startswith("_")} - {"close"}
+    assert methods == {name for name in dir(AsyncWinnow) if not name.startswith("_")} - {"close"}
+    assert all(getattr(Winnow, name).__doc__ for name in methods)
+
+
+def test_an_upload_is_read_as_it_is_told(connect: Connect) -> None:
+    server, columns, template = Server(httpx.Response(201, json={})), {"text": "a,b"}, {"user": "{{ q }}"}
+    with connect(server) as winnow:
+        winnow.upload_dataset(b"x", "n", "text", columns=columns, template=template, on_bad_row="skip")
+    (params,) = server.params
+    assert (json.loads(params.pop("columns")), json.loads(params.pop("template"))) == (columns, template)
+    assert params == {"name": "n", "format": "text", "on_bad_row": "skip"}
+
+
+def test_skipped_rows_are_streamed(connect: Connect) -> None:
+    server = Server(httpx.Response(200, content=b'{"number": 3}\n{"number": 9}\n'))
+    with connect(server) as winnow:
+        assert [row["number"] for row in winnow.skipped_rows("d")] == [3, 9]
+    assert server.requests[0].url.path.endswith("/datasets/d/skipped")

@@ -7,7 +7,7 @@ import pytest
 from starlette.requests import Request
 
 from service.datasets.upload import received
-from service.errors import BadRequest, TooLarge
+from service.http.errors import BadRequest, TooLarge
 from service.settings import UploadSettings
 
 FORM = "multipart/form-data; boundary=x"
@@ -20,7 +20,7 @@ class Sender:
     def __init__(
         self, chunks: list[bytes], headers: dict[str, str], *, breaks_off: bool = False, falls_silent: bool = False
     ) -> None:
-        self.asked = 0
+        self.asked, self.name = 0, ""
         self._chunks, self._breaks_off, self._falls_silent = chunks, breaks_off, falls_silent
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.request = Request({"type": "http", "method": "POST", "headers": raw}, self._receive)
@@ -35,7 +35,7 @@ class Sender:
 
     def receive(self, max_bytes: int, **limits: float) -> bytes:
         async def read() -> bytes:
-            async with received(self.request, UploadSettings(max_bytes=max_bytes, **limits)) as file:
+            async with received(self.request, UploadSettings(max_bytes=max_bytes, **limits)) as (file, self.name):
                 file.seek(0)
                 return file.read()
 
@@ -49,7 +49,8 @@ def test_a_body_of_the_budgets_size_is_received() -> None:
 
 
 def test_a_form_gives_its_file() -> None:
-    assert Sender([FORM_START, b"ab", b"cd\r\n--x--\r\n"], {"content-type": FORM}).receive(1000) == b"abcd"
+    sender = Sender([FORM_START, b"ab", b"cd\r\n--x--\r\n"], {"content-type": FORM})
+    assert (sender.receive(1000), sender.name) == (b"abcd", "pool.jsonl")
 
 
 def test_an_announced_excess_is_refused_before_reading() -> None:
@@ -69,13 +70,13 @@ def test_an_excess_that_was_not_announced_is_refused_where_it_begins(headers: di
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": FORM}])
 def test_a_body_that_breaks_off_is_the_senders_fault(headers: dict[str, str]) -> None:
-    with pytest.raises(BadRequest, match="broke off"):
+    with pytest.raises(BadRequest, match="aborted"):
         Sender([FORM_START, b"abc"], headers, breaks_off=True).receive(1000)
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": FORM}])
 def test_a_sender_who_falls_silent_is_not_waited_for(headers: dict[str, str]) -> None:
-    with pytest.raises(BadRequest, match=r"Nothing came for 0\.05 seconds"):
+    with pytest.raises(BadRequest, match=r"No data arrived for 0\.05 seconds"):
         Sender([FORM_START, b"abc"], headers, falls_silent=True).receive(1000, idle_seconds=0.05)
 
 

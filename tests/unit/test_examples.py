@@ -1,4 +1,4 @@
-"""The example data: made again to the same bytes, and correct as far as a program can tell."""
+"""The example data: reproducible to the byte, and correct as far as a program can check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Explanations of whole jobs against plain torch on what the stages left: contributions add up to the influence that is shown."""
+"""Explanations of whole jobs against plain torch on the stages' artifacts: contributions add up to the influence shown."""
 
 import json
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_job import Ran, run
 from safetensors.torch import load_file, save_file
-from tiny import pool_rows, save_model, target_rows, write_jsonl
+from support.local_job import Ran, run
+from support.tiny import pool_rows, save_model, target_rows, write_jsonl
 
-from service.jobs.state import Stage
-from service.jobs.tables import JobUnit
+from service.ledger.tables import JobUnit
+from service.plan import shards
+from service.plan.stages import Stage
 from service.results import explain
-from service.results.explain import Asked, Origin, Unexplained, explained
+from service.results.explain import Origin, SampleQuery, Unexplained, explained
 from service.results.schemas import Explanation
-from service.results.slices import Tensors, npy_row
-from worker import inprocess
-from worker.stages import keys
+from service.results.tensor_reader import Tensors, npy_row
+from worker import local_run
 
 POOL, TARGET, LANDMARKS = 40, 18, 12
 MUTE, MUTE_TARGET = 11, 4  # without a response
@@ -66,7 +66,7 @@ class Jobs:
         return Origin(changes.get("method", "influence_distillation"), self.fingerprint("target"), TARGET, units)
 
     def fingerprint(self, name: str) -> str:
-        return inprocess._register(self.ran(EXACT).compute.store, self.files[name]).fingerprint
+        return local_run._register(self.ran(EXACT).compute.store, self.files[name]).fingerprint
 
     def explained(self, changes: dict[str, Any], index: int, **asked: Any) -> Explanation:
         ran = self.ran(changes)
@@ -74,9 +74,9 @@ class Jobs:
         return explained(
             ran.compute.store,
             self.origin(changes),
-            Asked(index=index, **question),
+            SampleQuery(index=index, **question),
             self.fingerprint("pool"),
-            float(ran.arrays["influence"][index]),
+            None if np.isnan(published := float(ran.arrays["influence"][index])) else published,
             bool(ran.arrays["exact"][index]),
         )
 
@@ -89,7 +89,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         rows[name][mute]["messages"][-1]["content"] = ""
     files = {name: write_jsonl(folder / f"{name}.jsonl", each) for name, each in rows.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys, "_EMBED_SHARD_TOKENS", 1_000)  # several shards, and several blocks of landmarks
+        patch.setattr(shards, "EMBED_SHARD_TOKENS", 1_000)  # several shards, and several blocks of landmarks
         patch.setattr(explain, "_ROWS", 5)
         yield Jobs(folder, save_model(folder / "bare", template=BARE), files)
 
@@ -104,7 +104,7 @@ def total(explanation: Explanation) -> float:
 
 
 class Truth:
-    """The propagation of METHOD 2 anew: embeddings out of the shards, one solve, no code of ours."""
+    """The propagation of METHOD 2 in plain torch: embeddings from the shards, one solve, no code under test."""
 
     def __init__(self, jobs: Jobs, changes: dict[str, Any]) -> None:
         ran = jobs.ran(changes)
@@ -127,7 +127,7 @@ class Truth:
 
 
 @pytest.mark.parametrize("changes", [PLAIN, LINEAR, CURVED], ids=["rbf", "linear", "curvature"])
-@pytest.mark.parametrize("target", [None, 0, MUTE_TARGET, TARGET - 1])
+@pytest.mark.parametrize("target", [None, 0, TARGET - 1])
 def test_contributions_are_the_kernel_times_the_coefficients_and_add_up(
     jobs: Jobs, changes: dict[str, Any], target: int | None
 ) -> None:
@@ -181,13 +181,14 @@ def test_the_influence_on_the_targets_that_count_has_the_mean_that_is_shown(
     ran = jobs.ran(changes)
     for index in range(POOL):
         found = jobs.explained(changes, index)
-        assert found.influence == ran.arrays["influence"][index]
         if index == MUTE:
-            assert (found.explained_by, found.targets, found.landmarks, found.others) == ("none", None, [], None)
-            assert "no response" in found.sentence
+            assert (found.explained_by, found.reason, found.influence) == ("none", "no_reply", None)
+            assert (found.targets, found.landmarks, found.others) == (None, [], None)
             continue
+        assert found.influence == ran.arrays["influence"][index]
         assert found.targets is not None
-        counted = [each.influence for each in found.targets.data if each.counts]
+        counted = [each.influence for each in found.targets.data if each.influence is not None]
+        assert [each.influence for each in found.targets.data if not each.counts] == [None]
         assert [each.index for each in found.targets.data if not each.counts] == [MUTE_TARGET]
         assert np.float32(np.mean(counted)) == ran.arrays["influence"][index]
         expected = {"exact_influence": "own_gradient", "rds_plus": "embedding_similarity"}.get(
@@ -206,18 +207,31 @@ def test_the_shortlists_influence_is_that_of_its_own_gradients(jobs: Jobs) -> No
     for index in rows:
         found = jobs.explained(REFINED, index, target=2)
         assert found.targets is not None
-        assert [each.influence for each in found.targets.data] == pytest.approx(truth[index, :TARGET], abs=1e-5)
+        counted = {each.index: each.influence for each in found.targets.data if each.counts}
+        assert list(counted.values()) == pytest.approx(truth[index, list(counted)], abs=1e-5)
         assert found.influence == pytest.approx(truth[index, 2], abs=1e-5)
 
 
-def test_a_sample_that_is_not_finite_has_no_influence_to_explain(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["not_finite", "refused"])
+def test_a_sample_that_took_no_part_says_why(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     origin = jobs.origin(PLAIN)
-    selected = origin.unit(Stage.SELECT)
-    selected.result = {**(selected.result or {}), "nonfinite": [MUTE]}
+    selected, prepared = origin.unit(Stage.SELECT), origin.unit(Stage.PREPARE)
+    assert selected.result is not None
+    assert prepared.result is not None
+    assert selected.result["reasons"] == ["no_reply", "not_finite"]
+    selected.result = {**selected.result, "reasons": [reason]}
+    prepared.result["unusable"]["pool"]["first"] = [{"index": MUTE, "detail": "the roles [differ]"}]
     monkeypatch.setattr(Jobs, "origin", lambda *_: origin)
     found = jobs.explained(PLAIN, MUTE)
-    assert (found.explained_by, found.influence, found.targets) == ("none", 0, None)
-    assert "not finite" in found.sentence
+    assert (found.explained_by, found.reason, found.influence, found.targets) == ("none", reason, None, None)
+    assert ("the roles [differ]" in found.sentence) == (reason == "refused")
+
+
+def test_nothing_has_an_influence_on_a_target_that_does_not_count(jobs: Jobs) -> None:
+    for changes in (PLAIN, EXACT):
+        found = jobs.explained(changes, 0, target=MUTE_TARGET)
+        assert (found.explained_by, found.influence, found.target) == ("none", None, MUTE_TARGET)
+        assert found.targets is not None
 
 
 def test_targets_come_in_pages_with_their_ids(jobs: Jobs) -> None:
@@ -235,13 +249,14 @@ def test_targets_come_in_pages_with_their_ids(jobs: Jobs) -> None:
 
 
 def test_random_has_nothing_to_explain(jobs: Jobs) -> None:
+    assert jobs.explained(RANDOM, MUTE).reason == "no_reply"
     found = jobs.explained(RANDOM, 3)
     assert (found.explained_by, found.targets, found.influence) == ("none", None, 0)
     assert "drawn from the seed" in found.sentence
 
 
 class TestMissing:
-    def test_what_was_removed_is_said(self, jobs: Jobs) -> None:
+    def test_a_removed_artifact_is_reported(self, jobs: Jobs) -> None:
         changes = {**PLAIN, "seed": 1}
         ran = jobs.ran(changes)
         index, store = indices(ran, exact=False)[0], ran.compute.store
@@ -249,12 +264,12 @@ class TestMissing:
         own = [unit.artifact_key for unit in ran.done[Stage.EMBED] if unit.spec["start"] <= index < unit.spec["stop"]]
         for key in (*own, ran.done[Stage.PROPAGATE][-1].result["explanation"], *ran.keys(Stage.PROPAGATE)):
             store.fs.mv(store._path(key), store._path("aside"))
-            with pytest.raises(Unexplained, match=r"removed to make room. Post the same job again"):
+            with pytest.raises(Unexplained, match=r"removed to free space. Post the same job again"):
                 jobs.explained(changes, index)
             store.fs.mv(store._path("aside"), store._path(key))
         jobs.explained(changes, index)
 
-    def test_figures_that_do_not_add_up_are_not_shown(self, jobs: Jobs) -> None:
+    def test_contributions_that_do_not_add_up_are_not_shown(self, jobs: Jobs) -> None:
         changes = {**PLAIN, "seed": 2}
         ran = jobs.ran(changes)
         index = indices(ran, exact=False)[0]
@@ -262,17 +277,19 @@ class TestMissing:
         key = ran.done[Stage.PROPAGATE][-1].result["explanation"]
         with ran.compute.store.local(key) as path:
             tensors = load_file(path)
-            tensors["coefficients"][0, 0] += 0.1 * tensors["coefficients"][0].abs().max()
+        tensors["coefficients"][0, 0] += 0.1 * tensors["coefficients"][0].abs().max()
+        with ran.compute.store.writing(key) as path:
             save_file(tensors, path)
         assert before.influence != 0
-        with pytest.raises(Unexplained, match="made anew since, and its figures differ"):
+        with pytest.raises(Unexplained, match="recomputed with different figures"):
             jobs.explained(changes, index)
         jobs.explained(changes, index, target=0)  # whose row is as it was
         landmark = indices(ran, exact=True)[0]
-        P = np.load(ran.path(Stage.PROPAGATE), mmap_mode="r+")
+        P = np.load(ran.path(Stage.PROPAGATE))
         P[landmark, 0] += 0.1
-        P.flush()
-        with pytest.raises(Unexplained, match="made anew since, and its figures differ"):
+        with ran.compute.store.writing(ran.keys(Stage.PROPAGATE)[-1]) as path, path.open("wb") as file:
+            np.save(file, P)
+        with pytest.raises(Unexplained, match="recomputed with different figures"):
             jobs.explained(changes, landmark)
 
     @pytest.mark.parametrize("changes", [EXACT, PLAIN])
@@ -281,14 +298,16 @@ class TestMissing:
     ) -> None:
         origin = jobs.origin(changes)
         for unit in origin.units:
-            unit.result = {name: value for name, value in unit.result.items() if name != "silent_targets"}
+            unit.result = {name: value for name, value in unit.result.items() if name != "reasons"}
         monkeypatch.setattr(Jobs, "origin", lambda *_: origin)
-        with pytest.raises(Unexplained, match="a version of Winnow that kept less"):
+        with pytest.raises(Unexplained, match="a version of Winnow that stored less"):
             jobs.explained(changes, 0)
 
 
 class TestSlices:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64, torch.bool])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
+    )
     def test_rows_of_a_tensor_are_those_of_the_library(self, tmp_path: Path, dtype: torch.dtype) -> None:
         tensors = {"a": torch.randn(5, 3).to(dtype), "flat": torch.randn(7).to(dtype), "none": torch.empty(0, 3)}
         save_file(tensors, tmp_path / "file")

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tokenizer, turns
+from support.tiny import make_tokenizer, turns
 
-from service import packages
-from worker import chat, models
-from worker.errors import DataError, ModelError
+from service.datasets.storage import Sample
+from service.models import dependency_check
+from worker.errors import ModelError, UnusableRow
+from worker.loading import folders, models
+from worker.text import templates
+from worker.text.chat_templates import ChatFormat
 
 CPU = torch.device("cpu")
 
@@ -28,8 +31,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
 
 
-def find(folder: Path, name: str = "m") -> models.ModelFolder:
-    return models.find({"kind": "registered", "name": name}, folder.parent)
+def find(folder: Path, name: str = "m") -> folders.ModelFolder:
+    return folders.find({"kind": "registered", "name": name}, folder.parent)
 
 
 def load(folder: Path) -> object:
@@ -53,13 +56,15 @@ def change(folder: Path, file: str = "config.json", **changes: Any) -> None:
         {"hidden_size": "x"},
         {"num_hidden_layers": 10**9},
         {"num_hidden_layers": 0},
+        {"vocab_size": 10**12},
+        {"head_dim": 10**9},
     ],
     ids=json.dumps,
 )
 def test_a_configuration_that_wants_more_than_a_model_is_refused(folder: Path, config: dict[str, Any]) -> None:
     """The kernels are those of CVE-2026-4372, by their public names."""
     change(folder, **config)
-    with pytest.raises(ModelError, match=r"could not be (loaded|read)|blocks"):
+    with pytest.raises(ModelError, match=r"could not be (loaded|read)|is not usable"):
         load(folder)
 
 
@@ -76,7 +81,7 @@ def test_an_index_names_weights_of_its_own_folder_only(folder: Path, shard: obje
     shutil.copy(folder / "model-00001-of-00001.safetensors", folder.parent.parent / "outside.safetensors")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="no safetensors file beside it"):
+    with pytest.raises(ModelError, match="not a safetensors file beside it"):
         find(folder)
 
 
@@ -92,7 +97,7 @@ def test_a_configuration_cannot_put_a_pickle_in_the_place_of_the_weights(
 
     torch.save({"lm_head.weight": Evil()}, folder / name)
     change(folder, transformers_weights=name)
-    with pytest.raises(ModelError, match="no safetensors file beside it"):
+    with pytest.raises(ModelError, match="not a safetensors file beside it"):
         load(folder)
     assert not ran.exists()
 
@@ -148,7 +153,7 @@ def test_a_malformed_tokenizer_is_refused(folder: Path, content: str) -> None:
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja", "vocab.txt"])
 def test_a_file_that_is_too_large_to_be_parsed_is_not_read(folder: Path, name: str) -> None:
     with (folder / name).open("ab") as file:
-        file.truncate(models._MOST_TEXT_BYTES + 1)  # sparse: it takes no room
+        file.truncate(folders.MAX_TEXT_BYTES + 1)  # sparse: it takes no room
     with pytest.raises(ModelError, match=rf"{name} has more than 134,217,728 bytes"):
         find(folder)
 
@@ -157,12 +162,13 @@ def test_a_file_that_is_too_large_to_be_parsed_is_not_read(folder: Path, name: s
 def test_no_name_leads_out_of_the_models_folder(folder: Path, name: str) -> None:
     shutil.copytree(folder, folder.parent.parent / "elsewhere")
     (folder.parent / "outside").symlink_to(folder.parent.parent / "elsewhere")
-    with pytest.raises(ModelError, match=r"not the name of a registered model|leads out of the models folder"):
+    with pytest.raises(ModelError, match=r"not a valid name of a registered model|link out of the models folder"):
         find(folder, name)
 
 
 def rendered(template: str) -> str:
-    return chat.ChatFormat(make_tokenizer(template)).render(turns("question", "answer"), "s").text
+    sample = Sample(0, "s", None, turns("question", "answer"), None)
+    return ChatFormat(make_tokenizer(template)).render(sample).text
 
 
 @pytest.mark.parametrize(
@@ -178,12 +184,12 @@ def rendered(template: str) -> str:
     ],
 )
 def test_a_chat_template_does_not_leave_its_sandbox(template: str) -> None:
-    with pytest.raises(DataError, match=r"refuses the roles|drops or repeats"):
+    with pytest.raises(UnusableRow):
         rendered(template)
 
 
 def test_a_chat_template_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "_RENDER_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     with pytest.raises(ModelError, match=r"takes more than 0\.2 seconds"):
         rendered(loop)
@@ -216,11 +222,11 @@ def test_a_chat_template_that_loops_for_ever_is_ended(monkeypatch: pytest.Monkey
 def test_packages_that_do_not_keep_the_promise_are_named(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], said: list[str]
 ) -> None:
-    monkeypatch.setattr(packages, "_version", versions.get)
-    problems = packages.unsafe_packages()
+    monkeypatch.setattr(dependency_check, "_version", versions.get)
+    problems = dependency_check.unsafe_packages()
     assert len(problems) == len(said)
     assert all(problem.startswith(start) for problem, start in zip(problems, said, strict=True))
 
 
 def test_the_packages_of_this_machine_keep_it() -> None:
-    assert packages.unsafe_packages() == []
+    assert dependency_check.unsafe_packages() == []

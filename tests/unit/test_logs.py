@@ -112,7 +112,7 @@ def test_the_level_is_kept_to_by_loggers_that_have_one_of_their_own(
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_an_error_of_the_database_is_told_without_its_values(configured: Callable[..., Lines], form: str) -> None:
+def test_a_database_error_is_logged_without_its_values(configured: Callable[..., Lines], form: str) -> None:
     lines = configured(format=form)
     try:
         try:
@@ -132,7 +132,7 @@ def test_an_error_of_the_database_is_told_without_its_values(configured: Callabl
 
 
 @pytest.mark.timeout(60)
-def test_an_error_that_is_its_own_cause_is_told(configured: Callable[..., Lines]) -> None:
+def test_an_error_that_is_its_own_cause_is_logged(configured: Callable[..., Lines]) -> None:
     lines = configured(format="json")
     try:
         try:
@@ -218,8 +218,8 @@ def test_the_api_writes_nothing_but_records_and_one_for_each_request(tmp_path: P
     assert [(r["method"], r["route"], r["status"]) for r in access][-1] == ("GET", "/v1/datasets", 503)
     assert access[-1]["request_id"] == "mine"
     assert 0 < access[-1]["seconds"] < PATIENCE
-    below = [r for r in found if r.get("request_id") == "mine" and r["logger"] == "service.errors"]
-    assert "the database is away" in below[0]["message"], "what is logged below a request carries its id"
+    below = [r for r in found if r.get("request_id") == "mine" and r["logger"] == "service.http.errors"]
+    assert "the database is unavailable" in below[0]["message"], "what is logged below a request carries its id"
     assert any(record["logger"] == "uvicorn.error" for record in found)
     assert {record["service"] for record in found} == {"api"}
     written = log.read_text()
@@ -227,7 +227,7 @@ def test_the_api_writes_nothing_but_records_and_one_for_each_request(tmp_path: P
 
 
 def test_a_celery_worker_writes_nothing_but_records(tmp_path: Path) -> None:
-    """Its broker is away: it says so, and goes on until it is told to end."""
+    """Its broker is unavailable: it logs that, and goes on until it is stopped."""
     command = [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", "-P", "threads", "-c", "1"]
     command += ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
     log = tmp_path / "worker.log"

@@ -1,24 +1,20 @@
-"""Models a job may name: what is registered, and what a hub says, here a loopback server that speaks the little we ask."""
+"""Models a job may name: what is registered, and what a hub says."""
 
 import json
-import threading
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants
 import pytest
 from pydantic import ValidationError
+from support.hub import COMMIT, Hub
 
-from service.errors import ApiError, Unavailable, Unprocessable
-from service.jobs.parameters import Parameters
-from service.models import MODEL_TYPES, HubModel, RegisteredModel, registered, resolve
+from service.http.errors import ApiError, Unavailable, Unprocessable
+from service.models.registry import MODEL_TYPES, HubModel, RegisteredModel, registered, resolve
+from service.plan.parameters import Parameters
 from service.settings import ModelSettings
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def register(folder: Path, name: str, config: Any) -> None:
@@ -48,15 +44,17 @@ def refusal(settings: ModelSettings, model: str | HubModel, kind: type[ApiError]
 
 
 def test_the_registered_models_are_listed_by_name_with_their_blocks(settings: ModelSettings) -> None:
-    assert registered(settings) == [
-        RegisteredModel(name="bert", model_type="bert", blocks=12),
+    bert, *usable = registered(settings)
+    assert (bert.name, bert.model_type, bert.blocks) == ("bert", "bert", 12)
+    assert "'bert'" in str(bert.problem)
+    assert usable == [
         RegisteredModel(name="gpt", model_type="gpt2", blocks=12),
         RegisteredModel(name="small", model_type="llama", blocks=30),
     ]
 
 
-def test_no_folder_is_no_model(tmp_path: Path) -> None:
-    assert registered(ModelSettings(folder=tmp_path / "none")) == []
+def problems(settings: ModelSettings) -> dict[str, str]:
+    return {model.name: model.problem for model in registered(settings) if model.problem is not None}
 
 
 def test_a_link_that_leads_out_of_the_folder_is_no_model(settings: ModelSettings, tmp_path: Path) -> None:
@@ -65,18 +63,89 @@ def test_a_link_that_leads_out_of_the_folder_is_no_model(settings: ModelSettings
     (inner / "outside").symlink_to(tmp_path / "small")
     (inner / "alias").symlink_to(inner / "inside")
     settings = ModelSettings(folder=inner)
-    assert [model.name for model in registered(settings)] == ["alias", "inside"]
+    assert [model.name for model in registered(settings)] == ["alias", "inside", "outside"]
+    assert list(problems(settings)) == ["outside"]
     assert refusal(settings, "outside").param == "model"
 
 
-@pytest.mark.parametrize(
-    "config", ["{", "[]", "[" * 100_000, "null", '{"num_hidden_layers": null}', '{"n_layer": "many"}', "\0"]
-)
-def test_a_folder_that_cannot_be_used_hides_no_other(settings: ModelSettings, config: str) -> None:
-    register(settings.folder, "broken", config)
-    assert [model.name for model in registered(settings)] == ["bert", "gpt", "small"]
+def is_alone(settings: ModelSettings, name: str) -> None:
+    """The model of that name cannot be used, is listed with a reason that holds no path, and hides no other."""
+    found = problems(settings)
+    assert set(found) == {"bert", name}
+    assert str(settings.folder) not in found[name]
+    assert len(found[name]) < 300
     assert resolve(settings, "small", Parameters()) == {"kind": "registered", "name": "small"}
-    assert refusal(settings, "broken").param == "model"
+    error = refusal(settings, name)
+    assert error.param == "model"
+    assert found[name] in error.detail
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("{", "[]", "[" * 100_000, "null", "\0", "", "x" * (2**24 + 1), b"\xff\xfe{\0}\0", "{}"),
+        *('{"model_type": "llama"}', '{"model_type": "llama", "num_hidden_layers": 2, "deep": ' + "[" * 100_000),
+        '{"model_type": "llama", "num_hidden_layers": ' + "9" * 5_000 + "}",
+        *(
+            f'{{"model_type": "llama", "num_hidden_layers": {blocks}}}'
+            for blocks in ("Infinity", "NaN", "1e400", "null")
+        ),
+        *(f'{{"model_type": "llama", "n_layer": {blocks}}}' for blocks in ('"many"', '"3"', -1, 0, 1001, 2.5, "true")),
+        *(f'{{"model_type": {kind}, "n_layer": 2}}' for kind in ("7", "null", '["llama"]', f'"{"x" * 500}"')),
+    ],
+    ids=lambda config: repr(config[:60]),
+)
+def test_a_folder_that_cannot_be_used_hides_no_other(settings: ModelSettings, config: str | bytes) -> None:
+    register(settings.folder, "broken", "")
+    (settings.folder / "broken" / "config.json").write_bytes(config.encode() if isinstance(config, str) else config)
+    is_alone(settings, "broken")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({"vocab_size": size} for size in (10**12, 0, -1, 1e300, "32000", [1])),
+        *({"head_dim": 10**9}, {"num_attention_heads": 10**6}, {"num_key_value_heads": 0}, {"hidden_size": 2**40}),
+        *({"intermediate_size": 2**60}, {"max_position_embeddings": -5}, {"n_inner": 2**50}),
+        *({"num_attention_heads": 6, "num_key_value_heads": 4}, {"hidden_size": 7, "num_attention_heads": 2}),
+    ],
+    ids=json.dumps,
+)
+def test_absurd_sizes_are_refused_with_their_name(settings: ModelSettings, sizes: dict[str, Any]) -> None:
+    register(settings.folder, "broken", {"model_type": "llama", "num_hidden_layers": 30, **sizes})
+    is_alone(settings, "broken")
+    assert next(iter(sizes)) in problems(settings)["broken"]
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "link to nothing", "device"])
+def test_what_is_no_file_in_the_place_of_a_configuration_is_not_waited_for(
+    settings: ModelSettings, file: str, kind: str
+) -> None:
+    place = settings.folder / "broken" / file
+    place.parent.mkdir()
+    match kind:
+        case "pipe":
+            os.mkfifo(place)
+        case "folder":
+            place.mkdir()
+        case "loop":
+            place.symlink_to(place)
+        case "link to nothing":
+            place.symlink_to("nothing")
+        case "device":
+            place.symlink_to("/dev/zero")
+    is_alone(settings, "broken")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"r": "Infinity"}, {"r": -1}, {"r": 10**30}, {"base_model_name_or_path": 7}, {"target_modules": {"a": 1}}],
+    ids=json.dumps,
+)
+def test_an_adapter_of_another_form_hides_no_other(settings: ModelSettings, changes: dict[str, Any]) -> None:
+    register_adapter(settings, "broken", **changes)
+    is_alone(settings, "broken")
 
 
 def test_what_is_no_model_is_not_listed(settings: ModelSettings) -> None:
@@ -86,24 +155,20 @@ def test_what_is_no_model_is_not_listed(settings: ModelSettings) -> None:
     register(settings.folder, "a b", {"model_type": "llama"})
     register(settings.folder / "deep", "er", {"model_type": "llama"})
     assert len(registered(settings)) == 3
-
-
-def test_a_registered_model_is_resolved_to_its_name_and_to_no_path(settings: ModelSettings) -> None:
-    assert resolve(settings, "small", blocks(30)) == {"kind": "registered", "name": "small"}
+    assert registered(ModelSettings(folder=settings.folder / "none")) == []
 
 
 @pytest.mark.parametrize("name", ["none", "", "..", "small\0", "SMALL", ".", "~", "small "])
 def test_a_name_that_is_not_registered_is_refused_with_those_that_are(settings: ModelSettings, name: str) -> None:
     error = refusal(settings, name)
     assert error.param == "model"
-    assert "bert, gpt, small" in error.detail
+    assert "gpt, small" in error.detail
 
 
-def test_a_type_that_is_not_supported_is_refused(settings: ModelSettings) -> None:
+def test_a_type_that_is_not_supported_is_refused_with_those_that_are(settings: ModelSettings) -> None:
     error = refusal(settings, "bert")
     assert error.param == "model"
-    assert "'bert'" in error.detail
-    assert all(kind in error.detail for kind in MODEL_TYPES)
+    assert all(kind in error.detail for kind in ("'bert'", *MODEL_TYPES))
 
 
 def test_more_blocks_than_the_model_has_are_refused(settings: ModelSettings) -> None:
@@ -111,10 +176,7 @@ def test_more_blocks_than_the_model_has_are_refused(settings: ModelSettings) -> 
     assert refusal(settings, "gpt", embedding={"blocks": 13}).param == "embedding.blocks"
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{"method": "exact_influence"}, {"method": "random"}, {"embedding": {"kind": "rds"}}],
-)
+@pytest.mark.parametrize("given", [{"method": "exact_influence"}, {"method": "random"}, {"embedding": {"kind": "rds"}}])
 def test_blocks_that_are_not_embedded_are_not_counted(settings: ModelSettings, given: dict[str, Any]) -> None:
     register(settings.folder, "flat", {"model_type": "gpt2", "n_layer": 2})
     assert resolve(settings, "flat", Parameters(**given))["name"] == "flat"
@@ -138,7 +200,7 @@ def test_an_adapter_is_listed_and_resolved_with_its_base(settings: ModelSettings
     assert refusal(settings, "tuned", embedding={"blocks": 31}).param == "embedding.blocks"
 
 
-def test_the_base_of_an_adapter_may_be_of_the_hub(settings: ModelSettings, hub: "Hub") -> None:
+def test_the_base_of_an_adapter_may_be_of_the_hub(settings: ModelSettings, hub: Hub) -> None:
     register_adapter(settings, base_model_name_or_path="org/model", revision="refs/pr/1")
     assert registered(settings)[-1].blocks is None
     base = {"kind": "hub", "id": "org/model", "revision": "refs/pr/1", "commit": COMMIT}
@@ -158,7 +220,7 @@ def test_the_base_of_an_adapter_may_be_of_the_hub(settings: ModelSettings, hub: 
         ({"base_model_name_or_path": ".."}, "base_model_name_or_path"),
         ({"base_model_name_or_path": ""}, "base_model_name_or_path"),
         ({"base_model_name_or_path": "bert"}, "supported are"),
-        ({"base_model_name_or_path": "other"}, "adapter itself"),
+        ({"base_model_name_or_path": "other"}, "itself an adapter"),
     ],
 )
 def test_an_adapter_that_cannot_be_used_is_refused_with_the_reason(
@@ -190,7 +252,7 @@ def test_an_optimiser_with_a_state_needs_one(settings: ModelSettings, optimizer:
     assert resolved == {"kind": "registered", "name": "small", "optimizer_state": True}
 
 
-def test_the_warm_up_makes_the_state_of_a_hub_model(settings: ModelSettings, hub: "Hub") -> None:
+def test_the_warm_up_makes_the_state_of_a_hub_model(settings: ModelSettings, hub: Hub) -> None:
     assert refusal(settings, "org/model", optimizer={"type": "adamw"}).param == "optimizer.type"
     warmed = Parameters(optimizer={"type": "adamw"}, warmup={})  # type: ignore[arg-type]
     assert "optimizer_state" not in resolve(settings, "org/model", warmed)
@@ -199,60 +261,12 @@ def test_the_warm_up_makes_the_state_of_a_hub_model(settings: ModelSettings, hub
 # Of the hub
 
 
-@dataclass
-class Hub:
-    """What the server knows: (id, revision) -> its files; and what it was asked."""
-
-    url: str
-    models: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    failures: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
-    body: bytes | None = None
-    asked: list[str] = field(default_factory=list)
-
-
-def _answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
-    if not path.startswith("/api/models/"):  # the library asks about itself too
-        return 404, {}, b"{}"
-    repo, _, revision = unquote(urlsplit(path).path).removeprefix("/api/models/").partition("/revision/")
-    hub.asked.append(f"{repo}@{revision}")
-    if repo in hub.failures:
-        return *hub.failures[repo], b"{}"
-    if not any(known == repo for known, _ in hub.models):
-        return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
-    if (repo, revision) not in hub.models:
-        return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
-    files = [{"rfilename": name} for name in hub.models[repo, revision]]
-    model = {"_id": "1", "id": repo, "modelId": repo, "sha": COMMIT, "siblings": files, "tags": [], "private": False}
-    return 200, {}, hub.body or json.dumps(model).encode()
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, headers, body = _answer(hub, self.path)
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub = Hub(f"http://127.0.0.1:{server.server_port}")
-        hub.models["org/model", "main"] = ["config.json", "model.safetensors"]
-        hub.models["org/model", "refs/pr/1"] = ["config.json", "model-00001-of-00002.safetensors"]
-        hub.models["org/adapter", "main"] = ["adapter_config.json", "adapter_model.safetensors"]
-        hub.models["org/pickles", "main"] = ["config.json", "pytorch_model.bin"]
+    with Hub.running() as hub:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
         yield hub
-        server.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize("model", ["org/model", HubModel(id="org/model")])
@@ -268,45 +282,35 @@ def test_the_revision_that_was_asked_for_is_the_one_resolved(settings: ModelSett
     assert hub.asked == ["org/model@refs/pr/1"]
 
 
-def test_a_revision_that_is_missing_is_named(settings: ModelSettings, hub: Hub) -> None:
-    error = refusal(settings, HubModel(id="org/model", revision="v9"))
-    assert error.param == "model.revision"
-    assert "'v9'" in error.detail
-
-
-def test_a_model_that_is_missing_is_named(settings: ModelSettings, hub: Hub) -> None:
-    error = refusal(settings, "org/none")
-    assert error.param == "model"
-    assert "'org/none'" in error.detail
-
-
-def test_a_gated_model_is_refused_like_one_that_is_missing(settings: ModelSettings, hub: Hub) -> None:
+@pytest.mark.parametrize(
+    ("model", "param", "part"),
+    [
+        (HubModel(id="org/model", revision="v9"), "model.revision", "'v9'"),
+        ("org/none", "model", "'org/none'"),
+        ("org/gated", "model", "'org/gated'"),
+        ("org/pickles", "model", "safetensors"),
+        ("org/adapter", "model", "register it"),
+    ],
+)
+def test_a_hub_model_that_cannot_be_used_is_refused(
+    settings: ModelSettings, hub: Hub, model: str | HubModel, param: str, part: str
+) -> None:
     hub.failures["org/gated"] = (403, {"X-Error-Code": "GatedRepo"})
-    assert refusal(settings, "org/gated").param == "model"
+    error = refusal(settings, model)
+    assert error.param == param
+    assert part in error.detail
 
 
-def test_a_model_without_safetensors_is_refused(settings: ModelSettings, hub: Hub) -> None:
-    error = refusal(settings, "org/pickles")
-    assert error.param == "model"
-    assert "safetensors" in error.detail
-
-
-def test_an_adapter_of_the_hub_is_refused_with_what_to_do(settings: ModelSettings, hub: Hub) -> None:
-    assert "register it" in refusal(settings, "org/adapter").detail
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_hub_that_fails_is_unavailable(settings: ModelSettings, hub: Hub, status: int) -> None:
-    hub.failures["org/model"] = (status, {})
+@pytest.mark.parametrize("status", [429, 500, 503, 200])
+def test_a_hub_that_fails_or_answers_nonsense_is_unavailable(settings: ModelSettings, hub: Hub, status: int) -> None:
+    if status == 200:
+        hub.body = b"<html>Please log in to the network</html>"
+    else:
+        hub.failures["org/model"] = (status, {})
     assert refusal(settings, "org/model", Unavailable).status == 503
 
 
-def test_a_hub_that_does_not_speak_json_is_unavailable(settings: ModelSettings, hub: Hub) -> None:
-    hub.body = b"<html>Please log in to the network</html>"
-    refusal(settings, "org/model", Unavailable)
-
-
-def test_a_hub_that_is_away_is_unavailable(settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_unavailable(settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     error = refusal(settings, "org/model", Unavailable)
@@ -317,19 +321,8 @@ def test_a_hub_that_is_away_is_unavailable(settings: ModelSettings, monkeypatch:
 @pytest.mark.parametrize(
     "name",
     [
-        "a/b/c",
-        "/",
-        "a/",
-        "/b",
-        "../etc",
-        "a/..",
-        "org/a--b",
-        "org/a..b",
-        "org/x.git",
-        "é/é",
-        "a/b\0",
-        "a/b?x=1",
-        "a/b\n",
+        *("a/b/c", "/", "a/", "/b", "../etc", "a/..", "org/a--b", "org/a..b", "org/x.git"),
+        *("é/é", "a/b\0", "a/b?x=1", "a/b\n"),
     ],
 )
 def test_what_is_no_hub_id_is_refused_and_the_hub_not_asked(settings: ModelSettings, hub: Hub, name: str) -> None:

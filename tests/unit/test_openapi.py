@@ -1,11 +1,14 @@
 """The OpenAPI document is under version control: what clients are made from changes only where someone means it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openapi_document import document
+from support.openapi_document import document
+
+from service.jobs.schemas import JobRequest
 
 KEPT = Path(__file__).parents[2] / "docs" / "openapi.json"
 
@@ -48,3 +51,36 @@ def test_every_list_is_a_cursor_page(found: dict[str, Any]) -> None:
 
 def _is_list(schema: dict[str, Any]) -> bool:
     return schema.get("properties", {}).get("object", {}).get("const") == "list"
+
+
+def test_the_document_has_an_example_that_is_valid_and_every_problem(found: dict[str, Any]) -> None:
+    examples = found["components"]["schemas"]["JobRequest"]["examples"]
+    assert examples
+    for example in examples:
+        JobRequest.model_validate(example)
+    post = found["paths"]["/v1/selection-jobs"]["post"]
+    assert post["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/SelectionPlan")
+    assert post["responses"]["202"]["content"]["application/json"]["schema"]["$ref"].endswith("/SelectionJobOut")
+    assert "validate" in found["components"]["schemas"]["JobRequest"]["properties"]
+    assert {"200", "202", "401", "422", "503"} <= post["responses"].keys()
+    for status in ("401", "422", "503"):
+        assert list(post["responses"][status]["content"]) == ["application/problem+json"]
+    budget = found["components"]["schemas"]["JobRequest"]["properties"]["budget"]
+    assert {option["type"] for option in budget["anyOf"]} == {"integer", "number"}
+
+
+def refs(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        yield from ([node["$ref"]] if isinstance(node.get("$ref"), str) else [])
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from refs(child)
+
+
+def test_every_reference_of_the_document_leads_somewhere(found: dict[str, Any]) -> None:
+    for ref in set(refs(found)):
+        node = found
+        for step in ref.removeprefix("#/").split("/"):
+            assert step in node, ref
+            node = node[step]

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from service.jobs.parameters import JobParameters, Parameters
 from service.jobs.schemas import JobRequest
+from service.plan.artifact_keys import rendering, tokens_key
+from service.plan.parameters import JobParameters, Parameters
 
 ADAMW = {"type": "adamw"}
 ACCEPTED: list[dict[str, Any]] = [
@@ -23,6 +24,11 @@ ACCEPTED: list[dict[str, Any]] = [
     {"embedding": {"kind": "rds"}, "kernel": {"kind": "linear"}, "quantization": "int8"},
     {"gradient": {"modules": "self_attn.o_proj", "projection_dim": None}, "landmarks": {"choice": "stratified"}},
     {"warmup": {"lora": {}}, "gradient": {"modules": "lora"}},
+    {
+        "reasoning": "strip",
+        "template_arguments": {"enable_thinking": False, "effort": "low", "n": 3, "x": 0.5, "no": None},
+    },
+    {"method": "random", "reasoning": "strip"},
 ]
 
 
@@ -48,23 +54,23 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "random", "selection": "top_k"}, "selection", "seed alone"),
     ({"method": "random", "warmup": {}}, "warmup", "seed alone"),
     ({"method": "random", "optimizer": {"type": "sgd", "momentum": 0.9}}, "optimizer", "seed alone"),
-    ({"embedding": {"kind": "hidden", "tangents": 3}}, "embedding.tangents", "jvp only"),
-    ({"embedding": {"kind": "rds", "blocks": 3}}, "embedding.blocks", "that is rds"),
-    ({"embedding": {"kind": "rds", "pooling": "last"}}, "embedding.pooling", "that is rds"),
-    ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "rbf only"),
-    ({"optimizer": {**ADAMW, "momentum": 0.9}}, "optimizer.momentum", "sgd only"),
-    ({"optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay", "that is none"),
-    ({"optimizer": {"type": "sgd", "betas": [0.8, 0.9]}}, "optimizer.betas", "adam or adamw only"),
-    ({"optimizer": {"type": "sgd", "eps": 1e-4}}, "optimizer.eps", "adam or adamw only"),
-    ({"optimizer": {"scaling": "factored"}}, "optimizer.scaling", "adam or adamw only"),
+    ({"embedding": {"kind": "hidden", "tangents": 3}}, "embedding.tangents", "embedding.kind jvp, not hidden"),
+    ({"embedding": {"kind": "rds", "blocks": 3}}, "embedding.blocks", "not rds"),
+    ({"embedding": {"kind": "rds", "pooling": "last"}}, "embedding.pooling", "not rds"),
+    ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "kernel.kind rbf, not linear"),
+    ({"optimizer": {**ADAMW, "momentum": 0.9}}, "optimizer.momentum", "optimizer.type sgd, not adamw"),
+    ({"optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay", "not none"),
+    ({"optimizer": {"type": "sgd", "betas": [0.8, 0.9]}}, "optimizer.betas", "adam or adamw, not"),
+    ({"optimizer": {"type": "sgd", "eps": 1e-4}}, "optimizer.eps", "adam or adamw, not"),
+    ({"optimizer": {"scaling": "factored"}}, "optimizer.scaling", "adam or adamw, not"),
     ({"optimizer": {**ADAMW, "betas": [0.9, 1.0]}}, "optimizer.betas.1", "less than 1"),
-    ({"optimizer": {"type": "sgd"}, "curvature": {"type": "ggn"}}, "curvature.type", "weighted only"),
+    ({"optimizer": {"type": "sgd"}, "curvature": {"type": "ggn"}}, "curvature.type", "selection weighted, not"),
     ({"selection": "weighted", "curvature": {"type": "fisher"}}, "curvature.type", "other than none"),
-    ({"selection": "weighted", "curvature": {"rank": 8}}, "curvature.rank", "ggn or hessian only"),
+    ({"selection": "weighted", "curvature": {"rank": 8}}, "curvature.rank", "ggn or hessian, not none"),
     (
         {"selection": "weighted", "optimizer": ADAMW, "curvature": {"type": "fisher", "rank": 8}, "warmup": {}},
         "curvature.rank",
-        "that is fisher",
+        "not fisher",
     ),
     (
         {
@@ -76,11 +82,40 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "gradient.normalize",
         "must be false",
     ),
-    ({"quantization": "nf4", "embedding": {"kind": "jvp"}}, "embedding.kind", "derivatives along the weights"),
+    ({"quantization": "nf4", "embedding": {"kind": "jvp"}}, "embedding.kind", "derivatives by the weights"),
     ({"quantization": "int8", "warmup": {}}, "warmup.lora", "cannot be trained"),
-    ({"warmup": {}, "optimizer": {"type": "sgd", "momentum": 0.9}}, "optimizer.momentum", "registered state"),
+    ({"warmup": {}, "optimizer": {"type": "sgd", "momentum": 0.9}}, "optimizer.momentum", "registered sgd state"),
     ({"warmup": {"lora": {}}, "gradient": {"modules": "o_proj"}}, "gradient.modules", "adapters"),
 ]
+BAD_ARGUMENTS: list[dict[str, Any]] = [
+    {"messages": "x"},
+    {"bos_token": "x"},
+    {"no-name": 1},
+    {"x" * 65: 1},
+    {"x": [1]},
+    {"x": {"y": 1}},
+    {"x": "y" * 1001},
+    {"x": "\x00"},
+    {"x": 2**60},
+    {f"x{i}": i for i in range(33)},
+]
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS)
+def test_arguments_of_templates_are_few_short_scalars(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Parameters.model_validate({"template_arguments": arguments})
+    assert {error["loc"][0] for error in refused.value.errors()} == {"template_arguments"}
+
+
+def test_tokens_depend_on_how_they_are_rendered_and_not_on_defaults() -> None:
+    def key(**parameters: Any) -> str:
+        return tokens_key("d", "t", 64, None, rendering(Parameters.model_validate(parameters).model_dump(mode="json")))
+
+    thinking = {"template_arguments": {"enable_thinking": True}}
+    assert key() == key(reasoning="keep", template_arguments={}) == tokens_key("d", "t", 64, None, rendering({}))
+    keys = [key(), key(reasoning="strip"), key(**thinking), key(template_arguments={"enable_thinking": 1})]
+    assert len({*keys, key(reasoning="strip", **thinking)}) == len(keys) + 1
 
 
 @pytest.mark.parametrize(("given", "path", "reason"), REFUSED)
@@ -94,7 +129,7 @@ def test_what_cannot_be_used_is_refused_at_its_field_with_the_reason(
     assert reason in error["msg"]
 
 
-def test_every_refusal_is_told_at_once() -> None:
+def test_all_refusals_are_reported_together() -> None:
     with pytest.raises(ValidationError) as refused:
         Parameters.model_validate({"kernel": {"kind": "linear", "bandwidth": 1}, "optimizer": {"weight_decay": 1}})
     assert [error["loc"] for error in refused.value.errors()] == [

@@ -1,9 +1,6 @@
 """Which units a job has, wave after wave, and what the names of their artifacts depend on."""
 
 import copy
-import re
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,36 +8,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs import cost
-from service.jobs.ledger import UnitSpec
-from service.jobs.parameters import Parameters
-from service.jobs.state import Stage
-from worker.stages import keys, plan
-from worker.stages.plan import Done, JobInputs, next_units
+from service.plan import artifact_keys
+from service.plan import shards as cuts
+from service.plan import waves as planner
+from service.plan.artifact_keys import rows_key, tokens_key
+from service.plan.parameters import Parameters
+from service.plan.stages import Done, JobInputs, Stage, UnitSpec
+from service.plan.waves import next_units, rehearse
 
-token_counts = st.lists(st.integers(0, 5_000), min_size=1, max_size=600).map(lambda counts: np.array(counts, np.int64))
+token_counts = st.lists(st.just(0) | st.integers(0, 5_000), min_size=1, max_size=600).map(
+    lambda counts: np.array(counts, np.int64)
+)
 
 
 class TestShards:
     @given(tokens=token_counts, size=st.integers(1, 20_000))
     def test_they_cover_every_sample_once_in_order(self, tokens: np.ndarray, size: int) -> None:
-        shards = keys.shards(tokens, size)
+        shards = cuts.shards(tokens, size)
         assert [row for a, b in shards for row in range(a, b)] == list(range(len(tokens)))
         assert all(a < b for a, b in shards)
+        assert all(tokens[a:b].any() for a, b in shards) or not tokens.any()
         assert len(shards) <= 256
 
     @given(tokens=token_counts, size=st.integers(1, 20_000))
     def test_they_are_of_about_equal_tokens(self, tokens: np.ndarray, size: int) -> None:
         """None holds more than its share and one sample, which cannot be cut."""
-        shards = keys.shards(tokens, size)
+        shards = cuts.shards(tokens, size)
         share = max(size, -(-int(tokens.sum()) // 256), -(-int(tokens.sum()) // len(tokens)))
         assert max(int(tokens[a:b].sum()) for a, b in shards) <= share + int(tokens.max()) + 1
 
     def test_few_tokens_make_one_shard(self) -> None:
-        assert keys.shards(np.array([5, 0, 7]), 100) == [(0, 3)]
+        assert cuts.shards(np.array([5, 0, 7]), 100) == [(0, 3)]
 
     def test_samples_without_tokens_are_covered(self) -> None:
-        assert keys.shards(np.zeros(4, np.int64), 100) == [(0, 4)]
+        assert cuts.shards(np.zeros(4, np.int64), 100) == [(0, 4)]
 
 
 HIDDEN = {"kind": "hidden", "pooling": "response", "blocks": 4, "tangents": 2}
@@ -106,48 +107,41 @@ def waves(
     return found
 
 
-def names(found: list[list[UnitSpec]]) -> list[list[str]]:
-    return [sorted({f"{unit.stage}" for unit in wave}) for wave in found]
+def names(found: list[list[UnitSpec]]) -> list[str]:
+    """The stages of each wave."""
+    return [" ".join(sorted({unit.stage.value for unit in wave})) for wave in found]
+
+
+NAMED = {"embedding": {"kind": "hidden"}}
+EXACT = ["landmark_gradients target_gradients", "propagate", "select"]
 
 
 class TestWaves:
-    def test_the_default_job(self) -> None:
-        assert names(waves(job())) == [
-            ["candidates", "landmark_gradients", "target_gradients"],
-            ["choose_embedding"],
-            ["embed"],
-            ["propagate"],
-            ["refine"],
-            ["select"],
-            ["validate"],
-        ]
-
-    def test_a_named_embedding_is_computed_beside_the_gradients(self) -> None:
-        assert names(waves(job(embedding={"kind": "hidden"}, refine=0, validate=False))) == [
-            ["embed", "landmark_gradients", "target_gradients"],
-            ["propagate"],
-            ["select"],
-        ]
-
-    def test_exact_influence_embeds_nothing(self) -> None:
-        found = waves(job(method="exact_influence", validate=False), prepared={"all_exact": True})
-        assert names(found) == [["landmark_gradients", "target_gradients"], ["propagate"], ["select"]]
-
-    def test_where_all_are_landmarks_nothing_is_embedded(self) -> None:
-        found = waves(job(validate=False), prepared={"all_exact": True}, results={Stage.PROPAGATE: {"shortlist": None}})
-        assert names(found) == [["landmark_gradients", "target_gradients"], ["propagate"], ["select"]]
-
-    def test_rds_plus_computes_no_gradients(self) -> None:
-        found = waves(job(method="rds_plus", validate=False))
-        assert names(found) == [["embed", "embed_target"], ["propagate"], ["select"]]
-        assert {unit.spec["options"]["kind"] for unit in found[0]} == {"rds"}
-
-    def test_random_selects_at_once(self) -> None:
-        assert names(waves(job(method="random"))) == [["select"], ["validate"]]
+    @pytest.mark.parametrize(("parameters", "prepared", "expected"), [
+        ({}, {}, [
+            "candidates landmark_gradients target_gradients", "choose_embedding", "embed", "propagate", "refine", "select",
+            "validate",
+        ]),
+        # A named embedding is computed beside the gradients.
+        (NAMED | {"refine": 0, "validate": False}, {}, [
+            "embed landmark_gradients target_gradients", "propagate", "select",
+        ]),
+        ({"method": "exact_influence", "validate": False}, {"all_exact": True}, EXACT),
+        ({"validate": False, "refine": 0}, {"all_exact": True}, EXACT),
+        ({"method": "rds_plus", "validate": False}, {}, ["embed embed_target", "propagate", "select"]),
+        ({"method": "random"}, {}, ["select", "validate"]),
+    ], ids=["default", "hidden", "exact", "all landmarks", "rds_plus", "random"])  # fmt: skip
+    def test_a_job_has_the_waves_that_its_parameters_need(
+        self, parameters: dict[str, Any], prepared: dict[str, Any], expected: list[str]
+    ) -> None:
+        found = waves(job(**parameters), prepared=prepared)
+        assert names(found) == expected
+        if parameters.get("method") == "rds_plus":
+            assert {unit.spec["options"]["kind"] for unit in found[0]} == {"rds"}
 
     def test_the_warm_up_comes_first_and_all_measure_its_checkpoint(self) -> None:
         found = waves(job(**ADAM))
-        assert names(found)[0] == ["warmup"]
+        assert names(found)[0] == "warmup"
         checkpoint = found[0][0].artifact_key
         measured = [unit for wave in found[1:] for unit in wave if "checkpoint" in unit.spec]
         assert {unit.stage for unit in measured} >= {Stage.EMBED, Stage.REFINE, Stage.TARGET_GRADIENTS, Stage.VALIDATE}
@@ -164,15 +158,8 @@ class TestWaves:
         assert waves(job(optimizer={"type": "adam"}))[0][0].spec["state"] == "registered"
 
     def test_landmarks_grow_round_by_round(self) -> None:
-        found = waves(job(embedding={"kind": "hidden"}, min_fidelity=0.9, refine=0, validate=False), grow=2)
-        assert names(found)[1:] == [
-            ["propagate"],
-            ["landmark_gradients"],
-            ["propagate"],
-            ["landmark_gradients"],
-            ["propagate"],
-            ["select"],
-        ]
+        found = waves(job(**NAMED, min_fidelity=0.9, refine=0, validate=False), grow=2)
+        assert names(found)[1:] == [*["propagate", "landmark_gradients"] * 2, "propagate", "select"]
         rounds = found[-1][0].spec["landmarks"]
         assert [round_["tokens"] for round_ in rounds] == ["tokens/landmarks", "tokens/more-0", "tokens/more-1"]
         assert [len(round_["gradients"]) for round_ in rounds] == [2, 1, 1]
@@ -203,7 +190,7 @@ class TestWaves:
             assert modules == {"lora"}
 
     def test_every_shard_is_a_unit(self) -> None:
-        found = waves(job(embedding={"kind": "hidden"}))
+        found = waves(job(**NAMED))
         units = [unit for wave in found for unit in wave]
         assert len({unit.artifact_key for unit in units}) == len(units)
         first = {(unit.stage, unit.shard): (unit.spec["start"], unit.spec["stop"]) for unit in found[0]}
@@ -218,9 +205,6 @@ def artifacts(inputs: JobInputs, **changes: Any) -> dict[Stage, set[str]]:
         for unit in wave:
             found.setdefault(unit.stage, set()).add(unit.artifact_key)
     return found
-
-
-NAMED = {"embedding": {"kind": "hidden"}}
 
 
 def changed(before: JobInputs, after: JobInputs, **prepared: Any) -> set[str]:
@@ -262,16 +246,16 @@ class TestKeys:
     ) -> None:
         assert changed(job(**NAMED), job(**{**NAMED, **parameters})) == expected
 
-    @pytest.mark.parametrize("optimizer", [{"betas": [0.8, 0.99]}, {"eps": 1e-6}, {"scaling": "factored"}])
-    def test_adams_options_change_the_scaled_gradients(self, optimizer: dict[str, Any]) -> None:
-        before = job(**NAMED, optimizer={"type": "adam"})
-        after = job(**NAMED, optimizer={"type": "adam", **optimizer})
-        assert {"landmark_gradients", "refine"} <= changed(before, after)
-
-    def test_the_learning_rate_changes_the_step_and_no_gradient(self) -> None:
-        after = job(**NAMED, optimizer={"type": "sgd", "learning_rate": 0.5})
-        before = job(**NAMED, optimizer={"type": "sgd"})
-        assert changed(before, after) == {"select", "validate"}
+    @pytest.mark.parametrize(("kind", "change", "expected"), [
+        *(("adam", change, {"landmark_gradients", *DECIDED})
+          for change in ({"betas": [0.8, 0.99]}, {"eps": 1e-6}, {"scaling": "factored"})),
+        ("sgd", {"learning_rate": 0.5}, {"select", "validate"}),
+    ])  # fmt: skip
+    def test_options_of_the_optimiser_change_only_what_depends_on_them(
+        self, kind: str, change: dict[str, Any], expected: set[str]
+    ) -> None:
+        before, after = (job(**NAMED, optimizer={"type": kind, **more}) for more in ({}, change))
+        assert changed(before, after) == expected
 
     @pytest.mark.parametrize(("prepared", "expected"), [
         ({"model_fingerprint": "other"}, MEASURED | DECIDED),
@@ -315,51 +299,33 @@ class TestKeys:
         ):
             jobs = (job(**{**job_of, "optimizer": kind}), job(**{**job_of, "optimizer": kind, **change}))
             found = [artifacts(one) for one in jobs]
-            told = [
-                partial(cost.stage_inputs, pool="p", target="t", budget=10, parameters=one.parameters) for one in jobs
-            ]
+            rehearsed = [rehearse(one, 10_000) for one in jobs]
             for stage in found[0].keys() & found[1].keys():
                 if found[0][stage] != found[1][stage]:
-                    assert told[0](stage) != told[1](stage), f"{stage}, {change}"
+                    assert rehearsed[0][stage] != rehearsed[1][stage], f"{stage}, {change}"
 
-    def test_a_warm_up_depends_on_what_it_trains(self) -> None:
-        for prepared in ({"dtype": "bfloat16"}, {"model_fingerprint": "other"}, {"pool_tokens": "tokens/other"}):
-            assert Stage.WARMUP in changed(job(**WARM), job(**WARM), **prepared)
+    @pytest.mark.parametrize("prepared", [
+        {"dtype": "bfloat16"}, {"model_fingerprint": "other"}, {"pool_tokens": "tokens/other"},
+    ])  # fmt: skip
+    def test_a_warm_up_depends_on_what_it_trains(self, prepared: dict[str, Any]) -> None:
+        assert Stage.WARMUP in changed(job(**WARM), job(**WARM), **prepared)
 
     def test_the_code_of_a_stage_is_in_its_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = artifacts(job())
-        monkeypatch.setattr(keys, "code_version", lambda stage: f"{stage} of another day")
+        monkeypatch.setattr(artifact_keys, "code_version", lambda stage: f"{stage} of another day")
         after = artifacts(job())
         assert not any(before[stage] & after[stage] for stage in before)
 
-    def test_every_computed_stage_has_sources(self) -> None:
-        for stage in keys.COMPUTED:
-            assert len(keys.code_version(stage)) == 64
-        worker = Path(keys.__file__).parent.parent
-        assert all((worker / source).exists() for sources in keys._SOURCES.values() for source in sources)
-
-    def test_the_sources_of_a_stage_hold_what_it_takes_of_others(self) -> None:
-        for stage, sources in keys._SOURCES.items():
-            for source in sources:
-                if not source.startswith("stages/"):
-                    continue
-                text = (Path(keys.__file__).parents[1] / source).read_text()
-                taken = set(re.findall(r"^from worker\.stages\.(\w+) import", text, re.MULTILINE))
-                for modules in re.findall(r"^from worker\.stages import (.+)$", text, re.MULTILINE):
-                    taken |= {module.split(" as ")[0] for module in modules.split(", ")}
-                lacking = {f"stages/{name}.py" for name in taken - {"context", "keys", "plan"}} - set(sources)
-                assert not lacking, f"{stage} uses {lacking} by {source}"
-
     def test_the_size_of_a_validation_step_is_in_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = artifacts(job())
-        monkeypatch.setattr(plan, "VALIDATION_SAMPLES", 64)
+        monkeypatch.setattr(planner, "VALIDATION_SAMPLES", 64)
         assert artifacts(job())[Stage.VALIDATE] != before[Stage.VALIDATE]
 
-    def test_with_a_salt_the_tokens_have_another_name_and_without_one_that_of_ever(self) -> None:
+    def test_a_salt_changes_the_name_of_the_tokens(self) -> None:
         named = {"dataset": "d", "tokenizer": "t", "max_length": 9}
-        unsalted = keys.tokens_key(**named, salt=None)
-        assert unsalted == keys.artifact_key(Stage.PREPARE, "tokens", ".parquet", **named)
-        assert len({unsalted, *(keys.tokens_key(**named, salt=salt) for salt in ("job_1", "job_2"))}) == 3
+        unsalted = tokens_key(**named, salt=None)
+        assert unsalted == artifact_keys.artifact_key(Stage.PREPARE, "tokens", ".parquet", **named)
+        assert len({unsalted, *(tokens_key(**named, salt=salt) for salt in ("job_1", "job_2"))}) == 3
 
     @pytest.mark.parametrize("parameters", [
         NAMED, WARM, CURVED, {"optimizer": {"type": "adam"}, "min_fidelity": 0.5}, {"method": "exact_influence"},
@@ -371,14 +337,12 @@ class TestKeys:
         """So that a salt in these makes a job find nothing of any other."""
         tokens = {name: f"{key}/salted" for name, key in PREPARED.items() if str(key).startswith("tokens/")}
         before = artifacts(job(**parameters))
-        monkeypatch.setitem(
-            SHORTLIST, "tokens", "tokens/shortlist/salted"
-        )  # rows of the pool's tokens, named after these
+        monkeypatch.setitem(SHORTLIST, "tokens", "tokens/shortlist/salted")  # named after the pool's tokens
         after = artifacts(job(**parameters), **tokens)
         assert before.keys() == after.keys()
         assert not set().union(*before.values()) & set().union(*after.values())
 
     def test_chosen_rows_have_a_name_of_their_own(self) -> None:
         rows = np.array([1, 5, 9])
-        assert keys.rows_key("a", rows) == keys.rows_key("a", rows.copy())
-        assert len({keys.rows_key("a", rows), keys.rows_key("b", rows), keys.rows_key("a", rows[:2])}) == 3
+        assert rows_key("a", rows) == rows_key("a", rows.copy())
+        assert len({rows_key("a", rows), rows_key("b", rows), rows_key("a", rows[:2])}) == 3

@@ -1,25 +1,27 @@
 """What a reproduction says of its circumstances, and what the comparison of two jobs finds."""
 
 import copy
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
 
-from service.client import WinnowError
-from service.comparison import compare, is_within
-from service.jobs.state import Stage
+from service.plan.stages import Stage
+from service.plan.versions import code_version
+from winnow.client import WinnowError
+from winnow.comparison import compare, is_within
 from worker.errors import ModelError
-from worker.reproduction import differences
-from worker.stages import keys
+from worker.publish import differences
 
 RECORD: dict[str, Any] = {
     "model": {"fingerprint": "f", "files": {"config.json": "1", "model.safetensors": "2"}},
     "device": "cpu (1 threads, AVX2)",
     "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
-    "code": {stage.value: keys.code_version(stage) for stage in (Stage.PREPARE, Stage.SELECT)},
+    "code": {stage.value: code_version(stage) for stage in (Stage.PREPARE, Stage.SELECT)},
 }
 PREPARED: dict[str, Any] = {
     "model_fingerprint": "f",
@@ -42,13 +44,13 @@ class TestDifferences:
             "device": {"recorded": RECORD["device"], "now": "NVIDIA H200"},
             "versions.torch": {"recorded": "2.13.0", "now": "2.14.0"},
             "versions.peft": {"recorded": None, "now": "1"},
-            "code.select": {"recorded": "another", "now": keys.code_version(Stage.SELECT)},
+            "code.select": {"recorded": "another", "now": code_version(Stage.SELECT)},
             "code.a stage of before": {"recorded": "gone", "now": None},
         }
 
     def test_another_model_is_refused_and_its_files_are_named(self) -> None:
         files = {"config.json": "1", "model.safetensors": "3", "more.json": "4"}
-        with pytest.raises(ModelError, match=r"model\.safetensors, more\.json differ") as raised:
+        with pytest.raises(ModelError, match=r"model\.safetensors, more\.json\. Register") as raised:
             differences(RECORD, PREPARED | {"model_fingerprint": "g", "model_files": files})
         assert not raised.value.retryable
 
@@ -65,14 +67,17 @@ class Jobs:
         record = {"units": [{"artifact": "common"}, {"artifact": job_id}], "device": job_id, "versions": {"torch": "1"}}
         return {"weights_root": self._root or job_id, "record": record}
 
-    def weights(self, job_id: str) -> Iterator[dict[str, Any]]:
+    def export(self, job_id: str, path: Path) -> Path:
         if job_id == self._missing:
             raise WinnowError(404, "not_found", f"No selection job {job_id!r}.")
-        for influence, weight in zip(self._influences[job_id].tolist(), self._weights[job_id].tolist(), strict=True):
-            yield {"influence": influence, "weight": weight}
-
-    def selected(self, job_id: str) -> list[dict[str, Any]]:
-        return [{"index": int(index)} for index in np.argsort(-self._influences[job_id])[:10]]
+        influence, weight = self._influences[job_id], self._weights[job_id]
+        order = np.argsort(-influence, kind="stable")[:10]
+        rank = np.full(influence.size, -1)
+        rank[order] = np.arange(order.size)
+        columns = {name: np.asarray(v, np.float32) for name, v in (("influence", influence), ("weight", weight))}
+        columns["influence"] = pa.array(columns["influence"], mask=np.isnan(influence))
+        pq.write_table(pa.table({**columns, "rank": pa.array(rank, mask=rank < 0)}), path)
+        return path
 
 
 def compared(jobs: Any) -> dict[str, Any]:
@@ -86,9 +91,10 @@ class TestComparison:
         assert is_within(found, 0.0)
         assert (found["shared_artifacts"], found["differs"]) == (1, {"device": ["a", "b"]})
 
-    def test_figures_are_those_of_the_arrays(self) -> None:
+    @pytest.mark.parametrize("decimals", [6, 0])  # 0: many values are equal
+    def test_figures_are_those_of_the_arrays(self, decimals: int) -> None:
         random = np.random.default_rng(5)
-        one = random.normal(size=20_000).astype(np.float32)
+        one = random.normal(size=20_000).round(decimals).astype(np.float32)
         other = (one + random.normal(scale=0.3, size=one.size)).astype(np.float32)
         found = compared(Jobs(one, other))
         gap = np.abs(one.astype(np.float64) - other)
@@ -96,7 +102,7 @@ class TestComparison:
         assert found["influence"]["mean_difference"] == pytest.approx(gap.mean())
         assert found["influence"]["largest_value"] == pytest.approx(np.abs(one).max())
         assert found["rank_correlation"] == pytest.approx(spearmanr(one, other).statistic, abs=1e-4)
-        chosen = [set(np.argsort(-side)[:10].tolist()) for side in (one, other)]
+        chosen = [set(np.argsort(-side, kind="stable")[:10].tolist()) for side in (one, other)]
         assert found["selection"] == {"of": 10, "in_both": len(chosen[0] & chosen[1]), "same_order": False}
 
     def test_the_tolerance_is_a_part_of_the_largest_value(self) -> None:
@@ -107,6 +113,19 @@ class TestComparison:
         assert found["rank_correlation"] == pytest.approx(1, abs=1e-6)
         weights = {"a": np.ones(50), "b": np.append(np.ones(49), 1.5)}
         assert not is_within(compared(Jobs(one, one, weights=weights)), 0.4)
+
+    def test_samples_without_an_influence_are_compared_by_having_none(self) -> None:
+        one, other = np.arange(6.0), np.arange(6.0) + 0.5
+        one[[1, 2]], other[2] = np.nan, np.nan
+        found = compared(Jobs(one, other))
+        assert found["in_one_only"] == 1
+        assert found["influence"] == {"largest_difference": 0.5, "mean_difference": 0.5, "largest_value": 5.0}
+        assert found["rank_correlation"] == pytest.approx(1)
+        assert not is_within(found, 1.0)
+        other[1] = np.nan
+        assert is_within(compared(Jobs(one, other)), 0.5)
+        with pytest.raises(ValueError, match="no sample has an influence in both"):
+            compared(Jobs(one, np.full(6, np.nan)))
 
     def test_zeros_of_both_signs_rank_the_same_and_equal_values_have_no_correlation(self) -> None:
         found = compared(Jobs(np.array([0.0, -0.0, 1.0]), np.array([-0.0, 0.0, 1.0])))

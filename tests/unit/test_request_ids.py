@@ -8,11 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 from anyio.to_thread import run_sync
+from support.world import make_settings
 
 from service.app import create_app
+from service.http.downloads import Download
 from service.observability import logs
-from service.results.export import ResultStream
-from service.settings import ApiSettings
+from service.settings import ShareSettings
+from service.shares import Shares
 
 log = logging.getLogger("service.test")
 ID = "mine-1"
@@ -53,7 +55,7 @@ def seen(caplog: pytest.LogCaptureFixture) -> Iterator[list[tuple[str, str | Non
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "told"),
+    ("method", "path", "status", "logged"),
     [
         ("GET", "/healthz", 200, []),
         ("GET", "/nowhere", 404, []),
@@ -65,20 +67,15 @@ def seen(caplog: pytest.LogCaptureFixture) -> Iterator[list[tuple[str, str | Non
     ],
 )
 def test_answers_and_lines_carry_the_id(
-    seen: list[tuple[str, str | None]], tmp_path: Path, method: str, path: str, status: int, told: list[str]
+    seen: list[tuple[str, str | None]], tmp_path: Path, method: str, path: str, status: int, logged: list[str]
 ) -> None:
-    app = create_app(
-        ApiSettings(
-            database={"url": "postgresql://nobody@127.0.0.1:1/none"},
-            broker={"url": "redis://127.0.0.1:1"},
-            artifacts={"url": str(tmp_path)},
-            models={"folder": tmp_path},
-            secret_key="unit-tests-only-0123456789abcdef0123",
-        )
-    )
-    app.add_api_route(
-        "/stream", lambda: ResultStream(lines_of_a_stream(), media_type="text/plain"), response_model=None
-    )
+    app = create_app(make_settings("postgresql://nobody@127.0.0.1:1/none", tmp_path))
+    shares = Shares(ShareSettings(), connections=1)
+
+    def stream() -> Download:
+        return Download(shares, "tenant", lines_of_a_stream(), check=lambda: None, media_type="text/plain")
+
+    app.add_api_route("/stream", stream, response_model=None)
     app.add_api_route("/crash", crash)
     app.add_api_route("/async", awaited)
 
@@ -89,9 +86,13 @@ def test_answers_and_lines_carry_the_id(
 
     answer = asyncio.run(ask())
     assert (answer.status_code, answer.headers.get_list("x-request-id")) == (status, [ID])
+    assert answer.headers.get_list("x-content-type-options") == ["nosniff"]
+    assert answer.headers.get_list("referrer-policy") == ["no-referrer"]
+    (policy,) = answer.headers.get_list("content-security-policy")
+    assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(policy.split("; "))
     if status >= 400:
         assert answer.json()["request_id"] == ID
     ours = [(message, id) for message, id in seen if not message.startswith("HTTP Request")]
-    assert [message for message, _ in ours if message in told] == told
+    assert [message for message, _ in ours if message in logged] == logged
     assert {id for _, id in ours} == {ID}
     app.state.engine.dispose()

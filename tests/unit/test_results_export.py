@@ -6,6 +6,7 @@ import io
 import json
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,19 @@ from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from service import errors
-from service.errors import Gone
-from service.results.export import ResultStream
-from service.results.formats import ENCODERS, ByteStream, batch_of, comma_separated, jsonl, parquet
+from service.datasets.storage import Sample
+from service.http import errors
+from service.http.downloads import Download
+from service.http.errors import Gone
+from service.results.content import Layout
+from service.results.formats import ENCODERS, ByteStream, Format, batch_of, comma_separated, jsonl, parquet
+from service.settings import ShareSettings
+from service.shares import Shares
+
+
+def streamed(content: ByteStream) -> Download:
+    shares = Shares(ShareSettings(), connections=1)
+    return Download(shares, "tenant", content, check=lambda: None, media_type="text/plain")
 
 
 def columns() -> Iterator[dict[str, list[Any]]]:
@@ -44,25 +54,42 @@ def rows() -> list[dict[str, object]]:
 
 
 AWKWARD = [
-    "plain",
-    "",
-    "a,b",
-    'q"q',
-    "back\\slash",
-    "line\nfeed",
-    "cr\r",
-    "\x01\x1f\x7f",
-    "é\u2028\U0001f600",
-    "=1+1",
-    " s ",
+    *("plain", "", "a,b", 'q"q', "back\\slash", "line\nfeed", "cr\r"),
+    *("\x01\x1f\x7f", "é\u2028\U0001f600", "=1+1", " s "),
 ]
 
 
 def test_every_text_comes_back_from_lines_and_from_csv() -> None:
     batch = batch_of({"id": AWKWARD, "source": [None, *AWKWARD[1:]]})
     assert [json.loads(line)["id"] for line in b"".join(jsonl([batch])).split(b"\n")[:-1]] == AWKWARD
-    text = b"".join(comma_separated([batch])).decode()
+    text = b"".join(comma_separated([batch], escape_formulas=False)).decode()
     assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))][1:] == AWKWARD
+
+
+FORMULAS = [
+    "=1+1",
+    "=cmd|' /C calc'!A0",
+    "+1+cmd",
+    "-1+cmd",
+    "@SUM(A1)",
+    "\tx",
+    "\rx",
+    "\nx",
+    "\uff1d1",
+    '=x,"y"',
+    "'=x",
+    "'-1",
+    "--",
+]
+HARMLESS = ["-1", "+1.5e-3", "-.5", "a=b", "'", "'quoted'", "", "1=1", " =1"]
+
+
+def test_a_text_that_a_spreadsheet_would_calculate_is_escaped_and_nothing_else() -> None:
+    batch = batch_of({"id": FORMULAS + HARMLESS, "influence": [-1.5] * len(FORMULAS + HARMLESS)})
+    text = b"".join(comma_separated([batch])).decode()
+    rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
+    assert [row[0] for row in rows] == [f"'{formula}" for formula in FORMULAS] + HARMLESS
+    assert {row[1] for row in rows} == {"-1.5"}
 
 
 def test_every_float_comes_back_and_stays_one() -> None:
@@ -75,10 +102,42 @@ def test_every_float_comes_back_and_stays_one() -> None:
         assert all(isinstance(json.loads(text), float) for text in texts)
 
 
-def test_messages_in_lines() -> None:
-    messages = [[{"role": "user", "content": 'é "\n'}], None]
-    lines = b"".join(jsonl([batch_of({"index": [0, 1], "messages": messages})])).splitlines()
-    assert [json.loads(line)["messages"] for line in lines] == messages
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}
+SAMPLES = [
+    Sample(
+        0,
+        "0",
+        None,
+        [{"role": "user", "content": 'é "\n'}, {"content": "", "role": "assistant", "counts": False}],
+        None,
+    ),
+    Sample(1, "1", None, None, "a,b\r\nc"),
+    Sample(2, "2", None, [{"role": "assistant", "content": "", "tool_calls": [CALL]}], None, [{"type": "function"}]),
+]
+LAYOUT = Layout(("messages", "tools", "text"), ("tool_calls", "counts"))
+
+
+@pytest.mark.parametrize("format", Format)
+def test_content_comes_back_from_every_format(format: Format) -> None:
+    batch = batch_of({"index": [0, 1, 2], **LAYOUT.content(SAMPLES, format)})
+    file = b"".join(ENCODERS[format]([batch]))
+    wanted = {name: [getattr(sample, name) for sample in SAMPLES] for name in LAYOUT.columns}
+    if format is Format.JSONL:
+        lines = [json.loads(line) for line in file.splitlines()]
+        assert {name: [line[name] for line in lines] for name in wanted} == wanted
+    elif format is Format.CSV:
+        rows = list(csv.DictReader(io.StringIO(file.decode(), newline="")))
+        for name in ("messages", "tools"):
+            assert [json.loads(row[name] or "null") for row in rows] == wanted[name]
+        assert [row["text"] or None for row in rows] == wanted["text"]
+    else:
+        table = pq.read_table(io.BytesIO(file))
+        assert [value and json.loads(value) for value in table["tools"].to_pylist()] == wanted["tools"]
+        (_, reply), _, (called,) = table["messages"].to_pylist()
+        assert reply == {"role": "assistant", "content": "", "tool_calls": None, "counts": False}
+        (call,) = called["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == CALL["function"]["arguments"]  # type: ignore[index]
+        assert table["text"].to_pylist() == wanted["text"]
 
 
 def test_jsonl_is_one_object_a_line() -> None:
@@ -127,7 +186,8 @@ def test_a_stream_holds_one_batch_at_a_time(encode: Any) -> None:
     assert len(made) == 5
 
 
-def test_a_client_that_goes_away_closes_the_stream() -> None:
+@pytest.mark.parametrize("is_noticed_by_sending", [True, False])
+def test_a_client_that_disconnects_closes_the_stream(is_noticed_by_sending: bool) -> None:
     closed: list[bool] = []
 
     def content() -> ByteStream:
@@ -138,35 +198,17 @@ def test_a_client_that_goes_away_closes_the_stream() -> None:
             closed.append(True)
 
     async def receive() -> Message:
-        return await asyncio.Future()
-
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            raise OSError("the connection is closed")
-
-    response = ResultStream(content(), media_type="text/plain")
-    with pytest.raises(ClientDisconnect):
-        asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
-    assert closed == [True]
-
-
-def test_a_client_that_hangs_up_closes_the_stream() -> None:
-    closed: list[bool] = []
-
-    def content() -> ByteStream:
-        try:
-            while True:
-                yield b"x"
-        finally:
-            closed.append(True)
-
-    async def receive() -> Message:
-        return {"type": "http.disconnect"}
+        return await asyncio.Future() if is_noticed_by_sending else {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         await asyncio.sleep(0)
+        if is_noticed_by_sending and message["type"] == "http.response.body":
+            raise OSError("the connection is closed")
 
-    asyncio.run(ResultStream(content(), media_type="text/plain")({"type": "http"}, receive, send))
+    scope = {"type": "http", **({"asgi": {"spec_version": "2.4"}} if is_noticed_by_sending else {})}
+    raised = pytest.raises(ClientDisconnect) if is_noticed_by_sending else nullcontext()
+    with raised:
+        asyncio.run(streamed(content())(scope, receive, send))
     assert closed == [True]
 
 
@@ -177,6 +219,6 @@ def test_what_fails_before_the_first_bytes_has_its_own_status() -> None:
 
     app = FastAPI()
     errors.install(app)
-    app.add_api_route("/", lambda: ResultStream(content(), media_type="text/plain"), response_model=None)
+    app.add_api_route("/", lambda: streamed(content()), response_model=None)
     answer = TestClient(app).get("/")
     assert (answer.status_code, answer.json()["code"]) == (410, "gone")

@@ -1,24 +1,36 @@
 """Whole jobs of every method against what plain torch says on the same tokens: one sample at a time, nothing approximated."""
 
-import json
 import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from local_job import Ran, down_projections, gradients, in_turns, is_optimum, load, loss_of, run, unit
 from safetensors.numpy import load_file
-from tiny import pool_rows, target_rows, write_jsonl
+from support.local_job import (
+    Ran,
+    Truth,
+    close,
+    down_projections,
+    gradients,
+    gradients_of,
+    in_turns,
+    is_optimum,
+    load,
+    loss_of,
+    remembering,
+    run,
+    unit,
+    write_files,
+)
+from support.tiny import target_rows, write_jsonl
 
-from service.jobs.state import Stage
-from worker import data
+from service.plan.limits import VALIDATION_SAMPLES
+from service.plan.stages import Stage
 from worker.influence import Samples, weighted_selection
-from worker.stages.plan import VALIDATION_SAMPLES
+from worker.text import tokenization
 
 POOL, TARGET, BUDGET = 40, 18, 8
 WHOLE = {"projection_dim": None}
@@ -30,58 +42,33 @@ Job = Callable[..., Ran]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("files")
-    pool = write_jsonl(folder / "pool.jsonl", pool_rows(POOL))
-    return pool, write_jsonl(folder / "target.jsonl", target_rows(TARGET, "python_function"))
+    return write_files(tmp_path_factory.mktemp("files"), POOL, TARGET)
 
 
 @pytest.fixture(scope="module")
 def job(tiny_llama: Path, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Runs a job on a store that all of this module share, so that equal work is done once; remembers finished ones."""
-    folder, remembered = tmp_path_factory.mktemp("store"), {}
-
-    def call(**changes: Any) -> Ran:
-        name = json.dumps(changes, sort_keys=True)
-        if name not in remembered:
-            remembered[name] = run(tiny_llama, *files, folder, **{"budget": BUDGET, "validate": False, **changes})
-        return remembered[name]
-
-    return call
+    return remembering(tiny_llama, *files, tmp_path_factory.mktemp("store"), budget=BUDGET, validate=False)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("few")
-    pool = write_jsonl(folder / "pool.jsonl", pool_rows(16))
-    return pool, write_jsonl(folder / "target.jsonl", target_rows(5, "python_function"))
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The gradients of pool and target in full, float64."""
-
-    model: Any
-    pool: Samples
-    target: Samples
-    G_S: torch.Tensor
-    G_T: torch.Tensor
-
-    @property
-    def cosine(self) -> torch.Tensor:
-        return unit(self.G_S) @ unit(self.G_T).T
+    return write_files(tmp_path_factory.mktemp("few"), 16, 5)
 
 
 @pytest.fixture(scope="module")
 def truth(tiny_llama: Path, job: Job) -> Truth:
     ran, model = job(method="exact_influence", gradient=WHOLE), load(tiny_llama)
     weights = list(down_projections(model).values())
-    pool, target = ran.tokens("pool"), ran.tokens("target")
-    return Truth(model, pool, target, gradients(model, pool, weights), gradients(model, target, weights))
+    return Truth(model, ran.tokens("pool"), ran.tokens("target"), *gradients_of(ran, model, weights))
 
 
-def close(found: np.ndarray, expected: torch.Tensor, share: float = 1e-4) -> None:
-    scale = float(expected.abs().max())
-    assert np.abs(found - expected.numpy()).max() < share * scale
+def losses(truth: Truth) -> list[float]:
+    with torch.no_grad():
+        return [float(loss_of(truth.model, truth.target, j)) for j in range(TARGET)]
+
+
+def curvature(kind: str, rank: int = 4) -> dict[str, Any]:
+    return {"type": kind} if kind == "fisher" else {"type": kind, "rank": rank}
 
 
 class TestExact:
@@ -99,11 +86,8 @@ class TestExact:
 
     def test_nothing_is_embedded_or_propagated(self, job: Job) -> None:
         ran = job(method="exact_influence", gradient=WHOLE)
-        assert set(ran.done) == {
-            *(Stage.PREPARE, Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS),
-            Stage.PROPAGATE,
-            Stage.SELECT,
-        }
+        stages = ("prepare", "landmark_gradients", "target_gradients", "propagate", "select")
+        assert set(ran.done) == {Stage(name) for name in stages}
         assert ran.summary["fidelity"] is None
 
 
@@ -121,11 +105,8 @@ def test_rds_plus_is_the_cosine_of_position_weighted_hidden_states(job: Job, tru
     ran = job(method="rds_plus")
     cosine = embeddings(truth.pool) @ embeddings(truth.target).T
     assert np.abs(ran.arrays["influence"] - cosine.mean(dim=1).numpy()).max() < 1e-3  # embeddings are kept in float16
-    gaps = [
-        float(cosine[a].max() - cosine[b].max())
-        for a, b in zip(ran.selected, in_turns(cosine.numpy(), BUDGET, 0), strict=True)
-    ]
-    assert np.abs(gaps).max() < 1e-3
+    best = cosine.max(dim=1).values
+    assert (best[ran.selected] - best[in_turns(cosine.numpy(), BUDGET, 0)]).abs().max() < 1e-3
     assert ran.summary["landmark_count"] == 0
 
 
@@ -145,7 +126,7 @@ class TestRefine:
         exact = arrays["exact"]
         assert exact[arrays["selected"]].all()
         assert 12 < exact.sum() <= 12 + math.ceil(0.3 * POOL)
-        assert np.abs(arrays["influence"] - expected.numpy())[exact].max() < 1e-4 * float(expected.abs().max())
+        close(arrays["influence"] * exact, expected * torch.from_numpy(exact))
         assert ran.summary["refined_count"] == exact.sum() - 12
 
     @pytest.mark.parametrize("selection", ["round_robin", "top_k", "weighted"])
@@ -161,12 +142,12 @@ class TestRefine:
         ran = job(gradient=WHOLE, refine=0.3)
         P = np.load(ran.path(Stage.PROPAGATE))
         (round_,) = ran.done[Stage.PROPAGATE][0].spec["landmarks"]
-        P[data.read_indices(ran.compute.store, round_["tokens"])] = -np.inf
+        P[tokenization.read_indices(ran.compute.store, round_["tokens"])] = -np.inf
         by_turns = in_turns(P, 6, seed=0)
         P[by_turns] = -np.inf
         by_mean = np.argsort(-P.mean(axis=1), kind="stable")[:6].tolist()
         shortlist = ran.done[Stage.REFINE][0].spec["tokens"]
-        assert data.read_indices(ran.compute.store, shortlist).tolist() == sorted(by_turns + by_mean)
+        assert tokenization.read_indices(ran.compute.store, shortlist).tolist() == sorted(by_turns + by_mean)
 
     def test_without_it_landmarks_alone_are_exact(self, job: Job) -> None:
         ran = job(gradient=WHOLE, refine=0)
@@ -209,58 +190,13 @@ class TestMinFidelity:
         ran = job(gradient=WHOLE, landmarks=uniform, refine=0.1, min_fidelity=reached - 0.01)
         assert ran.keys(Stage.LANDMARK_GRADIENTS) == easy.keys(Stage.LANDMARK_GRADIENTS)
         assert ran.arrays["exact"].sum() < POOL
-        assert any("is met by 30 landmarks" in note for note in ran.summary["notes"])
+        assert any("is reached with 30 landmarks" in note for note in ran.summary["notes"])
 
     def test_beyond_the_most_landmarks_it_is_said(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("worker.stages.propagate.MOST_LANDMARKS", 10)
+        monkeypatch.setattr("worker.stages.propagate.MAX_LANDMARKS", 10)
         ran = job(gradient=WHOLE, landmarks={"count": 8}, refine=0.1, min_fidelity=0.999, seed=5)
         assert ran.summary["landmark_count"] == 8
-        assert any("is not met by 8 landmarks" in note for note in ran.summary["notes"])
-
-
-class TestLandmarks:
-    def test_more_than_there_are_samples_are_lowered_and_that_is_said(self, job: Job) -> None:
-        ran = job(gradient=WHOLE, landmarks={"count": 1000})
-        assert ran.prepared["landmark_count"] == POOL
-        assert ran.selected == job(method="exact_influence", gradient=WHOLE).selected
-        notes = ran.summary["notes"]
-        assert any("landmarks.count is 1000: lowered to the 40 usable" in note for note in notes)
-        assert any("every influence is exact" in note for note in notes)
-
-    def test_stratified_ones_hold_every_source_in_its_share(self, job: Job) -> None:
-        ran = job(gradient=WHOLE, landmarks={"count": 20, "choice": "stratified"}, refine=0)
-        sources = [row["source"] for row in pool_rows(POOL)]
-        chosen = Counter(sources[i] for i in np.flatnonzero(ran.arrays["exact"]))
-        for source, count in Counter(sources).items():
-            assert abs(chosen[source] - count / 2) <= 1
-
-    def test_auto_takes_the_cheapest_candidate_close_to_the_best(self, job: Job) -> None:
-        ran = job(gradient=WHOLE, embedding={"kind": "auto"}, landmarks={"count": 20})
-        table = ran.summary["embedding"]["candidates"]
-        best = max(entry["mean_spearman"] for entry in table)
-        close_ones = [entry for entry in table if entry["mean_spearman"] >= best - 0.01]
-        (chosen,) = (entry for entry in table if entry["chosen"])
-        assert chosen["cost"] == min(entry["cost"] for entry in close_ones)
-        assert {chosen[name] for name in ("kind",)} == {ran.summary["embedding"]["chosen"]["kind"]}
-        assert [entry["pooling"] for entry in table] == ["response", "last"]
-        named = {name: chosen[name] for name in ("kind", "pooling")}
-        assert job(gradient=WHOLE, embedding=named, landmarks={"count": 20}).selected == ran.selected
-
-    def test_auto_offers_the_named_pooling_alone(self, job: Job) -> None:
-        ran = job(gradient=WHOLE, embedding={"kind": "auto", "pooling": "last"}, refine=0)
-        assert {candidate["pooling"] for candidate in ran.prepared["candidates"]} == {"last"}
-
-    def test_candidates_are_compared_on_the_first_landmarks_alone(
-        self, job: Job, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        auto = {"gradient": WHOLE, "embedding": {"kind": "auto"}, "refine": 0}
-        few = job(**auto, landmarks={"count": 10})
-        monkeypatch.setattr("worker.stages.prepare._MOST_COMPARED", 10)
-        ran = job(**auto, landmarks={"count": 14})
-        assert ran.keys(Stage.CANDIDATES) == few.keys(Stage.CANDIDATES)
-        found, expected = ([e["mean_r2"] for e in r.summary["embedding"]["candidates"]] for r in (ran, few))
-        assert found == pytest.approx(expected, rel=1e-3)
-        assert ran.summary["landmark_count"] == 14
+        assert any("is not reached with 8 landmarks" in note for note in ran.summary["notes"])
 
 
 class TestWeighted:
@@ -273,14 +209,8 @@ class TestWeighted:
     @pytest.mark.parametrize("kind", ["fisher", "ggn", "hessian"])
     @pytest.mark.parametrize("method", ["influence_distillation", "exact_influence"])
     def test_second_order_comes_with_its_certificate(self, job: Job, kind: str, method: str) -> None:
-        curvature = {"type": kind} if kind == "fisher" else {"type": kind, "rank": 4}
-        ran = job(
-            method=method,
-            gradient=PLAIN,
-            selection="weighted",
-            curvature=curvature,
-            optimizer={**SGD, "learning_rate": 1},
-        )
+        how = {"method": method, "gradient": PLAIN, "selection": "weighted"}
+        ran = job(**how, curvature=curvature(kind), optimizer={**SGD, "learning_rate": 1})
         solution = ran.summary["solution"]
         assert solution["kkt_residual"] < 1e-8
         assert 0 <= solution["duality_gap"] < 1e-8
@@ -290,7 +220,7 @@ class TestWeighted:
         if kind == "hessian":  # all its directions may bend downwards, and are clipped
             assert 0 <= solution["clipped_eigenvalues"] <= 4
             return
-        first = job(method=method, gradient=PLAIN, selection="weighted").arrays["weight"]
+        first = job(**how).arrays["weight"]
         assert np.abs(ran.arrays["weight"] - first).max() > 1e-2, "the curvature does nothing at this learning rate"
 
     @pytest.mark.parametrize("rate", [0.5, 3.0])
@@ -322,12 +252,47 @@ class TestWeighted:
         assert found == pytest.approx(expected[arrays["held_out_selected"]], rel=1e-2, abs=1e-2)
         assert (np.diff(found) <= 0).all(), "the best comes first"
 
+    @pytest.mark.parametrize("kind", ["ggn", "hessian"])
+    def test_curvature_does_not_choose_the_ridge_of_the_targets(self, job: Job, kind: str) -> None:
+        how = {"gradient": PLAIN, "selection": "weighted", "landmarks": {"count": 20}, "refine": 0, "optimizer": SGD}
+        first, second = (
+            job(**how, kernel={"ridge": None}, curvature=given).done[Stage.PROPAGATE][0].result["delta"]
+            for given in ({"type": "none"}, {"type": kind, "rank": 8})
+        )
+        assert first == second
+
+    @pytest.mark.slow
+    def test_the_held_out_choice_has_the_curvature_of_the_other_targets(self, tiny_llama: Path, tmp_path: Path) -> None:
+        """Directions enough to span all gradients of the pool, a Hessian, and weight decay that it turns."""
+        sgd = {"type": "sgd", "learning_rate": 0.5, "weight_decay": 0.3}
+        how = {"selection": "weighted", "curvature": curvature("hessian", 16), "optimizer": sgd, "gradient": PLAIN}
+        ran = run(tiny_llama, *write_files(tmp_path, 16, 16), tmp_path, budget=4, method="exact_influence", **how)
+        arrays, model = ran.arrays, load(tiny_llama)
+        weights = list(down_projections(model).values())
+        G_S = gradients(model, ran.tokens("pool"), weights)
+        b = 0.3 * torch.cat([w.detach().flatten() for w in weights]).double()
+
+        def expected(targets: np.ndarray) -> np.ndarray:
+            chosen = ran.tokens("target").take(targets)
+            G_T, HV = gradients(model, chosen, weights), curved(model, chosen, torch.cat([G_S, b[None]]))
+            p, Q = G_S @ (G_T.mean(dim=0) - 0.5 * HV[-1]), G_S @ HV[:-1].T / 16
+            factors = (np.eye(16), ((Q + Q.T) / 2).numpy())
+            return weighted_selection(p.numpy(), budget=4, factors=factors, learning_rate=0.5).weights / 4
+
+        held_in = expected(np.setdiff1d(np.arange(16), arrays["held_out_targets"]))
+        found = np.zeros(16)
+        found[arrays["held_out_selected"]] = arrays["held_out_weight"]
+        assert found == pytest.approx(held_in, abs=0.02)
+        assert np.abs(found - expected(np.arange(16))).max() > 0.1, (
+            "choose other targets: the halves are too much alike"
+        )
+
     def test_directions_are_of_the_landmarks_of_highest_influence(self, job: Job, truth: Truth) -> None:
         ggn = {"selection": "weighted", "curvature": {"type": "ggn", "rank": 1}, "optimizer": SGD}
         ran = job(method="exact_influence", gradient=PLAIN, **ggn)
         best = (truth.G_S @ truth.G_T.T).mean(dim=1).argsort(descending=True)[:8]
         expected = torch.linalg.svd(truth.G_S[best], full_matrices=False).Vh[0]
-        found = load_file(ran.path(Stage.CURVATURE))["directions"][0]
+        found = load_file(ran.path(Stage.CURVATURE))["V"][0]
         assert abs(float(expected @ torch.from_numpy(found).double())) > 0.999
 
     @pytest.mark.parametrize("decay", [0.0, 0.3])
@@ -337,15 +302,15 @@ class TestWeighted:
         """Directions enough to span all gradients of the pool; the reference differentiates twice."""
         folder = (
             tmp_path_factory.getbasetemp() / "hessian"
-        )  # of both: another drift must not find the work of the first
+        )  # shared: another offset must not find the work of the first
         how = {"selection": "weighted", "curvature": {"type": "hessian", "rank": 16}, "validate": False}
         sgd = {"type": "sgd", "learning_rate": 0.5, "weight_decay": decay}
         ran = run(tiny_llama, *few, folder, budget=4, method="exact_influence", gradient=PLAIN, optimizer=sgd, **how)
         model = load(tiny_llama)
         weights = list(down_projections(model).values())
-        G_S, G_T = (gradients(model, ran.tokens(name), weights) for name in ("pool", "target"))
-        drift = decay * torch.cat([w.detach().flatten() for w in weights]).double()
-        HV = curved(model, ran.tokens("target"), torch.cat([G_S, drift[None]]))
+        G_S, G_T = gradients_of(ran, model, weights)
+        b = decay * torch.cat([w.detach().flatten() for w in weights]).double()
+        HV = curved(model, ran.tokens("target"), torch.cat([G_S, b[None]]))
         p = G_S @ (G_T.mean(dim=0) - 0.5 * HV[-1])
         is_optimum(ran, p.numpy(), (G_S @ HV[:-1].T / len(G_S)).numpy(), 0.5)
 
@@ -377,14 +342,12 @@ class TestValidation:
         assert found["selection"]["predicted"] == pytest.approx(expected, rel=1e-3)
         for arm in (found["selection"], found["held_out"]["selection"]):
             assert arm["measured"] == pytest.approx(arm["predicted"], rel=0.02)
-        with torch.no_grad():
-            losses = [float(loss_of(truth.model, truth.target, j)) for j in range(TARGET)]
-        assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert found["loss"] == pytest.approx(np.mean(losses(truth)), rel=1e-5)
         assert found["selection"]["measured"] < found["random"]["measured"]
         half, chosen = ran.arrays["held_out_targets"], ran.arrays["held_out_selected"]
         expected = -5e-3 * float(truth.G_T[half].mean(dim=0) @ truth.G_S[chosen].mean(dim=0))
         assert found["held_out"]["selection"]["predicted"] == pytest.approx(expected, rel=1e-3)
-        assert found["held_out"]["loss"] == pytest.approx(np.mean(np.array(losses)[half]), rel=1e-5)
+        assert found["held_out"]["loss"] == pytest.approx(np.mean(np.array(losses(truth))[half]), rel=1e-5)
         assert found["held_out"]["random"]["measured"] != found["random"]["measured"]
         assert f"{found['selection']['measured']:+.2e}" in found["sentence"]
 
@@ -403,9 +366,7 @@ class TestValidation:
 
     def test_it_is_measured_in_float32_on_a_batch_of_a_large_selection(self, job: Job, truth: Truth) -> None:
         found = job(method="random", dtype="bfloat16", budget=36, validate=True).summary["validation"]
-        with torch.no_grad():
-            losses = [float(loss_of(truth.model, truth.target, j)) for j in range(TARGET)]
-        assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert found["loss"] == pytest.approx(np.mean(losses(truth)), rel=1e-5)
         assert found["samples"] == VALIDATION_SAMPLES < 36
 
     def test_each_sample_steps_with_its_own_weight(self, job: Job, truth: Truth) -> None:
@@ -424,14 +385,8 @@ class TestValidation:
 
     @pytest.mark.parametrize("kind", ["fisher", "ggn", "hessian"])
     def test_with_a_curvature_the_second_order_is_predicted_too(self, job: Job, kind: str) -> None:
-        curvature = {"type": kind} if kind == "fisher" else {"type": kind, "rank": 4}
-        ran = job(
-            gradient=PLAIN,
-            selection="weighted",
-            curvature=curvature,
-            optimizer={**SGD, "learning_rate": 0.05},
-            validate=True,
-        )
+        how = {"gradient": PLAIN, "selection": "weighted", "validate": True}
+        ran = job(**how, curvature=curvature(kind), optimizer={**SGD, "learning_rate": 0.05})
         arm = ran.summary["validation"]["selection"]
         if kind != "hessian":  # which alone may bend downwards
             assert arm["predicted_second_order"] > arm["predicted"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from service.jobs.state import Stage
+from service.plan.stages import Stage
 from worker import summary
 from worker.stages import validate
 
@@ -13,9 +13,10 @@ from worker.stages import validate
     ("solution", "said"),
     [
         (None, []),
-        ({"restricted": False, "kkt_residual": 1e-9}, []),
-        ({"restricted": True, "kkt_residual": 1e-9}, ["No ridge gives the budget exactly"]),
-        ({"restricted": False, "kkt_residual": 2e-8}, ["not solved to the end: their KKT residual is 2.0e-08"]),
+        ({"restricted": False, "converged": True, "kkt_residual": 1e-9}, []),
+        ({"restricted": True, "converged": True, "kkt_residual": 1e-9}, ["No ridge gives the budget exactly"]),
+        ({"restricted": False, "converged": True, "kkt_residual": 2e-8}, ["KKT residual is 2.0e-08"]),
+        ({"restricted": False, "converged": False, "kkt_residual": 1e-9}, ["KKT residual is 1.0e-09"]),
     ],
 )
 def test_what_the_certificate_does_not_promise_is_said(solution: dict[str, Any] | None, said: list[str]) -> None:
@@ -25,12 +26,12 @@ def test_what_the_certificate_does_not_promise_is_said(solution: dict[str, Any] 
     assert set(found["notes"]) <= set(found["sentences"])
 
 
-def test_of_landmarks_that_grew_the_notes_of_the_last_round_are_told() -> None:
+def test_of_landmarks_that_grew_the_notes_of_the_last_round_are_given() -> None:
     results = {Stage.PREPARE: [{"notes": ["first"]}], Stage.PROPAGATE: [{"notes": ["grown"]}, {"notes": ["second"]}]}
     assert summary.of_method(results)["notes"] == ["first", "second"]
 
 
-def test_rounds_of_landmarks_that_were_not_enough_tell_their_fidelity() -> None:
+def test_rounds_of_landmarks_that_were_not_enough_state_their_fidelity() -> None:
     grown = {"grow": {"count": 64}, "fidelity": {"mean_spearman": 0.25}, "notes": []}
     chosen = {"chosen": {"kind": "hidden"}, "candidates": [{}, {}]}
     exact = {"fidelity": None, "notes": ["exact"]}
@@ -40,7 +41,8 @@ def test_rounds_of_landmarks_that_were_not_enough_tell_their_fidelity() -> None:
         Stage.PROPAGATE: [grown, exact],
     }
     found = summary.of_method(results)
-    assert found["notes"] == ["Before landmarks grew to 64, their leave-one-out Spearman was 0.250.", "exact"]
+    grew, last = found["notes"]
+    assert ("raised to 64" in grew, "0.250" in grew, last) == (True, True, "exact")
     # The embedding that was chosen was not used in the end.
     assert not any("Embedding" in sentence for sentence in found["sentences"])
 
@@ -52,3 +54,16 @@ def test_where_adam_steps_it_is_said_that_its_second_moment_was_held(is_adam: bo
     assert (
         "(predicted -3.00e-03 with Adam's second moment held" in validate._sentence(found, is_adam=is_adam)
     ) == is_adam
+
+
+def test_what_was_left_out_or_rendered_otherwise_is_said() -> None:
+    none: dict[str, Any] = {"count": 0, "by_reason": {}, "first": []}
+    prepared = {
+        "notes": [],
+        "unusable": {"pool": {"count": 4, "by_reason": {"no_reply": 1, "refused": 3}, "first": []}, "target": none},
+        "rendering": {"pool": {"system_folded": 2, "unknown_to_this": 1}, "target": {}},
+    }
+    left_out, folded, other = summary.of_method({Stage.PREPARE: [prepared], Stage.SELECT: [{}]})["notes"]
+    assert "4 of the pool (refused: 3, no_reply: 1)" in left_out
+    assert folded.startswith("In 2 samples of the pool, the system message")
+    assert other == "In 1 sample of the pool, unknown_to_this."

@@ -1,9 +1,7 @@
-"""Whole jobs on models that were warmed up, that are adapters, that come with an optimiser's state, or that are broken."""
+"""Whole jobs on models that were warmed up, that are adapters, or that come with an optimiser's state."""
 
 import json
-import math
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,19 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_job import Ran, down_projections, gradients, is_optimum, load, loss_of, run, unit
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import pool_rows, read_jsonl, save_model, target_rows, write_jsonl
+from support.local_job import (
+    Ran,
+    close,
+    down_projections,
+    gradients_of,
+    is_optimum,
+    load,
+    loss_of,
+    run,
+    unit,
+    write_files,
+)
 
-from service.jobs.state import Stage
-from worker import adapters, data, inprocess
-from worker.errors import DataError, ParameterError
+from service.plan import shards
+from service.plan.stages import Stage
+from worker.errors import ParameterError
 from worker.influence import save_state, state_of
-from worker.stages import keys
-from worker.stages.influence import Measure, check_nonfinite, exact_rows
+from worker.loading import adapters
 from worker.stages.warmup import _drawn
+from worker.text import tokenization
 
 POOL, TARGET = 40, 5
 PLAIN = {"projection_dim": None, "normalize": False}
@@ -36,9 +44,7 @@ EXACT = {"method": "exact_influence", "validate": False}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("files")
-    pool = write_jsonl(folder / "pool.jsonl", pool_rows(POOL))
-    return pool, write_jsonl(folder / "target.jsonl", target_rows(TARGET, "python_function"))
+    return write_files(tmp_path_factory.mktemp("files"), POOL, TARGET)
 
 
 def adam(
@@ -67,7 +73,7 @@ def adam(
 
 @pytest.fixture(scope="module")
 def warm(tiny_llama: Path, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Plain inner products after a warm-up, second order by the Fisher matrix, drift and all."""
+    """Plain inner products after a warm-up, second order by the Fisher matrix, with the offset."""
     weighted = {"selection": "weighted", "curvature": {"type": "fisher"}, "gradient": PLAIN}
     folder = tmp_path_factory.mktemp("warm")
     return run(tiny_llama, *files, folder, warmup=WARMUP, optimizer=ADAMW, **weighted, method="exact_influence")
@@ -94,17 +100,17 @@ class TestWarmup:
         one, again, other = (
             _drawn(context, warm.prepared["pool_tokens"], 24, seed).input_ids.tolist() for seed in (0, 0, 1)
         )
-        first = data.read_tokens(warm.compute.store, warm.prepared["pool_tokens"], 0, 24).input_ids.tolist()
+        first = tokenization.read_tokens(warm.compute.store, warm.prepared["pool_tokens"], 0, 24).input_ids.tolist()
         assert one == again
         assert one not in (other, first)
 
     def test_influence_is_scaled_by_its_state_at_its_checkpoint(self, warm: Ran, trained: Any) -> None:
         weights = down_projections(trained)
-        G_S, G_T = (gradients(trained, warm.tokens(name), list(weights.values())) for name in ("pool", "target"))
+        G_S, G_T = gradients_of(warm, trained, list(weights.values()))
         with warm.compute.store.local(warm.done[Stage.WARMUP][0].result["optimizer_state"]) as state:
             a, b = adam(state, list(weights), list(weights.values()), decay=0.1)
         P = (G_S * a) @ G_T.T
-        assert np.abs(warm.arrays["influence"] - P.mean(dim=1).numpy()).max() < 1e-3 * float(P.mean(dim=1).abs().max())
+        close(warm.arrays["influence"], P.mean(dim=1), 1e-3)
         p = P.mean(dim=1) - 0.02 * P @ (G_T @ b) / TARGET
         is_optimum(warm, p.numpy(), (P @ P.T / (POOL * TARGET)).numpy(), 0.02)
 
@@ -115,11 +121,11 @@ class TestWarmup:
         ran = run(tiny_llama, *files, store, warmup=WARMUP, optimizer=ADAMW, gradient=WHOLE, **EXACT)
         assert ran.keys(Stage.WARMUP) == warm.keys(Stage.WARMUP)
         weights = down_projections(trained)
-        G_S, G_T = (gradients(trained, warm.tokens(name), list(weights.values())) for name in ("pool", "target"))
+        G_S, G_T = gradients_of(warm, trained, list(weights.values()))
         with warm.compute.store.local(warm.done[Stage.WARMUP][0].result["optimizer_state"]) as state:
             a, _ = adam(state, list(weights), list(weights.values()), decay=0.1)
         expected = (unit(G_S * a) @ unit(G_T).T).mean(dim=1)
-        assert np.abs(ran.arrays["influence"] - expected.numpy()).max() < 1e-3 * float(expected.abs().max())
+        close(ran.arrays["influence"], expected, 1e-3)
         cold = run(tiny_llama, *files, store, gradient=WHOLE, **EXACT)
         assert np.abs(ran.arrays["influence"] - cold.arrays["influence"]).max() > 0.1 * float(expected.abs().max())
 
@@ -162,9 +168,9 @@ class TestWarmup:
         with ran.compute.store.local(ran.done[Stage.WARMUP][0].result["checkpoint"]) as path:
             adapters.load_checkpoint(model, path)
         weights = list(adapters.trainable(model).values())
-        G_S, G_T = (gradients(model, ran.tokens(name), weights) for name in ("pool", "target"))
+        G_S, G_T = gradients_of(ran, model, weights)
         expected = (unit(G_S) @ unit(G_T).T).mean(dim=1)
-        assert np.abs(ran.arrays["influence"] - expected.numpy()).max() < 1e-4 * float(expected.abs().max())
+        close(ran.arrays["influence"], expected)
 
 
 def test_a_registered_adapter_is_measured_on_its_own_weights(
@@ -186,9 +192,9 @@ def test_a_registered_adapter_is_measured_on_its_own_weights(
     ran = run(tmp_path / "tuned", *files, tmp_path / "store", resolved=resolved, gradient=WHOLE, refine=1.0)
     assert ran.prepared["is_adapter"]
     weights = [p for name, p in wrapped.eval().named_parameters() if "lora_" in name]
-    G_S, G_T = (gradients(wrapped, ran.tokens(name), weights) for name in ("pool", "target"))
+    G_S, G_T = gradients_of(ran, wrapped, weights)
     expected = (unit(G_S) @ unit(G_T).T).mean(dim=1)
-    assert np.abs(ran.arrays["influence"] - expected.numpy()).max() < 1e-4 * float(expected.abs().max())
+    close(ran.arrays["influence"], expected)
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +216,10 @@ class TestRegisteredState:
         ran = run(model, *files, tmp_path, optimizer={"type": "adam", **named}, gradient=PLAIN, **EXACT)
         plain = load(model)
         weights = down_projections(plain)
-        G_S, G_T = (gradients(plain, ran.tokens(name), list(weights.values())) for name in ("pool", "target"))
+        G_S, G_T = gradients_of(ran, plain, list(weights.values()))
         a, _ = adam(model / "optimizer.safetensors", list(weights), list(weights.values()), decay=0.0, **named)
         expected = (G_S * a @ G_T.T).mean(dim=1)
-        assert np.abs(ran.arrays["influence"] - expected.numpy()).max() < 1e-3 * float(expected.abs().max())
+        close(ran.arrays["influence"], expected, 1e-3)
 
     def test_the_momentum_of_sgd_drifts(self, model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
         state = {name: value for name, value in load_file(model / "optimizer.safetensors").items() if "first." in name}
@@ -224,12 +230,11 @@ class TestRegisteredState:
         ran = run(model, *files, tmp_path, optimizer=sgd, **weighted)
         plain = load(model)
         weights = down_projections(plain)
-        G_S, G_T = (gradients(plain, ran.tokens(name), list(weights.values())) for name in ("pool", "target"))
+        G_S, G_T = gradients_of(ran, plain, list(weights.values()))
         b = 0.9 * torch.cat([state[f"first.{name}"].flatten() for name in weights]).double()
         P = G_S @ G_T.T
-        is_optimum(
-            ran, (P.mean(dim=1) - 0.5 * P @ (G_T @ b) / TARGET).numpy(), (P @ P.T / (POOL * TARGET)).numpy(), 0.5
-        )
+        p = P.mean(dim=1) - 0.5 * P @ (G_T @ b) / TARGET
+        is_optimum(ran, p.numpy(), (P @ P.T / (POOL * TARGET)).numpy(), 0.5)
 
     def test_a_parameter_that_it_lacks_is_named(self, model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
         lacking = tmp_path / "lacking"
@@ -242,160 +247,6 @@ class TestRegisteredState:
         (lacking / "optimizer.safetensors").unlink()
         with pytest.raises(ParameterError, match=r"needs a warmup, or optimizer\.safetensors"):
             run(lacking, *files, tmp_path / "store", optimizer={"type": "adamw"})
-
-
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_model(tmp_path_factory.mktemp("broken") / "m")
-    tensors = load_file(folder / "model.safetensors")
-    token = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]["~"]
-    tensors["model.embed_tokens.weight"][token] = math.nan
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-class TestNotFinite:
-    """A model whose embedding of one character, which few samples hold, is no number."""
-
-    ROWS = 120
-
-    def pool(self, path: Path, *marked: int) -> Path:
-        rows = pool_rows(self.ROWS)
-        for row in rows:
-            for message in row["messages"]:
-                message["content"] = message["content"].replace("~", "-")
-        for i in marked:
-            rows[i]["messages"][-1]["content"] += " ~ ~"
-        return write_jsonl(path, rows)
-
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"method": "exact_influence"},
-            {"method": "rds_plus"},
-            {"landmarks": {"count": 12}, "refine": 0.2},
-            {"landmarks": {"count": 12}, "embedding": {"kind": "jvp"}, "refine": 0},
-            {"landmarks": {"count": 119}, "selection": "weighted", "embedding": {"kind": "auto"}},
-        ],
-    )
-    def test_one_in_a_hundred_is_left_out_and_reported(
-        self, broken: Path, files: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
-    ) -> None:
-        ran = run(
-            broken, self.pool(tmp_path / "pool.jsonl", 7), files[1], tmp_path / "store", seed=3, budget=60, **changes
-        )
-        result = ran.done[Stage.SELECT][0].result
-        assert result["nonfinite"] == [7]
-        assert any("not finite: 1 of the pool" in sentence for sentence in ran.summary["sentences"])
-        assert 7 not in ran.selected
-        assert not ran.arrays["exact"][7]
-        assert all(np.isfinite(array).all() for array in ran.arrays.values())
-        assert ran.arrays["influence"][7] == 0
-        assert math.isfinite(ran.summary["validation"]["random"]["measured"])
-        if changes.get("landmarks", {}).get("count") == 119:  # 7 is one of them: it is none whose influence is known
-            (round_,) = ran.done[Stage.SELECT][0].spec["landmarks"]
-            with ran.compute.store.local(round_["gradients"][0]) as path:
-                G_mk = load_file(path)["gradients"]
-            assert G_mk.isfinite().all()
-            measure = Measure(G_T=G_mk[:1], normalize=False, V_rk=None, Hb_k=None)
-            assert 7 in data.read_indices(ran.compute.store, round_["tokens"])
-            assert 7 not in exact_rows(ran.compute.store, measure, [round_])[0]
-
-    def test_winnow_select_names_it(
-        self,
-        broken: Path,
-        files: tuple[Path, Path],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        pool, out = self.pool(tmp_path / "pool.jsonl", 7), tmp_path / "out.jsonl"
-        words = [
-            "--model",
-            broken,
-            "--pool",
-            pool,
-            "--target",
-            files[1],
-            "--budget",
-            "6",
-            "--out",
-            out,
-            "--device",
-            "cpu",
-        ]
-        words += ["--set", "method=exact_influence", "--set", "validate=false"]
-        monkeypatch.setattr(sys, "argv", ["winnow select", *map(str, words)])
-        inprocess.main()
-        assert "Not finite, of the pool: row-7\n" in capsys.readouterr().out
-
-    def test_a_budget_of_all_samples_cannot_be_met_without_one(
-        self, broken: Path, files: tuple[Path, Path], tmp_path: Path
-    ) -> None:
-        pool = self.pool(tmp_path / "pool.jsonl", 7)
-        with pytest.raises(DataError, match="budget is 120, but only 119 samples have a finite exact influence"):
-            run(broken, pool, files[1], tmp_path / "store", seed=3, budget=120)
-
-    def test_more_are_an_error_that_names_them(self, broken: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
-        marked = range(3, 36, 3)
-        pool = self.pool(tmp_path / "pool.jsonl", *marked)
-        named = ", ".join(f"row-{i}" for i in list(marked)[:10])
-        for changes in ({"method": "exact_influence"}, {"method": "rds_plus"}):
-            with pytest.raises(DataError, match=rf"^11 of 120 samples have .*not finite \({named}, \.\.\.\)"):
-                run(broken, pool, files[1], tmp_path / "store", **changes)
-
-    def test_units_that_each_have_few_are_counted_together(
-        self, broken: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for name in ("_EMBED_SHARD_TOKENS", "_GRADIENT_SHARD_TOKENS"):
-            monkeypatch.setattr(keys, name, 2000)
-        pool = self.pool(tmp_path / "pool.jsonl", 5, 110)
-        for changes in ({"method": "exact_influence"}, {"method": "rds_plus"}, {"landmarks": {"count": 2}}):
-            with pytest.raises(DataError, match=r"^2 of 120 .*\(row-5, row-110\)"):
-                run(broken, pool, files[1], tmp_path / "store", **changes)
-
-    def test_those_of_the_shortlist_are_counted_together_too(
-        self, broken: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(keys, "_GRADIENT_SHARD_TOKENS", 2000)
-        pool = self.pool(tmp_path / "pool.jsonl")
-        ran = run(broken, pool, files[1], tmp_path / "store", refine=1.0, validate=False)
-        store, shortlist = ran.compute.store, ran.done[Stage.REFINE]
-        assert len(shortlist) > 1
-        for unit_ in (shortlist[0], shortlist[-1]):  # as if one of each had overflowed
-            row = int(data.read_indices(store, unit_.spec["tokens"])[unit_.spec["start"]])
-            store.write_json(keys.result_key(unit_.artifact_key), {**unit_.result, "nonfinite": [row]})
-        ran.path(Stage.SELECT).with_name(ran.path(Stage.SELECT).name + ".json").unlink()
-        with pytest.raises(DataError, match=r"^2 of 108 shortlisted samples"):
-            run(broken, pool, files[1], tmp_path / "store", refine=1.0, validate=False)
-
-    def test_one_in_a_hundred_is_the_most(self) -> None:
-        check_nonfinite(None, "", [7], 100, "samples")  # type: ignore[arg-type]
-
-    @pytest.mark.parametrize("method", ["exact_influence", "rds_plus"])
-    def test_a_broken_target_takes_no_part(self, broken: Path, tmp_path: Path, method: str) -> None:
-        targets = read_jsonl(self.pool(tmp_path / "marked.jsonl", 5))
-        pool = write_jsonl(tmp_path / "pool.jsonl", read_jsonl(self.pool(tmp_path / "plain.jsonl"))[:10])
-        broken_one, without = (
-            run(
-                broken, pool, write_jsonl(tmp_path / f"{len(rows)}.jsonl", rows), tmp_path / "store", method=method,
-                selection="top_k", validate=False,
-            )
-            for rows in (targets, targets[:5] + targets[6:])
-        )  # fmt: skip
-        assert broken_one.done[Stage.SELECT][0].result["nonfinite_targets"] == [5]
-        assert broken_one.arrays["influence"] == pytest.approx(without.arrays["influence"], rel=1e-4)
-        assert broken_one.selected == without.selected
-        assert 5 not in broken_one.arrays["held_out_targets"]
-
-    def test_a_target_without_a_finite_gradient_is_an_error_too(self, broken: Path, tmp_path: Path) -> None:
-        pool = self.pool(tmp_path / "pool.jsonl")
-        target = write_jsonl(
-            tmp_path / "target.jsonl",
-            [*target_rows(3, "python_function"), *read_jsonl(self.pool(tmp_path / "t", 0))[:1]],
-        )
-        with pytest.raises(DataError, match=r"^1 of 4 samples have .*\(row-0\)"):
-            run(broken, pool, target, tmp_path / "store")
 
 
 class TestTheSame:
@@ -422,16 +273,11 @@ class TestTheSame:
 
     @pytest.mark.parametrize("changes", JOBS)
     def test_selection_comes_of_other_shards(
-        self,
-        tiny_llama: Path,
-        files: tuple[Path, Path],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        changes: dict[str, Any],
+        self, tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, changes: dict[str, Any]
     ) -> None:
         one = run(tiny_llama, *files, tmp_path / "one", **changes)
-        monkeypatch.setattr(keys, "_EMBED_SHARD_TOKENS", 700)
-        monkeypatch.setattr(keys, "_GRADIENT_SHARD_TOKENS", 300)
+        monkeypatch.setattr(shards, "EMBED_SHARD_TOKENS", 700)
+        monkeypatch.setattr(shards, "GRADIENT_SHARD_TOKENS", 300)
         two = run(tiny_llama, *files, tmp_path / "two", **changes)
         assert len(two.done[Stage.EMBED]) > len(one.done[Stage.EMBED]) == 1
         assert len(two.done[Stage.LANDMARK_GRADIENTS]) > 1

@@ -1,10 +1,12 @@
-"""A downloaded export against the audit record: whatever was altered, dropped, doubled, swapped or cut off is found."""
+"""A downloaded export against the audit record: whatever was altered, dropped, doubled, swapped or truncated is found."""
 
 import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from service import verify as module
-from service.results.formats import ENCODERS, JOB_METADATA, Format, batch_of
-from service.results.merkle import SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
-from service.verify import CannotVerify, NotVerified, Record, job_of, rows_of, verify
+from service.datasets.storage import Sample
+from service.results.content import Layout
+from service.results.formats import ENCODERS, Format, batch_of
+from winnow import verify as module
+from winnow.merkle import JOB_METADATA, SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
+from winnow.verify import CannotVerify, NotVerified, Record, job_of, rows_of, verify
 
 CHUNK_SIZE = 256
 N, K = 2 * CHUNK_SIZE + 100, 80
@@ -33,7 +37,10 @@ def made() -> dict[str, np.ndarray]:
     influence[:5] = [-0.0, 0.0, np.finfo(np.float32).tiny, np.finfo(np.float32).max, np.float32(1e-45)]
     weight, selected = np.zeros(N, np.float32), np.append(0, 1 + random.permutation(N - 1)[: K - 1])
     weight[selected] = random.random(K, dtype=np.float32)
-    return {"influence": influence, "weight": weight, "exact": random.random(N) < 0.1, "selected": selected}
+    exact = random.random(N) < 0.1
+    left_out = np.setdiff1d(np.arange(0, N, 7), selected)
+    influence[left_out], exact[left_out] = np.nan, False
+    return {"influence": influence, "weight": weight, "exact": exact, "selected": selected}
 
 
 ARRAYS = made()
@@ -69,7 +76,8 @@ def table(*, selected_only: bool) -> Table:
         "index": rows.tolist(),
         "id": [f'a "{i}",\n' for i in rows],
         "source": [None if i % 3 else "s" for i in rows],
-        **{name: ARRAYS[name][rows].tolist() for name in ("influence", "weight", "exact")},
+        "influence": [None if math.isnan(value) else value for value in ARRAYS["influence"][rows].tolist()],
+        **{name: ARRAYS[name][rows].tolist() for name in ("weight", "exact")},
         "selected": (rank[rows] >= 0).tolist(),
         "rank": [None if r < 0 else r for r in rank[rows].tolist()],
     }
@@ -93,10 +101,11 @@ def test_an_export_as_it_was_downloaded_is_verified(tmp_path: Path, kind: str, s
     assert "rank" not in found.unchecked
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_an_export_with_its_content_is_verified_all_the_same(tmp_path: Path, kind: str) -> None:
     columns = table(selected_only=True)
-    columns["messages"] = [[{"role": "user", "content": 'a "b"\n'}] for _ in columns["index"]]
+    samples = [Sample(i, str(i), None, [{"role": "user", "content": 'a "b"\n'}], None) for i in range(K)]
+    columns |= Layout(("messages",), ()).content(samples, Format(kind))
     assert verify(write(tmp_path, kind, columns), RECORD).selected == K
     columns["weight"][1] = next_float(columns["weight"][1])
     with pytest.raises(NotVerified):
@@ -180,6 +189,19 @@ def test_values_under_another_index_and_another_rank_are_found(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+def test_an_influence_that_was_none_or_became_none_is_found(tmp_path: Path, kind: str) -> None:
+    columns = table(selected_only=False)
+    none = columns["influence"].index(None)
+    some = next(i for i, (value, exact) in enumerate(zip(columns["influence"], columns["exact"], strict=True))
+                if value is not None and not exact and not columns["selected"][i])  # fmt: skip
+    for row, value in ((none, 0.0), (some, None), (int(ARRAYS["selected"][0]), None)):
+        changed = {**columns, "influence": list(columns["influence"])}
+        changed["influence"][row] = value
+        with pytest.raises(NotVerified):
+            verify(write(tmp_path, kind, changed), RECORD)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.9999, 1.0])
 def test_a_file_that_breaks_off_is_found(tmp_path: Path, kind: str, part: float) -> None:
     """Also where only the last byte is missing."""
@@ -245,7 +267,7 @@ def test_a_value_that_no_export_has_is_named_by_its_row(tmp_path: Path, name: st
     lines[2] = f"{{{fields}}}".encode()
     path = tmp_path / "export.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(NotVerified, match=r"Row 2\b|out of range"):
+    with pytest.raises(NotVerified, match=r"Row 2\b|couldn't parse"):
         verify(path, RECORD)
 
 
@@ -257,12 +279,12 @@ def test_what_is_no_export_is_said_to_be_none(tmp_path: Path, content: bytes) ->
         verify(path, RECORD)
 
 
-def test_a_file_that_was_written_again_with_the_same_values_is_the_same(tmp_path: Path) -> None:
+def test_a_rewritten_file_with_the_same_values_is_verified(tmp_path: Path) -> None:
     """As double precision, with other columns and in another order of columns."""
     columns = table(selected_only=False)
     arrays = {name: pa.array(columns[name]) for name in ("rank", "exact", "weight", "influence", "selected", "index")}
-    pq.write_table(pa.table({**arrays, "mine": arrays["index"]}), tmp_path / "again.parquet", row_group_size=123)
-    verify(tmp_path / "again.parquet", RECORD)
+    pq.write_table(pa.table({**arrays, "mine": arrays["index"]}), tmp_path / "copy.parquet", row_group_size=123)
+    verify(tmp_path / "copy.parquet", RECORD)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     names = ["weight", "rank", "index", "selected", "exact", "influence"]
@@ -272,8 +294,8 @@ def test_a_file_that_was_written_again_with_the_same_values_is_the_same(tmp_path
         [flags.get(v, v) if isinstance(v, bool) else v for v in r]
         for r in zip(*(columns[n] for n in names), strict=True)
     )
-    (tmp_path / "again.csv").write_text(text.getvalue(), newline="")
-    verify(tmp_path / "again.csv", RECORD)
+    (tmp_path / "copy.csv").write_text(text.getvalue(), newline="")
+    verify(tmp_path / "copy.csv", RECORD)
 
 
 def test_a_parquet_export_says_whose_it_is(tmp_path: Path) -> None:
@@ -281,10 +303,25 @@ def test_a_parquet_export_says_whose_it_is(tmp_path: Path) -> None:
     assert job_of(write(tmp_path, "csv", table(selected_only=True))) is None
 
 
-def test_rows_are_read_in_batches(tmp_path: Path) -> None:
-    def sizes(kind: str) -> Iterator[int]:
-        return (rows.size for rows in rows_of(write(tmp_path, kind, table(selected_only=False))))
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_are_read_in_batches(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4096)
+    sizes = [rows.size for rows in rows_of(write(tmp_path, kind, table(selected_only=False)))]
+    assert max(sizes) <= CHUNK_SIZE
+    assert sum(sizes) == N
 
-    for kind in FORMATS:
-        assert max(sizes(kind)) <= CHUNK_SIZE
-        assert sum(sizes(kind)) == N
+
+@pytest.mark.parametrize(("kind", "value"), [("jsonl", b'"x"'), ("csv", b"x")])
+def test_a_row_is_named_by_its_place_in_the_file(
+    tmp_path: Path, kind: str, value: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4096)
+    path = write(tmp_path, kind, table(selected_only=False))
+    lines = path.read_bytes().splitlines(keepends=True)
+    starts = [number for number, line in enumerate(lines) if line.startswith((b'{"index":400,', b"400,"))]
+    assert len(starts) == 1
+    number = starts[0] + (kind == "csv")  # an id has a line break, and the values follow it
+    lines[number] = re.sub(rb'("weight":|,)\d\.\d*(?=,("exact":)?(true|false),)', rb"\1" + value, lines[number])
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(NotVerified, match=r"Row 400\b"):
+        verify(path, RECORD)

@@ -1,15 +1,38 @@
-"""The numerical core: tensors in, tensors out (METHOD sections 1 to 5; arXiv 2505.19051).
+"""The numerical core: tensors in, tensors out (METHOD 1 to 5; arXiv 2505.19051). It knows no job, file or database.
 
-It knows no job, file or database, and imports nothing else of the project.
+A suffix on a name gives its axes, one letter each, the same in every file: `grad_BTD` is (batch, tokens, hidden size).
+
+    n  samples         m  of them, those of one block or shard
+    t  targets         l  landmarks
+    k  values of a gradient as it is kept: projected, or all weights of the chosen layers
+    e  values of an embedding          E  before it is reduced
+    c  directions, tangents or weightings that are computed together
+    r  directions of curvature, all of them     s  those in which the clipped form is positive
+    O  outputs and I  inputs of a linear layer  q  directions that its inputs are projected to
+    B  samples of a batch    T  tokens of its longest    N  tokens of several samples, flat
+    R  positions whose hidden state is read: the one before each predicted token, or the pooled ones
+    D  hidden size     V  vocabulary
+    S  copies in a stack, the primal and c tangents     F  samples of a stack, S B
+    H  attention heads     K  key-value heads     h  size of a head
+    Z  key-value heads of several samples, flat         Q  queries of one of them, T H / K
+    1  an axis of length one
+
+Matrices and vectors have the letters of METHOD: G gradients, P = G G_Tᵀ influence, E embeddings, H curvature (in products: Hv,
+Hb), J = dh/dΔ, Q = B M Bᵀ, V directions and U their coefficients, w weights, p the linear part of the objective, a scaling and
+b offset of an optimiser's step. A subscript says of what: G_T of targets, E_L of landmarks. ᵀ is the transpose.
+
+A fast path has its plain twin beside it in the same file, `plain_...`: a few lines that do the same for one sample, one direction
+or one choice at a time. Tests compare the two; nothing else calls the twins.
 """
 
-from .auto import candidates, choose
 from .batching import Progress, default_token_budget
-from .curvature import curvature_products, stepped
+from .embedding_selection import embedding_candidates, select_embedding
 from .embeddings import EmbeddingOptions, embed
-from .flops import Operations, embedding_flops, gradient_flops, measured_matmul_rate
-from .gradients import Gradients, directional_derivatives, per_sample_gradients, sample_losses, weighted_gradients
-from .influence import cosine_influence
+from .errors import UnusableInput
+from .exact_gradients import Gradients, directional_derivatives, per_sample_gradients, sample_losses, weighted_gradients
+from .first_order import cosine_influence
+from .hessian_vector_products import curvature_products, stepped
+from .kernel_ridge import Fidelity, KernelRidge, fidelity
 from .landmarks import landmark_order
 from .optimizers import (
     OptimizerOptions,
@@ -22,7 +45,6 @@ from .optimizers import (
     step_offset,
 )
 from .projection import GradientProjection
-from .propagation import Fidelity, KernelRidge, fidelity
 from .samples import Samples, token_batches
 from .second_order import SecondOrder, low_rank, offset_influence, quadratic_factors, second_order_terms
 from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, shortlist, top_k
@@ -36,7 +58,6 @@ __all__ = [
     "GradientProjection",
     "Gradients",
     "KernelRidge",
-    "Operations",
     "OptimizerOptions",
     "OptimizerState",
     "Progress",
@@ -44,25 +65,22 @@ __all__ = [
     "Scaling",
     "SecondOrder",
     "StepMeasure",
+    "UnusableInput",
     "WeightedSolution",
-    "candidates",
-    "choose",
     "cosine_influence",
     "curvature_products",
     "default_token_budget",
     "directional_derivatives",
     "embed",
-    "embedding_flops",
+    "embedding_candidates",
     "fidelity",
     "first_order_weights",
-    "gradient_flops",
     "gradient_scaling",
     "landmark_order",
     "load_state",
     "low_rank",
     "mean_one_over_selected",
     "measure_step",
-    "measured_matmul_rate",
     "offset_influence",
     "optimizer_step",
     "per_sample_gradients",
@@ -72,6 +90,7 @@ __all__ = [
     "sample_losses",
     "save_state",
     "second_order_terms",
+    "select_embedding",
     "shortlist",
     "state_of",
     "step_offset",

@@ -2,14 +2,11 @@
 
 No parameter requires a gradient, so the backward pass computes input gradients only, and the graph begins at the first hooked
 layer. The layers may lie on different devices.
-
-Shape suffixes: n samples, B samples of a batch, T tokens, D hidden size, R response positions, V vocabulary, O and I layer output
-and input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .batching import Progress, default_token_budget, marked_positions, padded, run_batches
-from .models import (
+from .causal_lm import (
     accumulation_dtype,
     check_head,
     check_samples,
@@ -28,6 +25,7 @@ from .models import (
     parameter_device,
     parameter_dtype,
 )
+from .errors import UnusableInput
 from .samples import BoolArray, IntArray, Samples, last_marked
 
 LOGIT_BYTES = 64 * 2**20
@@ -35,17 +33,20 @@ LOGIT_BYTES = 64 * 2**20
 
 
 class Use:
-    """What is done with the gradients of a batch's samples; a layer that runs twice in a pass is handed over twice."""
+    """What is done with the gradients of a batch's samples; a layer that runs twice in a pass is handed over twice.
+
+    That of sample b in a layer is Σ_t δ_bt a_btᵀ, (O, I), with a the layer's input and δ the gradient of its output.
+    """
 
     def start(self, samples_B: Tensor) -> None:
         """A batch of the samples of these indices begins. One that was started and not finished is void."""
 
-    def keep(self, layer: str, a_BTI: Tensor) -> Tensor:  # noqa: ARG002
-        """What is kept of a layer's input until its output gradient is there: here all of it."""
+    def save_input(self, layer: str, a_BTI: Tensor) -> Tensor:  # noqa: ARG002
+        """What is saved of a layer's input (B, T, I) until its output gradient is there, (B, T, q); here all of it."""
         return a_BTI
 
-    def take(self, layer: str, kept_BTq: Tensor, delta_BTO: Tensor) -> None:
-        """The gradient of sample b is the sum over t of delta_bt a_btT; `kept` is what `keep` made of a."""
+    def on_output_grad(self, layer: str, saved_BTq: Tensor, delta_BTO: Tensor) -> None:
+        """The output gradient (B, T, O) has come; `saved` is what `save_input` returned."""
         raise NotImplementedError
 
     def finish(self, samples_B: Tensor) -> None:
@@ -67,7 +68,7 @@ def over_samples(
 
     Without a `use` the backward pass is left out. `skip_n` marks samples that are not needed; their loss is 0, as without a
     predicted token. `restart`, where given, is called when a batch ran out of memory; all batches are then run again, smaller.
-    Raises ValueError for samples that do not fit the model and families with an unknown output head.
+    Raises UnusableInput for samples that do not fit the model and families with an unknown output head.
     """
     check_samples(model, samples)
     loss_n = torch.zeros(len(samples), dtype=accumulation_dtype(parameter_dtype(model)))
@@ -143,15 +144,23 @@ def _after_forward(
 ) -> Tensor:
     """Forward hook: keep the layer's input, and have its output gradient taken when the backward pass reaches it."""
     if inputs[0].shape[:2] != shape:
-        raise ValueError(
+        raise UnusableInput(
             f"layer {layer} gets an input of shape {tuple(inputs[0].shape)}, not samples x tokens of {tuple(shape)}: "
             "choose other modules"
         )
     if not output_BTO.requires_grad:
         output_BTO.requires_grad_()  # the first hooked layer: the graph begins here
-    kept_BTq = use.keep(layer, inputs[0].detach())
-    output_BTO.register_hook(partial(use.take, layer, kept_BTq))
+    saved_BTq = use.save_input(layer, inputs[0].detach())
+    output_BTO.register_hook(partial(use.on_output_grad, layer, saved_BTq))
     return output_BTO
+
+
+def logit_pieces(model: Any, count: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of so many positions whose logits (R, V) in `dtype` take about `LOGIT_BYTES`, at least one position each."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    step = max(LOGIT_BYTES // (vocabulary * dtype.itemsize), 1)
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 def head_loss(
@@ -165,10 +174,7 @@ def head_loss(
     weights_R = weights_R.to(dtype)
     loss_R = torch.empty(hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
     grad_RD = torch.zeros_like(hidden_RD)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    step = max(LOGIT_BYTES // (vocabulary * dtype.itemsize), 1)
-    for start in range(0, hidden_RD.shape[0], step):
-        part = slice(start, start + step)
+    for part in logit_pieces(model, hidden_RD.shape[0], dtype):
         with torch.set_grad_enabled(backward):
             piece_RD = hidden_RD[part].requires_grad_(backward)
             logits_RV = head_logits(model, piece_RD).to(hidden_RD.device, dtype)

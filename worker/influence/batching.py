@@ -1,7 +1,4 @@
-"""Padded batches on the device, and the loop that runs them and halves the token budget when memory runs out.
-
-Shape suffixes: B samples of a batch, T tokens of its longest sample, n samples.
-"""
+"""Padded batches on the device, and the loop that runs them and halves the token budget when memory runs out."""
 
 from __future__ import annotations
 

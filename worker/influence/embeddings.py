@@ -1,8 +1,4 @@
-"""Cheap sample embeddings: JVP and hidden states of the first blocks, RDS+ (METHOD 4; arXiv 2505.19051, section 4).
-
-Shape suffixes: n samples, e embedding size, B samples of a batch, T tokens, D hidden size, R pooled positions,
-S stacked copies (the primal and k tangents), F = S B.
-"""
+"""Cheap sample embeddings: JVP and hidden states of the first blocks, RDS+ (METHOD 4; arXiv 2505.19051, section 4)."""
 
 from __future__ import annotations
 
@@ -15,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 
 from .batching import Progress, default_token_budget, marked_positions, padded, run_batches
-from .dual import check_dual, dual_forward, random_tangents, replaced_forward
-from .models import accumulation_dtype, block_list, check_samples, first_blocks, frozen, hidden_states
-from .models import parameter_device as device_of
-from .models import parameter_dtype as dtype_of
+from .causal_lm import accumulation_dtype, block_list, check_samples, first_blocks, frozen, hidden_states
+from .causal_lm import parameter_device as device_of
+from .causal_lm import parameter_dtype as dtype_of
+from .errors import UnusableInput
+from .forward_mode import check_forward_mode, forward_mode, random_tangents, replaced_forward
 from .projection import seeded_generator
 from .samples import BoolArray, IntArray, Samples, last_marked
 
@@ -75,8 +73,8 @@ def embed(
     rounding. `token_budget` bounds the padded tokens of a batch; None is a default for the device. `progress` is called after
     each batch.
 
-    Raises ValueError where `blocks` exceeds the model's layers, where samples do not fit the model, and, for `jvp`, where the
-    derivative of a part of the architecture is not known or weights are quantised; torch.OutOfMemoryError where one sample
+    Raises UnusableInput where `blocks` exceeds the model's layers, where samples do not fit the model, and, for `jvp`, where
+    the derivative of a part of the architecture is not known or weights are quantised; torch.OutOfMemoryError where one sample
     does not fit.
     """
     check_samples(model, samples)
@@ -97,8 +95,8 @@ def embed(
         if options.kind == "jvp":
             _check_differentiable(base, options.blocks)
             tangents = random_tangents(base, options.blocks, options.tangents, options.seed)
-            check_dual(model, base, tangents)
-            stack.enter_context(dual_forward(base, tangents))
+            check_forward_mode(model, base, tangents)
+            stack.enter_context(forward_mode(base, tangents))
             copies = options.tangents + 1
         positions = stack.enter_context(_only_at_positions(base, copies))
 
@@ -119,12 +117,53 @@ def embed(
     return embeddings_ne
 
 
+def plain_state(
+    model: Any, samples: Samples, i: int, options: EmbeddingOptions
+) -> Callable[[dict[str, Tensor]], Tensor] | None:
+    """What is pooled of sample i alone, (D,), as a function of parameters of the base model; None where there is nothing."""
+    total = len(block_list(model.base_model)[1])
+    base = first_blocks(model.base_model, total if options.kind == "rds" else options.blocks)
+    one = samples.slice(i, i + 1)
+    ids_1T = torch.from_numpy(one.input_ids.astype(np.int64)).to(device_of(model))[None]
+    weight_T = torch.from_numpy(pooled_tokens(one, options).copy()).to(
+        device_of(model), accumulation_dtype(dtype_of(model))
+    )
+    if options.kind == "rds":
+        weight_T *= torch.arange(1, len(weight_T) + 1, device=weight_T.device)
+
+    def state(values: dict[str, Tensor]) -> Tensor:
+        hidden_TD: Tensor = functional_call(base, values, (ids_1T,), {"use_cache": False}).last_hidden_state[0]
+        return weight_T @ hidden_TD.to(weight_T.dtype) / weight_T.sum()
+
+    return state if weight_T.any() else None
+
+
+def plain_embeddings(model: Any, samples: Samples, options: EmbeddingOptions) -> Tensor:
+    """`embed` by a plain forward, or torch.func.jvp, of one sample and one direction at a time; without reduction to `max_dim`.
+
+    The model is in eval mode, and its attention has a forward-mode derivative (`eager`).
+    """
+    base, streams = model.base_model, options.tangents if options.kind == "jvp" else 1
+    tangents = random_tangents(base, options.blocks, options.tangents, options.seed) if options.kind == "jvp" else {}
+    values = {name: parameter.detach() for name, parameter in base.named_parameters() if name in tangents}
+    size = streams * model.get_input_embeddings().weight.shape[1]
+    rows = torch.zeros(len(samples), size, dtype=accumulation_dtype(dtype_of(model)))
+    for i in range(len(samples)):
+        state = plain_state(model, samples, i, options)
+        if state is None:
+            continue
+        along = [{name: tangent[j] for name, tangent in tangents.items()} for j in range(streams)]
+        parts = [jvp(state, (values,), (v,))[1] for v in along] if tangents else [state({})]
+        rows[i] = nn.functional.normalize(torch.cat(parts).detach(), dim=0).cpu()
+    return rows
+
+
 def _check_differentiable(base: Any, blocks: int) -> None:
-    """Raise ValueError where the directions of `jvp` would be in parameters that are no floating-point numbers."""
+    """Raise UnusableInput where the directions of `jvp` would be in parameters that are no floating-point numbers."""
     prefix, used = block_list(base)
     for name, parameter in used[:blocks].named_parameters(prefix):
         if not parameter.is_floating_point():
-            raise ValueError(
+            raise UnusableInput(
                 f"the jvp embedding has no derivative along quantised weights ({name} is {parameter.dtype}): use kind='hidden' "
                 "or kind='rds', or load the model without quantisation"
             )
@@ -156,10 +195,10 @@ def _pool(states_SND: Tensor, shape: torch.Size, rows: IntArray, places: IntArra
     shares = weights / np.bincount(rows, weights=weights, minlength=count)[rows]
     flat_R, row_R = (torch.from_numpy(index).to(device) for index in (rows * tokens + places, rows))
     # Of a stack, the first is the primal, which only a hidden state keeps.
-    wanted_SRD = states_SND[min(len(states_SND) - 1, 1) :, flat_R].to(accumulation_dtype(states_SND.dtype))
-    wanted_SRD *= torch.from_numpy(shares).to(device, wanted_SRD.dtype)[:, None]
-    means_SBD = wanted_SRD.new_zeros(wanted_SRD.shape[0], count, wanted_SRD.shape[2]).index_add_(1, row_R, wanted_SRD)
-    return means_SBD.transpose(0, 1).flatten(1)
+    states_cRD = states_SND[min(len(states_SND) - 1, 1) :, flat_R].to(accumulation_dtype(states_SND.dtype))
+    states_cRD *= torch.from_numpy(shares).to(device, states_cRD.dtype)[:, None]
+    means_cBD = states_cRD.new_zeros(states_cRD.shape[0], count, states_cRD.shape[2]).index_add_(1, row_R, states_cRD)
+    return means_cBD.transpose(0, 1).flatten(1)
 
 
 @contextmanager

@@ -17,31 +17,31 @@ Choice = Literal["uniform", "stratified"]
 
 
 def landmark_order(
-    usable_n: IntArray, *, choice: Choice, seed: int, sources: Sequence[str | None] | None = None
+    usable: IntArray, *, choice: Choice, seed: int, sources: Sequence[str | None] | None = None
 ) -> IntArray:
-    """A permutation of the usable samples (m,), int64, from the seed; the first l of it are l landmarks.
+    """A permutation of the usable samples (n,), int64, from the seed; the first l of it are l landmarks.
 
     choice: `uniform`, every order as likely as any other; `stratified`, each prefix holds every source in its share of the
     usable samples, to within one or two, and is uniform within a source.
-    usable_n: int64 (m,), indices into the pool.  sources: (m,), of each usable sample; samples without one are a
+    usable: int64 (n,), rising indices into the pool.  sources: (n,), of each usable sample; samples without one are a
     source of their own. `uniform` does not look at them.
     Raises ValueError for an unknown choice, and where `stratified` has no sources or not one for each sample.
     """
     generator = seeded_generator(seed, "landmarks")
-    shuffled_m = generator.permutation(len(usable_n))
+    shuffled = generator.permutation(len(usable))
     if choice == "uniform":
-        return usable_n[shuffled_m]
+        return usable[shuffled]
     if choice != "stratified":
         raise ValueError(f"choice must be uniform or stratified, not {choice!r}")
-    if sources is None or len(sources) != len(usable_n):
+    if sources is None or len(sources) != len(usable):
         given = "none are given" if sources is None else f"there are {len(sources)}"
-        raise ValueError(f"stratified landmarks need a source for each of the {len(usable_n)} usable samples: {given}")
+        raise ValueError(f"stratified landmarks need a source for each of the {len(usable)} usable samples: {given}")
     numbers: dict[str | None, int] = {}
-    source_m = np.array([numbers.setdefault(source, len(numbers)) for source in sources], dtype=np.int64)[shuffled_m]
+    source = np.array([numbers.setdefault(name, len(numbers)) for name in sources], dtype=np.int64)[shuffled]
     # The j-th of a source's samples comes at (j + u) / count of the way: sources are laid out evenly beside each other.
-    counts = np.bincount(source_m, minlength=len(numbers))
-    grouped_m = np.argsort(source_m, kind="stable")
-    rank_m = np.empty(len(usable_n))
-    rank_m[grouped_m] = np.arange(len(usable_n)) - np.repeat(np.cumsum(counts) - counts, counts)
-    place_m = (rank_m + generator.random(len(numbers))[source_m]) / counts[source_m]
-    return usable_n[shuffled_m[np.argsort(place_m, kind="stable")]]
+    counts = np.bincount(source, minlength=len(numbers))
+    grouped = np.argsort(source, kind="stable")
+    rank = np.empty(len(usable))
+    rank[grouped] = np.arange(len(usable)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = (rank + generator.random(len(numbers))[source]) / counts[source]
+    return usable[shuffled[np.argsort(place, kind="stable")]]

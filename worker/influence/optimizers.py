@@ -1,9 +1,7 @@
 """What an optimiser's state makes of a gradient: the scaling a and the offset b of its next step (METHOD 1 and 3).
 
-With the second moment v frozen after s finished steps, the next update is -learning_rate (a * g + b). State is matched by the
-name of the parameter in `model.named_parameters()`; nothing is guessed where it is missing.
-
-Shape suffixes: O and I layer output and input.
+With the second moment v held after s finished steps, the next update is -η (a ⊙ g + b). State is matched by the name of the
+parameter in `model.named_parameters()`; nothing is guessed where it is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .models import accumulation_dtype, layer_size, linear_layers, output_by_input, parameter_dtype
+from .causal_lm import accumulation_dtype, layer_size, linear_layers, output_by_input, parameter_dtype
+from .errors import UnusableInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +58,8 @@ class OptimizerState:
 def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
     """The state of a torch Adam, AdamW or SGD by the names of the model's parameters; it shares memory with the optimiser.
 
-    Parameters that were never stepped have none and are left out. Raises ValueError where the optimiser holds a parameter that is
-    not the model's, or parameters that were stepped different numbers of times.
+    Parameters that were never stepped have none and are left out. Raises UnusableInput where the optimiser holds a parameter
+    that is not the model's, or parameters that were stepped different numbers of times.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     first: dict[str, Tensor] = {}
@@ -68,9 +67,7 @@ def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerSta
     steps: set[int] = set()
     for parameter, values in optimizer.state.items():
         if parameter not in names:
-            raise ValueError(
-                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not the model's"
-            )
+            raise UnusableInput(f"the optimizer holds a parameter of shape {tuple(parameter.shape)} not of this model")
         buffer = values.get("exp_avg", values.get("momentum_buffer"))
         if buffer is not None:
             first[names[parameter]] = buffer.detach()
@@ -78,9 +75,7 @@ def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerSta
             second[names[parameter]] = values["exp_avg_sq"].detach()
             steps.add(int(values["step"]))
     if len(steps) > 1:
-        raise ValueError(
-            f"the optimizer's parameters were stepped {sorted(steps)} times: one number of steps is needed"
-        )
+        raise UnusableInput(f"the optimizer's parameters were stepped {sorted(steps)} times: one number is needed")
     return OptimizerState(step=steps.pop() if steps else 0, first=first, second=second)
 
 
@@ -92,7 +87,7 @@ def save_state(state: OptimizerState, path: str | PathLike[str]) -> None:
 
 
 def load_state(path: str | PathLike[str]) -> OptimizerState:
-    """Read what `save_state` wrote, onto the CPU. Raises ValueError where the file is not such a state."""
+    """Read what `save_state` wrote, onto the CPU. Raises UnusableInput where the file is no such state."""
     moments: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}}
     try:
         with safe_open(path, framework="pt") as file:
@@ -100,12 +95,12 @@ def load_state(path: str | PathLike[str]) -> OptimizerState:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 moment, _, name = key.partition(".")
                 if moment not in moments or not name:
-                    raise ValueError(f"{path}: tensor {key!r} is neither first.<parameter> nor second.<parameter>")
+                    raise UnusableInput(f"{path}: tensor {key!r} is neither first.<parameter> nor second.<parameter>")
                 moments[moment][name] = file.get_tensor(key)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        raise UnusableInput(f"{path} is not a safetensors file: {error}") from error
     if not step.isdecimal():
-        raise ValueError(f"{path}: the metadata must have the number of finished steps as `step`, not {step!r}")
+        raise UnusableInput(f"{path}: the metadata must have the number of finished steps as `step`, not {step!r}")
     return OptimizerState(step=int(step), first=moments["first"], second=moments["second"])
 
 
@@ -115,7 +110,7 @@ class Scaling:
 
     full: (O, I) each, as many values as the layers have; empty where factored.
     factors: (O,) and (I,) each, positive, a being about their outer product; empty where exact.
-    relative_error: of the factors, ||a - a_1|| / ||a|| in the Frobenius norm over all layers; None where exact.
+    relative_error: of their outer product a₁, |a - a₁| / |a| in the Frobenius norm over all layers; None where exact.
     layer_errors: the same of each layer.
     """
 
@@ -125,7 +120,7 @@ class Scaling:
     layer_errors: Mapping[str, float] = field(default_factory=dict)
 
     def times(self, layer: str, gradient_OI: Tensor) -> Tensor:
-        """a * gradient of the layer of that name: (..., O, I) -> (..., O, I). Raises ValueError where the layer is unknown."""
+        """a ⊙ gradient of the layer of that name: (..., O, I) -> (..., O, I). Raises ValueError where the layer is unknown."""
         self.check([layer])
         if self.full:
             return gradient_OI * self.full[layer]
@@ -152,8 +147,8 @@ def gradient_scaling(
     """The scaling a of the chosen layers' gradients; None for `none` and `sgd`, whose a is 1 (METHOD 1 and 3).
 
     float32, float64 for a float64 model. `factored` keeps rank-one factors of each layer's a (`rank_one`) and measures their
-    error; a itself is then held for one layer at a time. Raises ValueError that names the parameter whose state is missing,
-    mis-shaped or no second moment, and for an unknown `kind`.
+    error; a itself is then held for one layer at a time. Raises UnusableInput that names the parameter whose state is
+    missing, mis-shaped or no second moment, ValueError for an unknown `kind`.
     """
     if kind not in ("exact", "factored"):
         raise ValueError(f"scaling kind must be exact or factored, not {kind!r}")
@@ -181,7 +176,7 @@ def step_offset(
 ) -> dict[str, Tensor] | None:
     """The part b of the next update that no gradient changes, by layer, (O, I); None where it is zero everywhere (METHOD 1).
 
-    Momentum, and weight decay. Raises ValueError as `gradient_scaling`, and where the weight of a quantised layer were to decay.
+    Momentum, and weight decay. Raises as `gradient_scaling`, and where the weight of a quantised layer were to decay.
     """
     carries = options.betas[0] > 0 if options.is_adam else options.type == "sgd" and options.momentum > 0
     decays = options.type != "none" and options.weight_decay > 0
@@ -191,7 +186,7 @@ def step_offset(
 
 
 def rank_one(a_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (O,) and (I,) of a positive matrix a by Adafactor's rule: row and column means of the second moment 1 / a^2.
+    """Factors (O,) and (I,) of a positive matrix a by Adafactor's rule: row and column means of the second moment 1 / a².
 
     Exact where a has rank one. The best factors in the Frobenius norm follow the largest a, where gradients are smallest: a
     single weight that never had a gradient would decide them, and influence is less well ranked.
@@ -211,17 +206,17 @@ class LayerWeight:
     dtype: torch.dtype
 
     def moment(self, state: OptimizerState | None, which: Literal["first", "second"]) -> Tensor:
-        """A moment as (O, I), on the layer's device. Raises ValueError that names the parameter and says what to do."""
+        """A moment as (O, I), on the layer's device. Raises UnusableInput that names the parameter and says what to do."""
         moments: Mapping[str, Tensor] = {} if state is None else getattr(state, which)
         if self.name not in moments:
-            raise ValueError(
+            raise UnusableInput(
                 f"the optimizer state has no {which} moment of {self.name} (it has {len(moments)} parameters): "
                 "warm the model up, or register the state of the optimizer that trained this parameter"
             )
         moment = moments[self.name]
         stored = tuple(output_by_input(self.module, torch.empty(layer_size(self.module), device="meta")).shape)
         if tuple(moment.shape) != stored:
-            raise ValueError(
+            raise UnusableInput(
                 f"the optimizer state of {self.name} has shape {tuple(moment.shape)}, the parameter {stored}: "
                 "register the state of this model, with the parameter as it is stored"
             )
@@ -232,9 +227,7 @@ class LayerWeight:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         if not weight.is_floating_point():
-            raise ValueError(
-                f"weight_decay of {self.name}: a quantised weight does not decay; measure on adapters, or set it to 0"
-            )
+            raise UnusableInput(f"weight_decay of {self.name}: a quantised weight does not decay; measure on adapters")
         return output_by_input(self.module, weight.detach().to(self.dtype))
 
 
@@ -246,17 +239,13 @@ def layer_weights(model: Any, modules: str) -> dict[str, LayerWeight]:
 
 
 def _adam_scale(options: OptimizerOptions, state: OptimizerState | None, weight: LayerWeight) -> Tensor:
-    """a = (1 - beta1) / (1 - beta1^(s+1)) / (sqrt(v / (1 - beta2^(s+1))) + eps), (O, I)."""
+    """a = (1 - β₁) / (1 - β₁^(s+1)) / (√(v / (1 - β₂^(s+1))) + eps), (O, I)."""
     second_OI = weight.moment(state, "second")
     assert state is not None
     if state.step < 1:
-        raise ValueError(
-            f"the optimizer state is of step {state.step}: Adam's second moment needs at least 1 finished step"
-        )
+        raise UnusableInput(f"the optimizer state is of step {state.step}: Adam's needs at least 1 finished step")
     if not ((second_OI >= 0) & second_OI.isfinite()).all():
-        raise ValueError(
-            f"the second moment of {weight.name} is negative or not finite somewhere: train again, from a sound state"
-        )
+        raise UnusableInput(f"the second moment of {weight.name} is negative or not finite somewhere: train it again")
     beta1, beta2 = options.betas
     next_step = state.step + 1
     root_OI = (second_OI / (1 - beta2**next_step)).sqrt() + options.eps
@@ -264,7 +253,7 @@ def _adam_scale(options: OptimizerOptions, state: OptimizerState | None, weight:
 
 
 def _offset(options: OptimizerOptions, state: OptimizerState | None, weight: LayerWeight) -> Tensor:
-    """b of one layer, (O, I): a * (beta1 / (1 - beta1) m) for Adam, momentum * m for SGD, and the weight decay."""
+    """b of one layer, (O, I): a ⊙ β₁ / (1 - β₁) m for Adam, momentum m for SGD, and the weight decay."""
     carried_OI = decay_OI = torch.zeros((), dtype=weight.dtype)
     if options.weight_decay:
         decay_OI = options.weight_decay * weight.value()

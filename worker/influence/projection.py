@@ -1,18 +1,16 @@
 """Seeded random projection of gradients to a few values that keep inner products (METHOD 3).
 
-A layer's gradient G (O, I) becomes H = G P_in / sqrt(q), (O, q), with P_in applied to the inputs *before* the outer product, so
-that the (O, I) matrix never exists; then each entry of H gets a random sign and is added to one of `dim` sums, taken in turn,
-which all layers share. Signs are +1 and -1, exact in every dtype; inner products are unbiased. Why not a few directions on
-either side, a block of values for each layer: the activations of all samples share large components, by which the errors
-of the other side's few directions are multiplied, and a few layers hold most of a gradient (docs/decisions/0010-projection.md).
-
-Shape suffixes: O output features, I input features, q directions of the input side, k values of a projected gradient.
+A layer's gradient G (O, I) becomes G R / √q, (O, q), with R (I, q) applied to the inputs *before* the outer product, so that the
+(O, I) matrix never exists; then each entry gets a random sign and is added to one of `dim` sums, in rotation, which all layers
+share. Signs are +1 and -1, exact in every dtype; inner products are unbiased. Why not a few directions on either side, a block
+of values for each layer: the activations of all samples share large components, by which the errors of the other side's few
+directions are multiplied, and a few layers hold most of a gradient (docs/decisions/0010-projection.md).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,36 +31,36 @@ def _signs(rows: int, columns: int, generator: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerProjection:
-    """What projects one layer: P_in (I, q), None where that side is not reduced; the signs (O, q) of the entries of H; and the
-    place `first` of the k sums where the turn begins, so that small layers spread over all of them."""
+    """What projects one layer: R (I, q), None where that side is not reduced; the signs (O, q) of what is added up; and `first`,
+    which of the `dim` sums gets the first entry, so that small layers spread over all of them."""
 
-    P_Iq: Tensor | None
+    R_Iq: Tensor | None
     S_Oq: Tensor
     first: int
     dim: int
 
     def to(self, like: Tensor) -> LayerProjection:
         """The same projection in the dtype and on the device of a tensor."""
-        P_Iq = None if self.P_Iq is None else self.P_Iq.to(like)
-        return LayerProjection(P_Iq=P_Iq, S_Oq=self.S_Oq.to(like), first=self.first, dim=self.dim)
+        R_Iq = None if self.R_Iq is None else self.R_Iq.to(like)
+        return LayerProjection(R_Iq=R_Iq, S_Oq=self.S_Oq.to(like), first=self.first, dim=self.dim)
 
-    def project_input(self, a_BTI: Tensor) -> Tensor:
-        """Without the scale 1 / sqrt(q), which `fold` applies."""
-        return a_BTI if self.P_Iq is None else a_BTI @ self.P_Iq
+    def project_input(self, a_mI: Tensor) -> Tensor:
+        """(..., I) -> (..., q), without the scale 1 / √q, which `fold` applies."""
+        return a_mI if self.R_Iq is None else a_mI @ self.R_Iq
 
-    def fold(self, H_BOq: Tensor) -> Tensor:
-        """Outer products with projected inputs to the sums of their entries: (..., O, q) -> (..., k)."""
-        flat = (H_BOq * self.S_Oq).flatten(-2)
-        if self.P_Iq is not None:
-            flat *= self.P_Iq.shape[1] ** -0.5
+    def fold(self, G_mOq: Tensor) -> Tensor:
+        """Gradients with projected inputs to the sums of their entries: (..., O, q) -> (..., k)."""
+        flat = (G_mOq * self.S_Oq).flatten(-2)
+        if self.R_Iq is not None:
+            flat *= self.R_Iq.shape[1] ** -0.5
         whole = flat.shape[-1] // self.dim * self.dim
         sums: Tensor = flat[..., :whole].unflatten(-1, (-1, self.dim)).sum(dim=-2)
         sums[..., : flat.shape[-1] - whole] += flat[..., whole:]
         return sums.roll(self.first, -1)
 
-    def apply(self, G_OI: Tensor) -> Tensor:
+    def apply(self, G_mOI: Tensor) -> Tensor:
         """Project gradients that exist already: (..., O, I) -> (..., k)."""
-        return self.fold(self.project_input(G_OI))
+        return self.fold(self.project_input(G_mOI))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +94,24 @@ class GradientProjection:
         device: torch.device | str = "cpu",
     ) -> LayerProjection:
         """The projection of the layer called `name`, in the given dtype and on the given device."""
-        q, P_Iq = in_features, None
+        q, R_Iq = in_features, None
         if in_features > self.directions:
             q = self.directions
-            P_Iq = _signs(in_features, q, seeded_generator(self.seed, name, "in")).to(device, dtype)
+            R_Iq = _signs(in_features, q, seeded_generator(self.seed, name, "in")).to(device, dtype)
         generator = seeded_generator(self.seed, name, "out")
         first = int(generator.integers(self.dim))
         S_Oq = _signs(out_features, q, generator).to(device, dtype)
-        return LayerProjection(P_Iq=P_Iq, S_Oq=S_Oq, first=first, dim=self.dim)
+        return LayerProjection(R_Iq=R_Iq, S_Oq=S_Oq, first=first, dim=self.dim)
+
+
+def plain_projection(layers: Mapping[str, Tensor], projection: GradientProjection | None) -> Tensor:
+    """One sample's gradients (O, I) by layer name, (k,) as `per_sample_gradients` keeps them: each entry goes to its sum."""
+    if projection is None or sum(G_OI.numel() for G_OI in layers.values()) <= projection.dim:
+        return torch.cat([G_OI.flatten() for G_OI in layers.values()])
+    sums_k = next(iter(layers.values())).new_zeros(projection.dim)
+    for name, G_OI in layers.items():
+        made = projection.layer(name, *G_OI.shape, dtype=G_OI.dtype, device=G_OI.device)
+        G_Oq = G_OI if made.R_Iq is None else G_OI @ made.R_Iq / made.R_Iq.shape[1] ** 0.5
+        place = (made.first + torch.arange(G_Oq.numel(), device=G_OI.device)) % projection.dim
+        sums_k.index_add_(0, place, (G_Oq * made.S_Oq).flatten())
+    return sums_k

@@ -1,8 +1,6 @@
 """Ragged tokenised samples, and how they are cut into batches.
 
 Samples stay flat arrays: ten million rows as Python objects take hours to plan, as arrays seconds.
-
-Shape suffixes: n samples, N tokens of all samples together.
 """
 
 from __future__ import annotations

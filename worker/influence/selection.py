@@ -1,7 +1,4 @@
-"""Choice of samples, and their weights, from influence (METHOD 1 and 5; arXiv 2505.19051, sections 3 and 5).
-
-Shape suffixes: n samples, t targets.
-"""
+"""Choice of samples, and their weights, from influence (METHOD 1 and 5; arXiv 2505.19051, sections 3 and 5)."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from .errors import UnusableInput
 from .samples import BoolArray, IntArray
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -23,9 +21,9 @@ _RANKED_VALUES = 1 << 22  # of P held, by rank, over all targets: longer lists a
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FirstOrderWeights:
-    """Weights w = max(0, (p - threshold) / ridge) of exactly k samples, float64 (n,), summing to n.
+    """Weights w = max(0, (p - threshold) / ridge), float64 (n,), as many positive as the budget, summing to n.
 
-    ridge: lambda, and threshold: tau, of METHOD 1. Where the chosen samples cannot be told apart, ridge is 0, the limit.
+    ridge: λ, and threshold: τ, of METHOD 1. Where the chosen samples cannot be told apart, ridge is 0, the limit.
     """
 
     weights: npt.NDArray[np.float64]
@@ -36,12 +34,14 @@ class FirstOrderWeights:
 def top_k(p: Tensor | FloatArray, budget: int, eligible: npt.ArrayLike | None = None) -> IntArray:
     """Indices of the `budget` highest p (n,), best first, of equal ones the lower index first.
 
-    eligible: bool (n,), the samples that may be chosen; None is all. Raises ValueError for p that is not finite where eligible,
-    and a budget above the number of eligible samples.
+    eligible: bool (n,), the samples that may be chosen; None is all. Raises UnusableInput for p that is not finite where
+    eligible and a budget above the number of eligible samples, ValueError for arrays of other shapes.
     """
     p_n = _array(p, "p", 1)
     candidates = _candidates(p_n, budget, eligible)
-    return candidates[_best(p_n[candidates], budget)]
+    leading = candidates[_leading(p_n[candidates], budget)]
+    best: IntArray = leading[np.argsort(-p_n[leading], kind="stable")]
+    return best
 
 
 def round_robin(P: Tensor | FloatArray, budget: int, *, seed: int, eligible: npt.ArrayLike | None = None) -> IntArray:
@@ -63,14 +63,24 @@ def round_robin(P: Tensor | FloatArray, budget: int, *, seed: int, eligible: npt
     for turn in range(budget):
         seat = turn % len(order)
         position[seat] = _next_free(ranked[seat], position[seat], taken)
-        if (
-            position[seat] == ranked[seat].size
-        ):  # this target has seen all of its list: all targets look at what is left
+        if position[seat] == ranked[seat].size:  # its list is used up: all targets look at what is left
             left = budget - turn
             count = max(2 * (left // len(order) + 1), min(left, _RANKED_VALUES // len(order)))
             ranked, position = _ranked(P_nt, candidates[~taken[candidates]], order, count), [0] * len(order)
         chosen[turn] = ranked[seat][position[seat]]
         taken[chosen[turn]] = True
+    return chosen
+
+
+def plain_round_robin(P_nt: FloatArray, budget: int, *, seed: int, eligible: BoolArray | None = None) -> list[int]:
+    """What `round_robin` chooses: each target in turn scans all samples for its best one not yet taken."""
+    order = np.random.Generator(np.random.Philox(seed)).permutation(P_nt.shape[1])
+    free = [i for i in range(len(P_nt)) if eligible is None or eligible[i]]
+    chosen = []
+    for turn in range(budget):
+        target = order[turn % len(order)]
+        chosen.append(max(free, key=lambda i: (P_nt[i, target], -i)))
+        free.remove(chosen[-1])
     return chosen
 
 
@@ -131,40 +141,33 @@ def _leading(p: FloatArray, count: int) -> IntArray:
     return np.flatnonzero(above)
 
 
-def _best(p: FloatArray, count: int) -> IntArray:
-    """Indices of the `count` highest values, best first, of equal ones the lower index first."""
-    leading = _leading(p, count)
-    best: IntArray = leading[np.argsort(-p[leading], kind="stable")]
-    return best
-
-
 def _block_rows(values: FloatArray) -> int:
     return max(1, _BLOCK_VALUES // max(1, math.prod(values.shape[1:])))
 
 
-def first_order_weights(p: Tensor | FloatArray, k: int) -> FirstOrderWeights:
-    """Closed form of argmin -p.w + (lambda/2) |w|^2, w >= 0, sum w = n, with lambda such that exactly k weights are positive.
+def first_order_weights(p: Tensor | FloatArray, budget: int) -> FirstOrderWeights:
+    """Closed form of argmin -pᵀw + (λ/2) |w|², w >= 0, Σw = n, with λ such that exactly `budget` weights are positive.
 
-    With p sorted downwards, tau is p_(k+1), lambda = sum_{i<=k} (p_i - tau) / n and w_i = (p_i - tau) / lambda (METHOD 1). Adding
-    a constant to p changes nothing, so p may be all negative. Where that rule does not define the answer:
-    * several samples equal to the k-th: the lower indices are kept and the others are treated as absent, so that tau is
+    With p sorted downwards and k the budget, τ is p₍k₊₁₎, λ = Σ_{i≤k} (p_i - τ) / n and w_i = (p_i - τ) / λ (METHOD 1). Adding a
+    constant to p changes nothing, so p may be all negative. Where that rule does not define the answer:
+    * several samples equal to the k-th: the lower indices are kept and the others are treated as absent, so that τ is
       the highest value below the k-th;
-    * nothing lies below the k-th (k = n, or only ties): tau is the k-th less the mean step (p_1 - p_k) / (k - 1);
-    * all k equal and nothing below: equal weights n / k, lambda = 0.
+    * nothing lies below the k-th (k = n, or only ties): τ is the k-th less the mean step (p_1 - p_k) / (k - 1);
+    * all k equal and nothing below: equal weights n / k, λ = 0.
 
-    p: (n,), k: 1 to n. Raises ValueError for k outside of that and p that is not finite.
+    p: (n,), budget: 1 to n. Raises ValueError for a budget outside of that, UnusableInput for p that is not finite.
     """
     p_n = _array(p, "p", 1).astype(np.float64)
-    if not 1 <= k <= p_n.size:
-        raise ValueError(f"k must be from 1 to the number of samples, {p_n.size}, not {k}")
-    kept = top_k(p_n, k)
+    if not 1 <= budget <= p_n.size:
+        raise ValueError(f"budget must be from 1 to the number of samples, {p_n.size}, not {budget}")
+    kept = top_k(p_n, budget)
     lowest = p_n[kept[-1]]
     below = p_n[p_n < lowest]
-    step = (p_n[kept[0]] - lowest) / max(k - 1, 1)
+    step = (p_n[kept[0]] - lowest) / max(budget - 1, 1)
     threshold = float(below.max() if below.size else lowest - step)
     gaps = p_n[kept] - threshold
     weights = np.zeros_like(p_n)
-    weights[kept] = p_n.size * gaps / gaps.sum() if gaps.sum() > 0 else p_n.size / k
+    weights[kept] = p_n.size * gaps / gaps.sum() if gaps.sum() > 0 else p_n.size / budget
     return FirstOrderWeights(weights=weights, ridge=float(gaps.sum() / p_n.size), threshold=threshold)
 
 
@@ -192,14 +195,12 @@ def _candidates(values: FloatArray, budget: int, eligible: npt.ArrayLike | None)
         raise ValueError(f"eligible must be a bool array of shape ({n},), not {mask.dtype} of shape {mask.shape}")
     candidates = np.flatnonzero(mask)
     if not 0 <= budget <= candidates.size:
-        raise ValueError(f"budget must be from 0 to the number of eligible samples, {candidates.size}, not {budget}")
+        raise UnusableInput(f"budget must be from 0 to the number of eligible samples, {candidates.size}, not {budget}")
     step, wrong_rows = _block_rows(values), [np.empty(0, dtype=np.int64)]
     for start in range(0, candidates.size, step):
         index = candidates[start : start + step]
         wrong_rows.append(index[~np.isfinite(values[index].reshape(index.size, -1)).all(axis=1)])
     wrong = np.concatenate(wrong_rows)
     if wrong.size:
-        raise ValueError(
-            f"influence is not finite for {wrong.size} samples, the first at {wrong[:5].tolist()}: make them ineligible"
-        )
+        raise UnusableInput(f"influence is not finite for {wrong.size} samples, the first at {wrong[:5].tolist()}")
     return candidates

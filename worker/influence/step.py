@@ -1,7 +1,4 @@
-"""What one optimiser step on weighted samples does to the target loss, measured and predicted (METHOD 8).
-
-Shape suffixes: n samples, t targets, O and I layer output and input.
-"""
+"""What one optimiser step on weighted samples does to the target loss, measured and predicted (METHOD 8)."""
 
 from __future__ import annotations
 
@@ -13,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .batching import Progress
-from .curvature import Layers, check_layers, curvature_products, stepped
-from .gradients import directional_derivatives, sample_losses, weighted_gradients
-from .models import linear_layers
+from .causal_lm import check_layers, linear_layers
+from .errors import UnusableInput
+from .exact_gradients import directional_derivatives, sample_losses, weighted_gradients
+from .hessian_vector_products import Layers, curvature_products, stepped
 from .optimizers import LayerWeight, OptimizerOptions, OptimizerState, layer_weights
 from .samples import Samples
 
@@ -33,9 +31,9 @@ def optimizer_step(
 ) -> dict[str, Tensor]:
     """The update of the chosen weights that torch.optim's step of this optimiser makes, (O, I) by layer name (METHOD 1).
 
-    `mean_gradient` is that of the step's loss, (O, I) by layer name. Adam's second moment takes it in, unless `frozen_second`:
-    then the update is -learning_rate (a * g + b), what the selection assumes. float32, float64 for a float64 model. Raises
-    ValueError that names the parameter whose state is missing or mis-shaped, and for gradients that do not fit the layers.
+    `mean_gradient` g is that of the step's loss, (O, I) by layer name. Adam's second moment takes it in, unless `frozen_second`:
+    then the update is -η (a ⊙ g + b), what the selection assumes. float32, float64 for a float64 model. Raises UnusableInput
+    that names the parameter whose state is missing or mis-shaped, ValueError for gradients that do not fit the layers.
     """
     check_layers("mean_gradient", linear_layers(model, modules), {k: g_OI[None] for k, g_OI in mean_gradient.items()})
     weights = layer_weights(model, modules)
@@ -75,30 +73,23 @@ def predicted_change(
     modules: str = "down_proj",
     token_budget: int | None = None,
 ) -> tuple[float, float | None]:
-    """Change of the mean target loss that a Taylor expansion predicts for `update`, in nats: first, and second order (METHOD 1).
+    """Change of the mean target loss that a Taylor expansion predicts for `update` u, in nats: first and second order (METHOD 1).
 
-    First order is the mean over targets of <g_j, update>; `curvature` adds updateT H update / 2; None stands where it is `none`.
-    One pass over the targets, another for `ggn` and `hessian`. Raises ValueError as the functions it calls.
+    First order is the mean over targets of g_jᵀu; `curvature` adds ½uᵀHu, and without it the second order is None. One pass over
+    the targets, another for `ggn` and `hessian`. Raises as the functions it calls.
     """
-    directions = {name: value[None] for name, value in update.items()}
-    slopes_t = directional_derivatives(model, targets, directions, modules=modules, token_budget=token_budget)[
-        :, 0
-    ].double()
-    first = float(slopes_t.mean())
+    u_1OI = {name: value[None] for name, value in update.items()}
+    products_t1 = directional_derivatives(model, targets, u_1OI, modules=modules, token_budget=token_budget)
+    gu_t = products_t1[:, 0].double()
+    first = float(gu_t.mean())
     if curvature == "none":
         return first, None
     if curvature == "fisher":
-        return first, first + float(slopes_t.square().mean()) / 2
-    products = curvature_products(
-        model,
-        targets,
-        directions,
-        kind=curvature,
-        modules=modules,
-        token_budget=token_budget and max(token_budget // 4, 1),
-    )
-    bend = sum(float((products[name][0] * update[name]).sum(dtype=torch.float64)) for name in update)
-    return first, first + bend / 2
+        return first, first + float(gu_t.square().mean()) / 2
+    quarter = token_budget and max(token_budget // 4, 1)
+    Hu_1OI = curvature_products(model, targets, u_1OI, kind=curvature, modules=modules, token_budget=quarter)
+    uHu = sum(float((Hu_1OI[name][0] * update[name]).sum(dtype=torch.float64)) for name in update)
+    return first, first + uHu / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,17 +122,17 @@ def measure_step(
 ) -> list[StepMeasure]:
     """One step on the weighted selection, and what it does to each of the sets of targets (METHOD 8).
 
-    The step's gradient is sum_i w_i g_i / sum_i w_i with w = `weights_n` (n,), not negative. The model is left as it was. One
-    weighted backward pass over the selection; for each set two forward passes and one backward, and the curvature's. `progress`
-    is over the selection. Raises ValueError for weights that are not one a sample, negative or all zero, for an empty set of
-    targets, and as the functions it calls.
+    The step's gradient is Σ w_i g_i / Σ w_i with w = `weights_n` (n,), not negative. The model is left as it was. One weighted
+    backward pass over the selection; for each set two forward passes and one backward, and the curvature's. `progress` is over
+    the selection. Raises UnusableInput for weights that are not one a sample, negative or all zero, ValueError for an empty
+    set of targets, and as the functions it calls.
     """
     if (
         tuple(weights_n.shape) != (len(selection),)
         or not bool((weights_n >= 0).all())
         or not float(weights_n.sum()) > 0
     ):
-        raise ValueError(f"weights must be {len(selection)} numbers, one a sample, not negative and not all zero")
+        raise UnusableInput(f"weights must be {len(selection)} numbers, not negative and not all zero")
     if not all(len(part) for part in targets):
         raise ValueError("targets: a set of targets is empty")
     share_n1 = (weights_n.double() / weights_n.double().sum())[:, None]
@@ -159,12 +150,10 @@ def measure_step(
         first, second = predicted_change(
             model, part, assumed, curvature=curvature, modules=modules, token_budget=token_budget
         )
+        changed = float((after_t - before_t).mean())
         measures.append(
             StepMeasure(
-                loss_before=float(before_t.mean()),
-                measured=float((after_t - before_t).mean()),
-                predicted_first=first,
-                predicted_second=second,
+                loss_before=float(before_t.mean()), measured=changed, predicted_first=first, predicted_second=second
             )
         )
     return measures

@@ -1,2 +1,2 @@
-"""The stages of a job. `plan` says which units there are and what their artifacts depend on; each other module does one
-stage: it reads artifacts, calls the numerical core, writes one artifact, and knows no database."""
+"""The stages of a job, one file each: a stage reads artifacts, calls the numerical core and writes one artifact.
+Which stages a job has is decided in `service.plan`; no stage knows the database."""

@@ -1,6 +1,7 @@
-"""What a stage is given: the store, the job, ways to tell of progress and events, and the model, loaded once and kept."""
+"""What a stage is given: the store, the job, ways to report progress and events, and the model, loaded once and kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from service.artifacts import ArtifactStore
+from service.plan.stages import JobInputs
 from service.settings import WorkerSettings
-from worker import adapters, models
-from worker.errors import ModelError
-from worker.stages.plan import JobInputs
+from service.storage.artifacts import ArtifactStore
+from worker.errors import ModelNotHere
+from worker.loading import adapters, folders, models
 
 _Loaded = tuple[tuple[Any, ...], PreTrainedModel]
 
@@ -23,14 +24,15 @@ class ModelCache:
 
     registered: Path
     device: torch.device
-    _folders: dict[str, models.ModelFolder] = field(default_factory=dict)
+    _folders: dict[str, folders.ModelFolder] = field(default_factory=dict)
     _loaded: _Loaded | None = None
+    _used: tuple[Mapping[str, Any], str] | None = None
 
-    def folder(self, model: Mapping[str, Any]) -> models.ModelFolder:
-        """The model's files, hashed again only where they changed: an operator may replace a registered model."""
+    def folder(self, model: Mapping[str, Any]) -> folders.ModelFolder:
+        """The model's files, rehashed only when they changed: an operator may replace a registered model."""
         name = repr(sorted(model.items()))
         if name not in self._folders or not self._folders[name].is_current:
-            self._folders[name] = models.find(model, self.registered)
+            self._folders[name] = folders.find(model, self.registered)
         return self._folders[name]
 
     def load(
@@ -45,31 +47,59 @@ class ModelCache:
         """The model, if its files are still those that the job was prepared with; on top of it the warm-up's checkpoint.
 
         Raises:
-            ModelError: the files changed since, or cannot be loaded.
+            ModelNotHere: here are other files than those that the job was prepared with.
+            ModelError: they cannot be loaded.
             ParameterError: the model cannot be quantised here, or is too large for this machine.
         """
-        folder = self.folder(model)
-        if folder.fingerprint != fingerprint:
-            raise ModelError("The model's files changed while the job was running; post the job again.")
+        folder = self.unchanged(model, fingerprint)
+        self._used = model, fingerprint
         wanted = (fingerprint, dtype, quantization, checkpoint and checkpoint[1])
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # the old model goes before the new one comes
             loaded = models.load_model(folder, dtype, self.device, quantization)
+            self.unchanged(model, fingerprint)  # since it was hashed
             if checkpoint is not None:
                 with checkpoint[0].local(checkpoint[1]) as path:
                     adapters.load_checkpoint(loaded, path)
             self._loaded = (wanted, loaded)
         return self._loaded[1]
 
+    def unchanged(self, model: Mapping[str, Any], fingerprint: str) -> folders.ModelFolder:
+        """The model's files, if they are those of the fingerprint.
+
+        Raises:
+            ModelNotHere: they changed since, or are not those that the job began with.
+        """
+        folder = self.folder(model)
+        if folder.fingerprint != fingerprint:
+            self._loaded = None
+            raise ModelNotHere(
+                "A worker's files of the model changed while the job was running, or are not those it began with."
+            )
+        return folder
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """What is done here counts only if the files of a model that it used are unchanged at its end: weights are mapped from
+        them, and may be read late.
+
+        Raises:
+            ModelNotHere: they changed meanwhile.
+        """
+        self._used = None
+        yield
+        if self._used is not None:
+            self.unchanged(*self._used)
+
     def forget(self) -> None:
-        """Keeps the model no longer: whoever holds it is about to change it."""
+        """Stops keeping the model: the caller is about to change it."""
         self._loaded = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """`report(done)` counts samples of the unit and raises Cancelled when the unit is to stop; `event(kind, data)` tells of
-    something worth the job's record, with data that JSON can hold."""
+    """`report(done)` counts samples of the unit and raises Cancelled when the unit is to stop; `event(kind, data)` records
+    an event of the job, with data that JSON can hold."""
 
     store: ArtifactStore
     job: JobInputs

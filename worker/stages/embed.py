@@ -1,14 +1,17 @@
 """Embed: the cheap embeddings of a shard of the pool, of the landmarks (candidates) or of the target (rds_plus)."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from worker import data
-from worker.influence import EmbeddingOptions, embed, embedding_flops
+from service.plan import operations
+from worker.influence import EmbeddingOptions, embed
+from worker.loading.model_shape import counts_of, shape_of
 from worker.stages.context import StageContext
-from worker.stages.influence import check_nonfinite
+from worker.stages.exact_rows import check_nonfinite
+from worker.text import tokenization
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, dataset: str) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
         DataError: more than 1 % of the stage's samples are not finite; names them.
     """
     chosen = spec["options"]
-    samples = data.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
+    samples = tokenization.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
     options = EmbeddingOptions(
         kind=chosen["kind"],
         pooling=chosen["pooling"] or "response",
@@ -39,7 +42,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     broken = ~torch.isfinite(embeddings).all(dim=1)
     wrong: list[int] = []
     if broken.any():
-        rows = data.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
+        rows = tokenization.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
         wrong = rows[broken.numpy()].tolist()
         check_nonfinite(context, dataset, wrong, spec["of"], "samples")
         embeddings[broken] = 0
@@ -47,7 +50,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
         save_file({"embeddings": embeddings.to(torch.float16)}, path)
     return {
         "tokens": int(samples.input_ids.size),
-        "operations": embedding_flops(model, samples, options=options).total,
+        "operations": operations.embedding(shape_of(model), counts_of(samples), asdict(options)),
         "width": embeddings.shape[1],
         "nonfinite": wrong,
     }

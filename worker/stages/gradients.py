@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
-from worker import data
-from worker.influence import GradientProjection, gradient_flops, gradient_scaling, per_sample_gradients
+from service.plan import operations
+from worker.influence import GradientProjection, gradient_scaling, per_sample_gradients
+from worker.loading.model_shape import counts_of, shape_of
 from worker.stages import optimizer
 from worker.stages.context import StageContext
-from worker.stages.influence import check_nonfinite
+from worker.stages.exact_rows import check_nonfinite
+from worker.text import tokenization
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, dataset: str) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     parameters = context.job.parameters
     dim = parameters["gradient"]["projection_dim"]
     projection = None if dim is None else GradientProjection(dim=dim, seed=parameters["seed"])
-    samples = data.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
+    samples = tokenization.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
     model = context.model(spec["checkpoint"])
     scaling = None
     if spec["state"] is not None:
@@ -37,14 +40,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
         token_budget=context.token_budget,
         progress=lambda done, _: context.report(done),
     )
-    operations = gradient_flops(
-        model,
-        samples,
-        modules=spec["modules"],
-        projection=projection,
-        is_scaled_exactly=scaling is not None and parameters["optimizer"]["scaling"] == "exact",
-    )
-    rows = data.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
+    rows = tokenization.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
     wrong = rows[gradients.nonfinite.numpy()].tolist()
     check_nonfinite(context, dataset, wrong, spec["of"], "samples")
     gradients.values[gradients.nonfinite] = 0
@@ -56,8 +52,14 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     return {
         "rows": len(samples),
         "tokens": int(samples.input_ids.size),
-        "operations": operations.total,
-        "mean_loss": float(gradients.loss.mean()),
+        "operations": operations.gradients(
+            shape_of(model),
+            counts_of(samples),
+            modules=spec["modules"],
+            projection_dim=dim,
+            is_scaled_exactly=scaling is not None and parameters["optimizer"]["scaling"] == "exact",
+        ),
+        "mean_loss": float(gradients.loss[torch.from_numpy(samples.predicted() > 0)].mean()),
         "scaling_error": None if scaling is None else scaling.relative_error,
         "nonfinite": wrong,
         "width": int(gradients.values.shape[1]),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from service.models import OPTIMIZER_STATE
+from service.models.registry import OPTIMIZER_STATE
 from worker.errors import ModelError
 from worker.influence import OptimizerOptions, OptimizerState, load_state
 from worker.stages.context import StageContext
@@ -37,6 +37,6 @@ def state(context: StageContext, where: str | None) -> OptimizerState | None:
     path = context.models.folder(context.job.model).path / OPTIMIZER_STATE
     if not path.is_file():
         raise ModelError(
-            f"The model is registered without an optimiser state ({OPTIMIZER_STATE}); ask for a warmup instead."
+            f"The model is registered without an optimiser state ({OPTIMIZER_STATE}); request a warmup instead."
         )
     return load_state(path)

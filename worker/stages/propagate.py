@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from service.artifacts import ArtifactStore
-from worker import data
+from service.plan.limits import KERNEL_ROWS, MAX_LANDMARKS
+from service.plan.shards import gradient_shards
+from service.storage.artifacts import ArtifactStore
 from worker.influence import Fidelity, KernelRidge, cosine_influence, fidelity, shortlist
-from worker.stages import keys
 from worker.stages.context import StageContext
-from worker.stages.influence import (
+from worker.stages.exact_rows import (
     Measure,
     check_nonfinite,
     eligible_samples,
@@ -27,19 +27,17 @@ from worker.stages.influence import (
     exact_shards,
     gradient_keys,
     nonfinite,
-    speaking_targets,
+    valid_targets,
 )
-
-_ROWS = 4_096  # samples predicted at a time: bounds the kernel block to _ROWS x landmarks
-MOST_LANDMARKS = 16_384  # the kernel matrix of so many takes 2 GiB
+from worker.text import tokenization
 
 Blocks = Iterator[tuple[int, npt.NDArray[np.float32]]]
-"""(first row, columns (m, c)), rising."""
+"""(first row, columns (m, x)), rising."""
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes [P | curvature columns], float32 (n, c), as .npy; see `Measure.rows` for the columns. Where it propagates, writes
-    beside it what each landmark said, which the result names as `explanation`."""
+    """Writes [P | curvature columns], float32 (n, x), as .npy; see `Measure.rows` for the columns. Where it propagates, writes
+    beside it what each landmark contributes, which the result names as `explanation`."""
     _check_all(context, spec)
     if context.job.parameters["method"] == "rds_plus":
         targets = torch.cat(list(_embedding_shards(context.store, spec["target_embeddings"]))).float()
@@ -49,28 +47,28 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
     if not spec["embeddings"] or _count(spec, context) == context.prepared["usable"]:
         _write(context, artifact_key, measure.columns, _exact_blocks(context.store, measure, spec["landmarks"]))
         return {"shortlist": None, "fidelity": None, "notes": _notes_of_growth(context, spec, None)}
-    landmarks, P_lc = exact_rows(context.store, measure, spec["landmarks"])
-    ridge = _fit(context, spec, landmarks, P_lc)
-    speaking = speaking_targets(context, spec["target_gradients"])
-    found = fidelity(P_lc[:, speaking], ridge.leave_one_out()[:, speaking])
+    landmarks, P_lx = exact_rows(context.store, measure, spec["landmarks"])
+    ridge = _fit(context, spec, landmarks, P_lx)
+    valid = valid_targets(context, spec["target_gradients"])
+    found = fidelity(P_lx[:, valid], ridge.leave_one_out()[:, valid])
     grow = _growth(context, _count(spec, context), found)
     if grow is not None:
         return {"grow": grow, "fidelity": _as_dict(found), "notes": []}
-    blocks = _predictions(context.store, spec["embeddings"], ridge, landmarks, P_lc)
+    blocks = _predictions(context.store, spec["embeddings"], ridge, landmarks, P_lx)
     _write(context, artifact_key, measure.columns, blocks)
     return {
-        "explanation": _write_explanation(context, artifact_key, ridge, landmarks, speaking),
-        "shortlist": _shortlist(context, artifact_key, spec, landmarks, speaking),
+        "explanation": _write_explanation(context, artifact_key, ridge, landmarks, valid),
+        "shortlist": _shortlist(context, artifact_key, spec, landmarks, valid),
         "fidelity": _as_dict(found),
         "sigma": ridge.sigma,
         "delta": ridge.delta,
-        "operations": 2.0 * context.prepared["n"] * len(landmarks) * (ridge.E_L.shape[1] + measure.columns),
+        "operations": 2.0 * context.prepared["n"] * len(landmarks) * (ridge.E_le.shape[1] + measure.columns),
         "notes": _notes_of_growth(context, spec, found),
     }
 
 
 def _count(spec: dict[str, Any], context: StageContext) -> int:
-    return sum(len(data.read_indices(context.store, round_["tokens"])) for round_ in spec["landmarks"])
+    return sum(len(tokenization.read_indices(context.store, round_["tokens"])) for round_ in spec["landmarks"])
 
 
 def _check_all(context: StageContext, spec: dict[str, Any]) -> None:
@@ -84,12 +82,17 @@ def _check_all(context: StageContext, spec: dict[str, Any]) -> None:
 
 
 def _fit(
-    context: StageContext, spec: dict[str, Any], landmarks: npt.NDArray[np.int64], P_lc: torch.Tensor
+    context: StageContext, spec: dict[str, Any], landmarks: npt.NDArray[np.int64], P_lx: torch.Tensor
 ) -> KernelRidge:
     kernel = context.job.parameters["kernel"]
     embeddings = landmark_embeddings(context.store, spec["embeddings"], landmarks)
     return KernelRidge.fit(
-        embeddings, P_lc, kernel=kernel["kind"], ridge=kernel["ridge"], bandwidth=kernel["bandwidth"]
+        embeddings,
+        P_lx,
+        kernel=kernel["kind"],
+        ridge=kernel["ridge"],
+        bandwidth=kernel["bandwidth"],
+        targets=context.prepared["t"],
     )
 
 
@@ -114,22 +117,22 @@ def _predictions(
     shards: Sequence[str],
     ridge: KernelRidge,
     landmarks: npt.NDArray[np.int64],
-    P_lc: torch.Tensor,
+    P_lx: torch.Tensor,
 ) -> Blocks:
     start = 0
     for shard in _embedding_shards(store, shards):
-        for E_me in shard.split(_ROWS):
-            P_mc = ridge.predict(E_me.float()).float().numpy()
-            inside = (landmarks >= start) & (landmarks < start + len(P_mc))
-            P_mc[landmarks[inside] - start] = P_lc[torch.from_numpy(inside)].numpy()
-            yield start, P_mc
+        for E_me in shard.split(KERNEL_ROWS):
+            P_mx = ridge.predict(E_me.float()).float().numpy()
+            inside = (landmarks >= start) & (landmarks < start + len(P_mx))
+            P_mx[landmarks[inside] - start] = P_lx[torch.from_numpy(inside)].numpy()
+            yield start, P_mx
             start += len(E_me)
 
 
 def _cosines(store: ArtifactStore, shards: Sequence[str], targets: torch.Tensor) -> Blocks:
     start = 0
     for shard in _embedding_shards(store, shards):
-        for E_me in shard.split(_ROWS):
+        for E_me in shard.split(KERNEL_ROWS):
             yield start, cosine_influence(E_me.float(), targets).numpy()
             start += len(E_me)
 
@@ -137,11 +140,11 @@ def _cosines(store: ArtifactStore, shards: Sequence[str], targets: torch.Tensor)
 def _exact_blocks(store: ArtifactStore, measure: Measure, rounds: Sequence[dict[str, Any]]) -> Blocks:
     """Where all usable samples are landmarks. Those of several rounds lie across each other, so they are gathered first."""
     shards = exact_shards(store, measure, rounds) if len(rounds) == 1 else iter([exact_rows(store, measure, rounds)])
-    for rows, P_mc in shards:
+    for rows, P_mx in shards:
         if not len(rows):
             continue
-        block = np.zeros((rows[-1] + 1 - rows[0], P_mc.shape[1]), dtype=np.float32)
-        block[rows - rows[0]] = P_mc.numpy()
+        block = np.zeros((rows[-1] + 1 - rows[0], P_mx.shape[1]), dtype=np.float32)
+        block[rows - rows[0]] = P_mx.numpy()
         yield int(rows[0]), block
 
 
@@ -164,21 +167,21 @@ def _write_explanation(
     artifact_key: str,
     ridge: KernelRidge,
     landmarks: npt.NDArray[np.int64],
-    speaking: npt.NDArray[np.int64],
+    valid: npt.NDArray[np.int64],
 ) -> str:
     """What a sample's influence is taken apart with: `index` (l,) of the landmarks, their `embeddings`, float16 (l, e); and in
-    rows, of the mean over the targets that speak and then of every target, `coefficients`, float64, and `influence`, float32
+    rows, of the mean over the valid targets and then of every target, `coefficients`, float64, and `influence`, float32
     (1 + t, l)."""
 
-    def by_target(X_lc: torch.Tensor) -> torch.Tensor:
-        X_tl = X_lc[:, : context.prepared["t"]].T
-        return torch.cat([X_tl[speaking].mean(dim=0, keepdim=True), X_tl])
+    def by_target(values_lx: torch.Tensor) -> torch.Tensor:
+        values_tl = values_lx[:, : context.prepared["t"]].T
+        return torch.cat([values_tl[valid].mean(dim=0, keepdim=True), values_tl])
 
     tensors = {
         "index": torch.from_numpy(landmarks),
-        "embeddings": ridge.E_L.to(torch.float16),  # what they were kept in: nothing is lost
+        "embeddings": ridge.E_le.to(torch.float16),  # what they were kept in: nothing is lost
         "coefficients": by_target(ridge.coefficients_lt),
-        "influence": by_target(ridge.P_L).float(),
+        "influence": by_target(ridge.P_lt).float(),
     }
     key = f"{artifact_key}.landmarks.safetensors"  # used and collected together with the artifact
     with context.store.writing(key) as path:
@@ -187,7 +190,7 @@ def _write_explanation(
 
 
 def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any] | None:
-    """The next landmarks where `min_fidelity` is not met: as many again, or all where exact gradients cost no more."""
+    """The next landmarks where `min_fidelity` is not reached: twice as many, or all where exact gradients cost no more."""
     wanted, prepared = context.job.parameters["min_fidelity"], context.prepared
     if wanted is None or found.mean_spearman is None or found.mean_spearman >= wanted:
         return None
@@ -195,14 +198,14 @@ def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any
     count_after = min(2 * count, usable)
     if count_after + context.job.parameters["refine"] * usable >= usable:
         count_after = usable
-    elif count_after > MOST_LANDMARKS:
+    elif count_after > MAX_LANDMARKS:
         return None
     with context.store.local(prepared["landmark_order"]) as path:
         order = np.load(path, mmap_mode="r")
     rows = np.sort(order[count:count_after])
-    tokens = data.rows_artifact(context.store, prepared["pool_tokens"], rows)
-    lengths = data.read_counts(context.store, tokens).length
-    return {"tokens": tokens, "shards": keys.gradient_shards(lengths), "count": count_after}
+    tokens = tokenization.rows_artifact(context.store, prepared["pool_tokens"], rows)
+    lengths = tokenization.read_counts(context.store, tokens).length
+    return {"tokens": tokens, "shards": gradient_shards(lengths), "count": count_after}
 
 
 def _notes_of_growth(context: StageContext, spec: dict[str, Any], found: Fidelity | None) -> list[str]:
@@ -211,15 +214,15 @@ def _notes_of_growth(context: StageContext, spec: dict[str, Any], found: Fidelit
         return []
     if found is None:
         return [
-            f"min_fidelity {wanted}: exact gradients of all {count} usable samples cost no more than enough landmarks."
+            f"min_fidelity {wanted}: exact gradients of all {count} usable samples cost no more than the landmarks needed."
         ]
     if found.mean_spearman is None:
-        return [f"min_fidelity {wanted} has no meaning here: every landmark has the same influence."]
+        return [f"min_fidelity {wanted} does not apply: every landmark has the same influence."]
     if found.mean_spearman >= wanted:
-        return [f"min_fidelity {wanted} is met by {count} landmarks (Spearman {found.mean_spearman:.3f})."]
+        return [f"min_fidelity {wanted} is reached with {count} landmarks (Spearman {found.mean_spearman:.3f})."]
     return [
-        f"min_fidelity {wanted} is not met by {count} landmarks (Spearman {found.mean_spearman:.3f}), and no more than"
-        f" {MOST_LANDMARKS} are used; method exact_influence computes every sample."
+        f"min_fidelity {wanted} is not reached with {count} landmarks (Spearman {found.mean_spearman:.3f}), and no more than"
+        f" {MAX_LANDMARKS} are used; method exact_influence computes every sample."
     ]
 
 
@@ -228,7 +231,7 @@ def _shortlist(
     artifact_key: str,
     spec: dict[str, Any],
     landmarks: npt.NDArray[np.int64],
-    speaking: npt.NDArray[np.int64],
+    valid: npt.NDArray[np.int64],
 ) -> dict[str, Any] | None:
     """The best by propagated influence: their tokens as an artifact, cut into shards.
 
@@ -244,31 +247,31 @@ def _shortlist(
     if not size:
         return None
     with context.store.local(artifact_key) as path:
-        P_nc = np.load(path, mmap_mode="r")
+        P_nx = np.load(path, mmap_mode="r")
         rows = shortlist(
-            columns(P_nc, speaking),
-            mean_influence(P_nc, speaking),
+            columns(P_nx, valid),
+            mean_influence(P_nx, valid),
             size,
             by_turns=parameters["selection"] == "round_robin",
             seed=parameters["seed"],
             eligible=eligible,
         )
-    tokens = data.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
-    lengths = data.read_counts(context.store, tokens).length
-    return {"tokens": tokens, "count": len(rows), "shards": keys.gradient_shards(lengths)}
+    tokens = tokenization.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
+    lengths = tokenization.read_counts(context.store, tokens).length
+    return {"tokens": tokens, "count": len(rows), "shards": gradient_shards(lengths)}
 
 
-def columns(P_nc: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def columns(P_nx: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Those columns; a view, of a file that is mapped, where they are the first ones."""
     if np.array_equal(chosen, np.arange(len(chosen))):
-        return P_nc[:, : len(chosen)]
-    return P_nc[:, chosen]
+        return P_nx[:, : len(chosen)]
+    return P_nx[:, chosen]
 
 
-def mean_influence(P_nc: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def mean_influence(P_nx: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """The mean over those targets, float64 (n,), a block of rows at a time."""
-    starts = range(0, len(P_nc), _ROWS)
-    means = [columns(P_nc[start : start + _ROWS], targets).mean(axis=1, dtype=np.float64) for start in starts]
+    starts = range(0, len(P_nx), KERNEL_ROWS)
+    means = [columns(P_nx[start : start + KERNEL_ROWS], targets).mean(axis=1, dtype=np.float64) for start in starts]
     return np.concatenate(means)
 
 

@@ -1,4 +1,4 @@
-"""Select: from the influence on each target to the selection and its weights; and once more from half of the targets.
+"""Select: from the influence on each target to the selection and its weights; and a second one from half of the targets.
 
 Where a shortlist was refined, the choice is made among samples of exact influence only.
 """
@@ -12,7 +12,6 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from worker import data
 from worker.errors import DataError
 from worker.influence import (
     WeightedSolution,
@@ -24,27 +23,30 @@ from worker.influence import (
     weighted_selection,
 )
 from worker.stages.context import StageContext
-from worker.stages.influence import (
+from worker.stages.exact_rows import (
     Measure,
+    Rows,
     check_nonfinite,
     eligible_samples,
     exact_rows,
     gradient_keys,
     nonfinite,
-    speaking_targets,
+    split_targets,
+    valid_targets,
 )
 from worker.stages.propagate import columns, mean_influence
+from worker.text import tokenization
 
-_HELD_OUT_FROM = 16  # targets; of fewer, half say too little
-Rows = npt.NDArray[np.int64]
+NOT_FINITE = "not_finite"
+"""Beside the reasons of unusable rows, that of a sample without a finite loss, gradient or embedding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidates:
-    """What the choice is made among. `rows` (m,) are their places in the pool, `P_mc` their columns (`Measure.rows`)."""
+    """What the choice is made among. `rows` (m,) are their places in the pool, `P_mx` their columns (`Measure.rows`)."""
 
     rows: Rows
-    P_mc: npt.NDArray[np.float32]
+    P_mx: npt.NDArray[np.float32]
     eligible: npt.NDArray[np.bool_]
 
 
@@ -60,38 +62,56 @@ class _Choice:
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Writes `influence`, `weight` float32 (n,), `exact`, `eligible` bool (n,), `selected` int64 in rank order; and of the choice
     from half of the targets `held_out_selected`, `held_out_weight` and `held_out_targets`, empty where there are too few targets.
-    The shortlist's exact influence on each target stands beside it, which the result names as `explanation`."""
+    The influence of samples that are not eligible is NaN, and `reason`, uint8 (n,), says why: the place in `reasons` of the
+    result, from 1 on. The shortlist's exact influence on each target stands beside it, named `explanation` by the result."""
+    store, job, t = context.store, context.job, context.prepared["t"]
     measured = [*gradient_keys(spec["landmarks"]), *gradient_keys(spec["refined"]), *spec["embeddings"]]
     eligible = eligible_samples(context, measured)
-    if context.job.parameters["method"] == "random":
-        tensors, solution, speaking, refined = _draw(context, eligible), None, np.arange(context.prepared["t"]), None
+    solution, explanation, valid = None, None, np.arange(t)
+    if job.parameters["method"] == "random":  # nothing is known of any sample's influence, which is given as 0
+        generator = np.random.default_rng([job.parameters["seed"], 0x5EED])
+        selected = generator.choice(np.flatnonzero(eligible), size=job.budget, replace=False)
+        choice, none = _Choice(selected=selected, weight=np.ones(len(selected))), np.zeros(len(eligible))
+        tensors = _tensors(none, none.astype(bool), choice, None, np.empty(0, np.int64))
     else:
-        speaking, refined = _targets(context, spec), _refined(context, spec)
-        tensors, solution = _from_influence(context, spec, eligible, speaking, refined)
-    with context.store.writing(artifact_key) as path:
-        save_file({**tensors, "eligible": eligible}, path)
+        valid = valid_targets(context, spec["target_units"])
+        if not len(valid):
+            raise DataError("No target sample has a finite gradient or embedding: there is nothing to select for.")
+        refined = None
+        if spec["refined"]:
+            total = sum(len(tokenization.read_indices(store, round_["tokens"])) for round_ in spec["refined"])
+            wrong = nonfinite(store, gradient_keys(spec["refined"]))
+            check_nonfinite(context, job.pool, wrong, total, "shortlisted samples")
+            rows, exact_mx = exact_rows(store, Measure.load(context, spec), spec["refined"])
+            refined = rows, exact_mx.numpy()
+            explanation = f"{artifact_key}.refined.safetensors"
+            with store.writing(explanation) as path:
+                save_file({"index": rows, "influence": np.ascontiguousarray(refined[1][:, :t])}, path)
+        tensors, solution = _from_influence(context, spec, eligible, valid, refined)
+    tensors["influence"][~eligible] = np.nan
+    reason, reasons = _reasons(context, eligible)
+    with store.writing(artifact_key) as path:
+        save_file({**tensors, "eligible": eligible, "reason": reason}, path)
     context.report(context.prepared["n"])
     return {
-        "solution": None if solution is None else _certificate(solution),
-        "nonfinite": nonfinite(context.store, measured),
-        "nonfinite_targets": nonfinite(context.store, spec["target_units"]),
-        "silent_targets": np.setdiff1d(np.arange(context.prepared["t"]), speaking).tolist(),
-        "explanation": None if refined is None else _write_explanation(context, artifact_key, *refined),
+        "reasons": reasons,
+        "solution": solution and {f.name: getattr(solution, f.name) for f in fields(solution) if f.name != "weights"},
+        "nonfinite": nonfinite(store, measured),
+        "nonfinite_targets": nonfinite(store, spec["target_units"]),
+        "excluded_targets": np.setdiff1d(np.arange(t), valid).tolist(),
+        "explanation": explanation,
         "eligible": int(eligible.sum()),
     }
 
 
-def _certificate(solution: WeightedSolution) -> dict[str, Any]:
-    """All that the solver says of its weights."""
-    return {field.name: getattr(solution, field.name) for field in fields(solution) if field.name != "weights"}
-
-
-def _draw(context: StageContext, eligible: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[Any]]:
-    """Uniformly from the seed; nothing is known of any sample's influence, which is given as 0."""
-    generator = np.random.default_rng([context.job.parameters["seed"], 0x5EED])
-    selected = generator.choice(np.flatnonzero(eligible), size=context.job.budget, replace=False)
-    choice = _Choice(selected=selected, weight=np.ones(len(selected)))
-    return _tensors(np.zeros(len(eligible)), np.zeros(len(eligible), dtype=bool), choice, None, np.empty(0, np.int64))
+def _reasons(context: StageContext, eligible: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """Why each sample is not eligible: 0, or the place in the list of reasons, from 1 on."""
+    unusable = tokenization.read_counts(context.store, context.prepared["pool_tokens"]).unusable
+    reasons = [*unusable, NOT_FINITE]
+    reason = np.where(eligible, 0, len(reasons)).astype(np.uint8)
+    for number, rows in enumerate(unusable.values(), 1):
+        reason[rows] = number
+    return reason, reasons
 
 
 def _tensors(
@@ -114,104 +134,73 @@ def _tensors(
     }
 
 
-def _refined(context: StageContext, spec: dict[str, Any]) -> tuple[Rows, npt.NDArray[np.float32]] | None:
-    """The shortlist's rows of the pool, rising, and their exact columns."""
-    if not spec["refined"]:
-        return None
-    _check_shortlist(context, spec)
-    rows, P_rc = exact_rows(context.store, Measure.load(context, spec), spec["refined"])
-    return rows, P_rc.numpy()
-
-
-def _write_explanation(context: StageContext, artifact_key: str, rows: Rows, P_rc: npt.NDArray[np.float32]) -> str:
-    key = f"{artifact_key}.refined.safetensors"
-    with context.store.writing(key) as path:
-        save_file({"index": rows, "influence": np.ascontiguousarray(P_rc[:, : context.prepared["t"]])}, path)
-    return key
-
-
 def _from_influence(
     context: StageContext,
     spec: dict[str, Any],
     eligible: npt.NDArray[np.bool_],
-    speaking: Rows,
+    valid: Rows,
     refined: tuple[Rows, npt.NDArray[np.float32]] | None,
 ) -> tuple[dict[str, npt.NDArray[Any]], WeightedSolution | None]:
     with context.store.local(spec["influence"]) as path:
-        P_nc: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
-        candidates, exact = _candidates(context, spec, P_nc, eligible, refined)
-        influence = mean_influence(P_nc, speaking)
+        P_nx: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
+        candidates, exact = _candidates(context, spec, P_nx, eligible, refined)
+        influence = mean_influence(P_nx, valid)
         if refined is not None:
-            influence[candidates.rows] = mean_influence(candidates.P_mc, speaking)
-        influence[~eligible] = 0.0
-        choice = _choose(context, spec, candidates, speaking)
-        half, held_out = None, np.empty(0, np.int64)
-        if len(speaking) >= _HELD_OUT_FROM:
-            generator = np.random.default_rng([context.job.parameters["seed"], 0x4A1F])
-            held_out = np.sort(generator.choice(speaking, size=len(speaking) // 2, replace=False))
-            half = _choose(context, spec, candidates, np.setdiff1d(speaking, held_out))
+            influence[candidates.rows] = mean_influence(candidates.P_mx, valid)
+        choice = _choose(context, spec, candidates, valid)
+        held_in, held_out = split_targets(context, valid)
+        half = _choose(context, spec, candidates, held_in, is_half=True) if len(held_out) else None
     return _tensors(influence, exact, choice, half, held_out), choice.solution
-
-
-def _targets(context: StageContext, spec: dict[str, Any]) -> Rows:
-    speaking = speaking_targets(context, spec["target_units"])
-    if not len(speaking):
-        raise DataError("No target sample has a finite gradient or embedding: there is nothing to select for.")
-    return speaking
 
 
 def _candidates(
     context: StageContext,
     spec: dict[str, Any],
-    P_nc: npt.NDArray[np.float32],
+    P_nx: npt.NDArray[np.float32],
     eligible: npt.NDArray[np.bool_],
     refined: tuple[Rows, npt.NDArray[np.float32]] | None,
 ) -> tuple[_Candidates, npt.NDArray[np.bool_]]:
     """Among what to choose, and which samples' influence is exact, bool (n,)."""
-    n, exact = len(P_nc), np.zeros(len(P_nc), dtype=bool)
+    n, exact = len(P_nx), np.zeros(len(P_nx), dtype=bool)
     if context.job.parameters["method"] == "rds_plus":
-        return _Candidates(rows=np.arange(n), P_mc=P_nc, eligible=eligible), eligible
+        return _Candidates(rows=np.arange(n), P_mx=P_nx, eligible=eligible), eligible
     for round_ in spec["landmarks"]:
-        exact[data.read_indices(context.store, round_["tokens"])] = True
+        exact[tokenization.read_indices(context.store, round_["tokens"])] = True
     exact &= eligible
     if refined is None:
-        return _Candidates(rows=np.arange(n), P_mc=P_nc, eligible=eligible), exact
-    rows, P_rc = refined
+        return _Candidates(rows=np.arange(n), P_mx=P_nx, eligible=eligible), exact
+    rows, refined_mx = refined
     exact[rows] = True
     chosen = np.flatnonzero(exact)
-    P_mc = P_nc[chosen]
-    P_mc[np.searchsorted(chosen, rows)] = P_rc
+    P_mx = P_nx[chosen]
+    P_mx[np.searchsorted(chosen, rows)] = refined_mx
     if len(chosen) < context.job.budget:
         raise DataError(
             f"budget is {context.job.budget}, but only {len(chosen)} samples have a finite exact influence; lower it."
         )
-    return _Candidates(rows=chosen, P_mc=P_mc, eligible=np.ones(len(chosen), dtype=bool)), exact
+    return _Candidates(rows=chosen, P_mx=P_mx, eligible=np.ones(len(chosen), dtype=bool)), exact
 
 
-def _check_shortlist(context: StageContext, spec: dict[str, Any]) -> None:
-    total = sum(len(data.read_indices(context.store, round_["tokens"])) for round_ in spec["refined"])
-    wrong = nonfinite(context.store, gradient_keys(spec["refined"]))
-    check_nonfinite(context, context.job.pool, wrong, total, "shortlisted samples")
-
-
-def _choose(context: StageContext, spec: dict[str, Any], among: _Candidates, targets: Rows) -> _Choice:
+def _choose(
+    context: StageContext, spec: dict[str, Any], among: _Candidates, targets: Rows, *, is_half: bool = False
+) -> _Choice:
     parameters, budget = context.job.parameters, context.job.budget
     if parameters["selection"] == "weighted":
-        return _weigh(context, spec, among, targets)
+        return _weigh(context, spec, among, targets, is_half=is_half)
     if parameters["selection"] == "round_robin":
-        P_mt = columns(among.P_mc, targets)
+        P_mt = columns(among.P_mx, targets)
         chosen = round_robin(P_mt, budget, seed=parameters["seed"], eligible=among.eligible)
     else:
-        chosen = top_k(mean_influence(among.P_mc, targets), budget, eligible=among.eligible)
+        chosen = top_k(mean_influence(among.P_mx, targets), budget, eligible=among.eligible)
     return _Choice(selected=among.rows[chosen], weight=np.ones(budget))
 
 
-def _weigh(context: StageContext, spec: dict[str, Any], among: _Candidates, targets: Rows) -> _Choice:
-    """The weights of METHOD 1. The quadratic form of `ggn` and `hessian` is of all targets, whatever `targets` says."""
+def _weigh(context: StageContext, spec: dict[str, Any], among: _Candidates, targets: Rows, *, is_half: bool) -> _Choice:
+    """The weights of METHOD 1. All that they are made of, curvature included, is of these targets: all, or those held in."""
     parameters, t = context.job.parameters, context.prepared["t"]
     kind, rate = parameters["curvature"]["type"], parameters["optimizer"]["learning_rate"]
     places = np.flatnonzero(among.eligible)
-    P_mt = torch.from_numpy(columns(among.P_mc, targets)[places].astype(np.float64))
+    P_mt = torch.from_numpy(columns(among.P_mx, targets)[places].astype(np.float64))
     p_m, factors = P_mt.mean(dim=1), None
     terms = {}
     if spec["curvature"]:
@@ -220,11 +209,13 @@ def _weigh(context: StageContext, spec: dict[str, Any], among: _Candidates, targ
     if kind == "fisher":
         factors = quadratic_factors("fisher", n=len(places), P_nt=P_mt)
         if terms:
-            p_m = p_m - rate * offset_influence("fisher", P_nt=P_mt, slopes_t=terms["target_drift"][targets])
+            p_m = p_m - rate * offset_influence("fisher", P_nt=P_mt, Gb_t=terms["Gb"][targets])
     elif kind != "none":
-        curved_mr = torch.from_numpy(among.P_mc[places, t:].astype(np.float64))
-        factors = quadratic_factors(kind, n=len(places), B_nr=curved_mr[:, :-1], M_rr=terms["M"])
-        p_m = p_m - rate * curved_mr[:, -1]
+        of, r = int(is_half), terms["M"].shape[-1]
+        curved_mx = torch.from_numpy(among.P_mx[places, t:].astype(np.float64))
+        factors = quadratic_factors(kind, n=len(places), B_nr=curved_mx[:, :r], M_rr=terms["M"][of])
+        if "Hb" in terms:
+            p_m = p_m - rate * curved_mx[:, r + of]
     solution = weighted_selection(
         p_m.numpy(),
         budget=context.job.budget,

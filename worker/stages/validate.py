@@ -1,11 +1,11 @@
 """Validate: what one optimiser step on the selection does to the target loss, beside one on random samples (METHOD 8).
 
 The step is the optimiser's true one, measured in float32. The half of the targets that is held out took no part in the choice of
-the selection that is measured on it; only what it was chosen among (the shortlist, the embedding) is of all targets.
+the selection that is measured on it, nor in its weights; only what it was chosen among is of all targets: the shortlist, the
+embedding, and the directions (not the curvature) of second order.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,24 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file
 
-from worker import data
+from service.plan.artifact_keys import result_key
+from service.plan.limits import VALIDATION_SAMPLES
 from worker.influence import Samples, StepMeasure, measure_step, sample_losses
 from worker.stages import optimizer
 from worker.stages.context import StageContext
-from worker.stages.keys import result_key
-from worker.stages.plan import VALIDATION_SAMPLES
+from worker.text import tokenization
 
 Rows = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
 
 
 def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
-    """Returns the changes of the mean target loss, measured and predicted; writes no artifact of its own."""
+    """Returns the changes of the mean target loss, measured and predicted; writes no other artifact."""
     with context.store.local(spec["selection"]) as path:
         arrays = load_file(path)
     known = context.store.read_json(result_key(spec["selection"]))
     generator = np.random.default_rng([context.job.parameters["seed"], 0x7E57])
-    eligible = _speaking(context, "pool_tokens", known["nonfinite"])
+    eligible = _usable(context, "pool_tokens", known["nonfinite"])
     selected, held_out = arrays["selected"], arrays["held_out_targets"]
     drawn = generator.choice(eligible, size=min(len(selected), VALIDATION_SAMPLES), replace=False)
     arms = {
@@ -39,9 +39,9 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     }
     if len(held_out):
         arms["held_out_selection"] = _drawn(arrays["held_out_selected"], arrays["held_out_weight"], generator)
-    targets = data.read_all(context.store, context.prepared["target_tokens"])
-    speaking = _speaking(context, "target_tokens", known["nonfinite_targets"])
-    sets = [targets.take(rows) for rows in ((speaking, held_out) if len(held_out) else (speaking,))]
+    targets = tokenization.read_all(context.store, context.prepared["target_tokens"])
+    valid = _usable(context, "target_tokens", known["nonfinite_targets"])
+    sets = [targets.take(rows) for rows in ((valid, held_out) if len(held_out) else (valid,))]
     measured = _measure(context, spec, arms, {"random": sets, "selection": sets[:1], "held_out_selection": sets[1:]})
     found: dict[str, Any] = {
         "samples": len(arms["selection"][0]),
@@ -63,11 +63,11 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _speaking(context: StageContext, tokens: str, nonfinite: Sequence[int]) -> Rows:
-    """The rows that have a response and are not known to be without a finite gradient or embedding."""
-    speaks = data.read_counts(context.store, context.prepared[tokens]).predicted > 0
-    speaks[list(nonfinite)] = False
-    return np.flatnonzero(speaks)
+def _usable(context: StageContext, tokens: str, nonfinite: Sequence[int]) -> Rows:
+    """The usable rows that are not known to be without a finite gradient or embedding."""
+    is_valid = tokenization.read_counts(context.store, context.prepared[tokens]).usable
+    is_valid[list(nonfinite)] = False
+    return np.flatnonzero(is_valid)
 
 
 def _drawn(rows: Rows, weight: Weights, generator: np.random.Generator) -> tuple[Rows, Weights]:
@@ -92,7 +92,7 @@ def _measure(
     state = optimizer.state(context, spec["state"])
     measured, before = {}, 0
     for arm, (rows, weight) in arms.items():
-        samples = data.read_rows(context.store, context.prepared["pool_tokens"], rows)
+        samples = tokenization.read_rows(context.store, context.prepared["pool_tokens"], rows)
         # Not every sample's gradient was computed before: one that is not finite would end a job that is all but done.
         finite = torch.isfinite(sample_losses(model, samples, token_budget=context.token_budget))
         measured[arm] = measure_step(
@@ -105,14 +105,10 @@ def _measure(
             curvature=parameters["curvature"]["type"],
             modules=spec["modules"],
             token_budget=context.token_budget,
-            progress=partial(_advance, context, before),
+            progress=lambda done, _, before=before: context.report(before + done),  # type: ignore[misc]
         )
         before += len(rows)
     return measured
-
-
-def _advance(context: StageContext, before: int, done: int, _: int) -> None:
-    context.report(before + done)
 
 
 def _change(measure: StepMeasure) -> dict[str, float | None]:
@@ -128,15 +124,15 @@ def _sentence(found: dict[str, Any], *, is_adam: bool) -> str:
     selection, random = found["selection"], found["random"]
     predicted = selection["predicted_second_order"]
     predicted = selection["predicted"] if predicted is None else predicted
-    held = " with Adam's second moment held as it is" if is_adam else ""
+    held = " with Adam's second moment held constant" if is_adam else ""
     text = (
         f"One step on the selection changed the mean target loss of {found['loss']:.4f} by {selection['measured']:+.2e}"
-        f" (predicted {predicted:+.2e}{held}), one on as many random samples by {random['measured']:+.2e}"
+        f" (predicted {predicted:+.2e}{held}); one step on as many random samples changed it by {random['measured']:+.2e}"
     )
     if found["held_out"]:
         held_out = found["held_out"]
         text += (
-            f"; on {held_out['targets']} targets held out of the choice by {held_out['selection']['measured']:+.2e}"
+            f"; on the {held_out['targets']} held-out targets the changes are {held_out['selection']['measured']:+.2e}"
             f" and {held_out['random']['measured']:+.2e}"
         )
     return text + "."

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from worker import data
-from worker.adapters import add_lora, save_checkpoint, trainable
 from worker.influence import Samples, save_state, state_of
+from worker.loading.adapters import add_lora, save_checkpoint, trainable
 from worker.stages import optimizer as job_optimizer
 from worker.stages.context import StageContext
-from worker.warmup import Training, train
+from worker.text import tokenization
+from worker.training import Training, train
 
 _EVENT_SECONDS = 2.0
 _POINTS = 200
@@ -69,14 +69,14 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
 
 
 def _drawn(context: StageContext, tokens: str, count: int, seed: int) -> Samples:
-    """`count` of the samples that have a response, by the seed; all of them where there are no more."""
-    usable: npt.NDArray[np.int64] = np.flatnonzero(data.read_counts(context.store, tokens).predicted > 0)
+    """`count` of the usable samples, by the seed; all of them where there are no more."""
+    usable: npt.NDArray[np.int64] = np.flatnonzero(tokenization.read_counts(context.store, tokens).usable)
     chosen = np.random.default_rng([seed, 0x3A0]).choice(usable, size=min(count, usable.size), replace=False)
-    return data.read_rows(context.store, tokens, np.sort(chosen))
+    return tokenization.read_rows(context.store, tokens, np.sort(chosen))
 
 
 class _Events:
-    """Tells of a step every few seconds, and of the last one; `losses` are those of all steps since the event before."""
+    """Reports a step every few seconds, and the last one; `losses` are those of all steps since the event before."""
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
@@ -89,6 +89,6 @@ class _Events:
         if step < steps and now - self._last < _EVENT_SECONDS:
             return
         self._last = now
-        told = {"step": step, "steps": steps, "loss": loss, "losses": self._losses, "learning_rate": rate}
-        self._context.event("warmup.step", told)
+        data = {"step": step, "steps": steps, "loss": loss, "losses": self._losses, "learning_rate": rate}
+        self._context.event("warmup.step", data)
         self._losses = []

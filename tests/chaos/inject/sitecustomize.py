@@ -4,7 +4,8 @@ its folder is on PYTHONPATH and PYTHON_FAULTS names a folder.
 A crash point is a moment at which what other processes see is about to change, or has just changed: a commit, a rename in
 the artifact store, the rows of a result, a message to the broker. Every passing is appended to `trace` in the folder. A
 `plan` there ({"point", "passing", "token", "action"}) has the process that passes the point for the n-th time kill itself,
-stop itself, or stand still until `token.go` is there; the token is a file that is made first, so that it happens once.
+stop itself, or stand still until `token.go` is there; the token is a file that is made first, so that it happens once. In the
+plan's point an ellipsis stands for any text.
 
 Two more plans are no matter of a point. `tear` ({"kind", "suffix", "token"}) has the writer of such an artifact cut it to half
 and die before it is published. `batches` ({"bytes_per_token", "touch", "poison"}) has every batch of the compute child take
@@ -30,7 +31,7 @@ from types import ModuleType
 from typing import Any
 
 FOLDER = Path(os.environ.get("PYTHON_FAULTS", ""))
-_COMMANDS = {"uvicorn": "api", "celery": "worker", "worker.compute": "compute"}
+_COMMANDS = {"uvicorn": "api", "celery": "worker", "worker.process.main": "compute"}
 _ID = re.compile(r"[0-9a-f]{32,}|(?<=job_)\w+")
 
 
@@ -59,7 +60,7 @@ class Points:
     def __init__(self, process: str) -> None:
         self._process = process
         self._lock = threading.Lock()
-        self._passed: Counter[tuple[str, str]] = Counter()
+        self._passed: Counter[str] = Counter()
 
     def passed(self, name: str) -> None:
         point = f"{self._process}: {name}"
@@ -69,10 +70,10 @@ class Points:
 
     def _kill_if_planned(self, point: str) -> None:
         plan = _plan("plan")
-        if plan is None or plan["point"] != point:
+        if plan is None or not re.fullmatch(".*".join(map(re.escape, plan["point"].split("…"))), point):
             return
-        self._passed[point, plan["token"]] += 1
-        if self._passed[point, plan["token"]] != plan["passing"]:
+        self._passed[plan["token"]] += 1
+        if self._passed[plan["token"]] != plan["passing"]:
             return
         try:
             _take(plan["token"])
@@ -267,12 +268,12 @@ def _of_broker(points: Points, celery: ModuleType) -> None:
     celery.Celery.send_task = sent
 
 
-_WRAPPERS: dict[str, Callable[[Points, ModuleType], None]] = {
+WRAPPERS: dict[str, Callable[[Points, ModuleType], None]] = {
     "sqlalchemy.orm": _of_sessions,
-    "service.jobs.ledger": _of_ledger,
+    "service.ledger": _of_ledger,
     "service.datasets.service": _of_datasets,
     "service.results.service": _of_results,
-    "service.artifacts": _of_store,
+    "service.storage.artifacts": _of_store,
     "celery.app.base": _of_broker,
     "worker.influence.batching": _of_batches,
 }
@@ -285,7 +286,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         self._points = points
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        wrap = _WRAPPERS.get(name)
+        wrap = WRAPPERS.get(name)
         if wrap is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)

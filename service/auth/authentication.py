@@ -1,0 +1,190 @@
+"""Authenticates requests by API key and checks the scope that a route requires."""
+
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache, partial
+from typing import Annotated, Any, get_type_hints
+
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.params import Depends as DependsClass
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from service.auth import repository
+from service.auth.principal import Principal, Scope
+from service.auth.quotas import limits_of
+from service.auth.tables import ApiKey
+from service.db.engine import SessionDep, Sessions, run_with_connection
+from service.http.errors import Forbidden, Unauthorized
+from service.settings import ApiSettings
+
+log = logging.getLogger(__name__)
+
+KEY_PREFIX = "wnw_"
+_KEY = re.compile(rf"{KEY_PREFIX}([0-9a-f]{{12}})_[A-Za-z0-9_-]{{43}}")
+
+
+def key_digest(secret_key: str, key: str) -> bytes:
+    """The HMAC-SHA256 of a key under the server's secret: all that is stored of it."""
+    return hmac.new(secret_key.encode(), key.encode(), hashlib.sha256).digest()
+
+
+def authenticate(session: Session, key: str, secret_key: str) -> Principal:
+    """The principal of a key.
+
+    Raises:
+        Unauthorized: the key is malformed, unknown, expired or revoked.
+    """
+    return _principal(_valid_key(session, key, secret_key))
+
+
+def _principal(row: ApiKey) -> Principal:
+    scopes = frozenset(Scope(scope) for scope in row.scopes)
+    return Principal(tenant_id=row.tenant_id, key_id=row.id, scopes=scopes, limits=row.limits)
+
+
+def _valid_key(session: Session, key: str, secret_key: str) -> ApiKey:
+    """The row of a valid key. The comparison takes constant time, and the error does not reveal what was wrong."""
+    parts = _KEY.fullmatch(key)
+    row = repository.live_key(session, parts[1]) if parts is not None else None
+    expected = row.digest if row is not None else bytes(32)
+    is_ours = hmac.compare_digest(key_digest(secret_key, key), expected)
+    if not is_ours or row is None:
+        raise _unauthorized("The API key is not valid.")
+    return row
+
+
+def live_check(sessions: Sessions, principal: Principal) -> Callable[[], None]:
+    """`require_live` in a session of its own."""
+
+    def check() -> None:
+        with sessions() as session:
+            require_live(session, principal)
+
+    return check
+
+
+def require_live(session: Session, principal: Principal) -> None:
+    """For what goes on after the key was looked at: a stream, a download, an upload, a wait.
+
+    Raises:
+        Unauthorized: the key has been revoked, or has expired, since.
+    """
+    if not repository.is_live(session, principal.key_id):
+        raise _unauthorized("The API key is not valid.")
+
+
+def _unauthorized(why: str) -> Unauthorized:
+    return Unauthorized(
+        f"{why} Send `Authorization: Bearer wnw_...`; create a key with `winnow keys create`.",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _commit_use(session: Session, row: ApiKey) -> None:
+    """Commits the key's last use, at most once a minute, even if the request fails. The session must be new."""
+    if row.last_used_at is not None and datetime.now(UTC) - row.last_used_at < repository.USE_INTERVAL:
+        return
+    try:
+        repository.record_use(session, row.id)
+        session.commit()
+    except DBAPIError as error:  # a read-only database must still serve reads
+        session.rollback()
+        log.warning("the use of key %s was not recorded (%s)", row.id, type(error).__name__)
+
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `wnw_...`")
+
+
+async def admit(request: Request) -> None:
+    """Whether the head of a request allows for its body: its key, the key's rate, and the scope that the route needs.
+
+    The request is counted once; its dependencies find the principal here. Takes a connection while the key is looked up.
+
+    Raises:
+        Unauthorized: the key is missing or not valid.
+        TooManyRequests: the key has sent too many requests.
+        Forbidden: the key lacks the route's scope.
+    """
+
+    def in_new_session(identify: Callable[[Session], Principal]) -> Principal:
+        with request.app.state.sessions() as session:
+            return identify(session)
+
+    principal = await _admit(request, lambda identify: run_with_connection(request, partial(in_new_session, identify)))
+    if (allowed := _allowed_at(request.scope["endpoint"])) is not None:
+        await allowed(principal)
+
+
+async def _admit(
+    request: Request, with_session: Callable[[Callable[[Session], Principal]], Awaitable[Principal]]
+) -> Principal:
+    """Sets the tenant for the request's log line, too."""
+    if hasattr(request.state, "principal"):
+        admitted: Principal = request.state.principal
+        return admitted
+    settings: ApiSettings = request.app.state.settings
+    credentials = await _bearer(request)
+    if credentials is None:
+        raise _unauthorized("The API key is missing.")
+
+    def identify(session: Session) -> Principal:
+        row = _valid_key(session, credentials.credentials, settings.secret_key.get_secret_value())
+        _commit_use(session, row)
+        return replace(_principal(row), request_id=request.state.request_id)
+
+    principal = await with_session(identify)
+    request.state.tenant_id = principal.tenant_id
+    request.app.state.callers.remember(request, principal.tenant_id)
+    request.app.state.rate.hit(principal.key_id, limits_of(principal, settings.limits).requests_per_minute)
+    request.state.principal = principal
+    return principal
+
+
+async def admitted(
+    request: Request,
+    session: SessionDep,
+    _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Principal:
+    """The dependency of every route that needs a key. Where no body had to be read before, in the request's own session."""
+    return await _admit(request, lambda identify: run_in_threadpool(identify, session))
+
+
+PrincipalDep = Annotated[Principal, Depends(admitted)]
+
+
+class _Allowed:
+    """The dependency of a route that needs the scope."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+
+    async def __call__(self, principal: PrincipalDep) -> Principal:  # async: a thread would cost more than it does
+        if self._scope not in principal.scopes:
+            has = ", ".join(sorted(principal.scopes)) or "none"
+            raise Forbidden(
+                f"This requires a key with the scope `{self._scope}`; yours has: {has}."
+                f" Create one with `winnow keys create --scope {self._scope}`.",
+                code="insufficient_scope",
+            )
+        return principal
+
+
+@cache
+def _allowed_at(endpoint: Callable[..., Any]) -> _Allowed | None:
+    """What the route of this function depends on."""
+    hints = get_type_hints(endpoint, include_extras=True).values()
+    extras = (extra for hint in hints for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, DependsClass))
+    return next((extra.dependency for extra in extras if isinstance(extra.dependency, _Allowed)), None)
+
+
+ReadDep = Annotated[Principal, Depends(_Allowed(Scope.READ))]
+SubmitDep = Annotated[Principal, Depends(_Allowed(Scope.SUBMIT))]
+AdminDep = Annotated[Principal, Depends(_Allowed(Scope.ADMIN))]

@@ -1,0 +1,60 @@
+"""The job ledger: every state change of jobs and units, in SQL, fenced by `attempt`.
+
+Order of locks, always: the job row, then its units. A claim holds for a lease; a worker that stops beating loses it, and
+none of its later writes takes effect. Every change writes its event in the same transaction.
+"""
+
+from service.ledger.claims import beat, claim_unit, claimable_count, create_job, record_event, start_stages
+from service.ledger.lookup import find_job, require_job
+from service.ledger.outcomes import (
+    fail_unit,
+    finish_unit,
+    release_unit,
+    remake_artifact,
+    request_cancel,
+    succeed_job,
+)
+from service.ledger.rows import (
+    Beat,
+    Claim,
+    Lack,
+    LeaseLost,
+    NotTerminal,
+    Retries,
+    add_event,
+    lock_claim,
+    unit_results,
+)
+from service.ledger.sweeps import delete_job, expire_cancels, expire_leases, lock_artifacts
+from service.ledger.unable import end_undoable
+
+__all__ = [
+    "Beat",
+    "Claim",
+    "Lack",
+    "LeaseLost",
+    "NotTerminal",
+    "Retries",
+    "add_event",
+    "beat",
+    "claim_unit",
+    "claimable_count",
+    "create_job",
+    "delete_job",
+    "end_undoable",
+    "expire_cancels",
+    "expire_leases",
+    "fail_unit",
+    "find_job",
+    "finish_unit",
+    "lock_artifacts",
+    "lock_claim",
+    "record_event",
+    "release_unit",
+    "remake_artifact",
+    "request_cancel",
+    "require_job",
+    "start_stages",
+    "succeed_job",
+    "unit_results",
+]

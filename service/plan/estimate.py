@@ -1,0 +1,139 @@
+"""What a job will cost, stage by stage: operations, seconds, memory and bytes of artifacts; plain arithmetic (METHOD 3).
+
+`plan` is called when a job is posted, with counts estimated from the datasets' bytes, and once more after tokenisation.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.plan.limits import default_token_budget
+from service.plan.operations import Shape
+from service.plan.stage_costs import JobCounts, Parameters, StageCost, StageCosts, stages_of
+from service.plan.stages import Stage
+
+# Assumed share of a machine's matrix product rate until a unit of the stage has been measured.
+RATE_SHARE = 0.4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What was measured: operations a second and samples a second of each stage, and the newest worker's matrix products."""
+
+    operations: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, float] = field(default_factory=dict)
+    matmul: Mapping[str, float] = field(default_factory=dict)
+    device: str | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens per batch on that worker; on an accelerator if none is known yet."""
+        return default_token_budget("cpu" if (self.device or "").startswith("cpu") else "cuda")
+
+
+def plan(
+    shape: Shape | str, parameters: Parameters, counts: JobCounts, rates: Rates, already: Mapping[Stage, float]
+) -> dict[str, Any]:
+    """The stages that the job will go through, with what each costs, as JSON.
+
+    Args:
+        shape: of the model; or why it is unknown, and then there are no figures.
+        parameters: as the job echoes them.
+        already: the share of a stage's units whose artifacts are in the store.
+
+    `operations`, `artifact_bytes` and `memory_bytes` (of the compute process, device and host together) are of the whole
+    stage; `seconds` is what one worker still needs for it, null if no rate is known.
+    """
+    warnings = [] if rates.device else ["No worker has computed anything yet, so durations cannot be estimated."]
+    stages: dict[Stage, StageCost | None]
+    exact: float | None = None
+    dtype = _dtype(parameters, counts, rates)
+    try:
+        if isinstance(shape, str):
+            raise ValueError(shape)
+        stages = dict(StageCosts(shape, parameters, counts, dtype, rates.token_budget).all())
+        exactly = StageCosts(
+            shape, {**parameters, "method": "exact_influence"}, counts, dtype, rates.token_budget
+        ).all()
+        exact = float(round(math.fsum(cost.operations for cost in exactly.values())))
+    except ValueError as error:
+        warnings.append(f"Operations, memory and bytes are not known: {error}.")
+        stages = dict.fromkeys(stages_of(parameters, counts))
+    entries = [
+        _entry(stage, cost, _seconds(stage, cost, dtype, rates), already.get(stage, 0.0))
+        for stage, cost in stages.items()
+    ]
+    totals = _totals(entries)
+    if rates.memory_bytes and (totals["memory_bytes"] or 0) > rates.memory_bytes:
+        warnings.append(
+            f"A stage needs about {totals['memory_bytes'] / 2**30:.1f} GiB; the most recent worker has"
+            f" {rates.memory_bytes / 2**30:.1f} GiB. Lower max_length or landmarks.count, or use quantization."
+        )
+    return {
+        "stages": entries,
+        "totals": totals,
+        "exact_operations": exact,
+        "note": None if _caps(parameters, counts) else _note(parameters, totals["operations"], exact),
+        "warnings": [*warnings, *_caps(parameters, counts)],
+        "tokens": {"pool": round(counts.pool.tokens), "target": round(counts.target.tokens)},
+        "estimated": counts.estimated,
+        "device": rates.device,
+    }
+
+
+def _entry(stage: Stage, cost: StageCost | None, seconds: float | None, share: float) -> dict[str, Any]:
+    return {
+        "stage": stage.value,
+        "operations": None if cost is None else float(round(cost.operations)),
+        "seconds": None if seconds is None else round(seconds * (1 - share), 3),
+        "artifact_bytes": None if cost is None else round(cost.artifact_bytes),
+        "memory_bytes": None if cost is None else round(cost.memory_bytes),
+        "already_there": round(share, 4),
+    }
+
+
+def _seconds(stage: Stage, cost: StageCost | None, dtype: str, rates: Rates) -> float | None:
+    if cost is None:
+        return None
+    if cost.operations and stage in rates.operations:
+        return cost.operations / rates.operations[stage]
+    if cost.operations and dtype in rates.matmul:
+        return cost.operations / (RATE_SHARE * rates.matmul[dtype])
+    return cost.samples / rates.samples[stage] if stage in rates.samples else None
+
+
+def _totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums of what is known, None where nothing is; of memory, the most that a stage needs."""
+
+    def known(name: str) -> list[Any]:
+        return [entry[name] for entry in entries if entry[name] is not None]
+
+    totals = {name: sum(known(name)) if known(name) else None for name in ("operations", "seconds", "artifact_bytes")}
+    return {**totals, "memory_bytes": max(known("memory_bytes"), default=None)}
+
+
+def _note(parameters: Parameters, total: float | None, exact: float | None) -> str | None:
+    if parameters["method"] != "influence_distillation" or total is None or exact is None or exact >= 2 * total:
+        return None
+    return (
+        f"method exact_influence would cost {exact / total:.1f} times the operations of this job, less than twice:"
+        " consider it, since it approximates nothing."
+    )
+
+
+def _caps(parameters: Parameters, counts: JobCounts) -> list[str]:
+    n, wanted = int(counts.selectable), parameters["landmarks"]["count"]
+    if parameters["method"] != "influence_distillation" or wanted < n:
+        return []
+    lowered = f"landmarks.count is {wanted}; lowered to the {n} usable samples of the pool. " if wanted > n else ""
+    return [f"{lowered}Every sample is a landmark, so every influence is exact and no embedding is needed."]
+
+
+def _dtype(parameters: Parameters, counts: JobCounts, rates: Rates) -> str:
+    if counts.dtype is not None:
+        return counts.dtype
+    if parameters["dtype"] != "auto":
+        return str(parameters["dtype"])
+    return max(rates.matmul, key=lambda name: rates.matmul[name], default="float32")

@@ -1,0 +1,46 @@
+"""`/v1/usage`: what a key has used of its limits."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from service.auth.authentication import ReadDep
+from service.auth.quotas import limits_of
+from service.datasets.repository import stored_bytes
+from service.db.engine import SessionDep
+from service.http.errors import Forbidden, Unauthorized, responses
+from service.jobs.repository import open_jobs, samples_today
+from service.settings import ApiSettings
+
+router = APIRouter(tags=["keys"], responses=responses(Unauthorized, Forbidden))
+
+
+class Used(BaseModel):
+    used: int
+    limit: int | None = Field(description="null: none")
+
+
+class Usage(BaseModel):
+    object: Literal["usage"] = "usage"
+    key_id: str
+    requests_per_minute: Used = Field(description="In the API process that answers")
+    concurrent_jobs: Used = Field(description="Jobs that have not ended")
+    stored_bytes: Used = Field(
+        description="Total size of the rows of its datasets, and of the reports of those left out"
+    )
+    samples_per_day: Used = Field(description="Rows of pool and target of its jobs of the last 24 hours")
+
+
+@router.get("/usage", summary="Get your key's usage and limits")
+def get_usage(request: Request, session: SessionDep, principal: ReadDep) -> Usage:
+    settings: ApiSettings = request.app.state.settings
+    limits = limits_of(principal, settings.limits)
+    used = {
+        "requests_per_minute": request.app.state.rate.used(principal.key_id, limits.requests_per_minute),
+        "concurrent_jobs": open_jobs(session, principal.tenant_id, principal.key_id),
+        "stored_bytes": stored_bytes(session, principal.key_id),
+        "samples_per_day": samples_today(session, principal.key_id)[0],
+    }
+    counted = {name: Used(used=value, limit=getattr(limits, name) or None) for name, value in used.items()}
+    return Usage(key_id=principal.key_id, **counted)

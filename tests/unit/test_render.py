@@ -1,0 +1,126 @@
+"""What the command line shows of a plan, and of a sample."""
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from winnow import render
+
+
+def entry(stage: str, **figures: Any) -> dict[str, Any]:
+    unknown = dict.fromkeys(("operations", "seconds", "artifact_bytes", "memory_bytes"))
+    return {"stage": stage, **unknown, "already_there": 0.0, **figures}
+
+
+def test_a_plan_is_a_table_with_its_sum_and_its_sentences() -> None:
+    figures = {"operations": 2.5e12, "seconds": 61.25, "artifact_bytes": 3 * 2**20, "memory_bytes": 2**31}
+    planned = {
+        "stages": [entry("prepare"), entry("embed", **figures, already_there=0.5)],
+        "totals": figures,
+        "tokens": {"pool": 12_345, "target": 9},
+        "estimated": True,
+        "note": "method exact_influence would cost less.",
+        "warnings": ["Lower [max_length]."],
+    }
+    written = io.StringIO()
+    render.plan(Console(file=written, width=100), planned)
+    text = written.getvalue()
+    assert "about 12,345 tokens" in text
+    row = next(line for line in text.splitlines() if "embed" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["embed", "2.50", "61.2", "3", "2,048", "50%"]
+    assert "Lower [max_length]." in text
+    assert "method exact_influence would cost less." in text
+
+
+def shown(found: dict[str, Any]) -> list[list[str]]:
+    """The lines that are printed, those of tables cut into cells."""
+    written = io.StringIO()
+    render.sample(Console(file=written, width=140), found)
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in written.getvalue().splitlines()]
+
+
+SAMPLE = {"id": "row-[7]", "source": "flan", "selected": True, "rank": 3, "weight": 1.5, "influence": 0.25}
+
+
+def test_a_sample_is_its_landmarks_and_the_targets_it_is_best_and_worst_for() -> None:
+    landmark = {"id": "row-[1]", "influence": 0.5, "kernel": 0.75, "contribution": -0.125, "share": 0.25}
+    targets = [{"id": f"dev-{i}", "influence": i / 10} for i in range(12)]
+    explanation = {
+        "sentence": "By landmarks.",
+        "target": 4,
+        "influence": 0.3,
+        "landmarks": [landmark],
+        "others": {"count": 11, "contribution": 0.375, "share": 0.75},
+        "targets": {"data": targets, "has_more": False},
+    }
+    lines = shown({**SAMPLE, "explanation": explanation, "explanation_missing": None})
+    assert lines[:2] == [
+        ["row-[7] (flan): selected, rank 3, weight 1.500"],
+        ["influence on target 4 0.3000. By landmarks."],
+    ]
+    assert ["row-[1]", "0.5000", "0.7500", "-0.1250", "25.0%"] in lines
+    assert ["11 others", "", "", "0.3750", "75.0%"] in lines
+    assert ["Influence on 10 of 12 targets, best first"] in lines
+    listed = [line[0] for line in lines if line[0].startswith("dev-")]
+    assert listed == [f"dev-{i}" for i in (11, 10, 9, 8, 7, 4, 3, 2, 1, 0)]
+
+
+def test_a_sample_that_took_no_part_has_no_number() -> None:
+    found = {**SAMPLE, "selected": False, "weight": 0.0, "influence": None}
+    explained = {"sentence": "It is [empty].", "target": None, "influence": None, "others": None, "targets": None}
+    lines = shown({**found, "explanation": explained, "explanation_missing": None})
+    assert lines == [["row-[7] (flan): not selected, weight 0.000"], ["influence none. It is [empty]."]]
+    lines = shown({**found, "explanation": None, "explanation_missing": "Gone."})
+    assert lines[1:] == [["influence none"], ["Gone."]]
+
+
+def test_targets_that_do_not_count_are_not_ranked() -> None:
+    targets = [{"id": "dev-0", "influence": None}, {"id": "dev-1", "influence": -0.5}]
+    explanation = {"sentence": "", "target": None, "influence": -0.5, "others": None}
+    lines = shown({**SAMPLE, "explanation": {**explanation, "targets": {"data": targets, "has_more": False}}})
+    assert [line[0] for line in lines if line[0].startswith("dev-")] == ["dev-1"]
+
+
+def test_the_results_list_what_was_left_out() -> None:
+    first = [{"index": i, "id": f"row-[{i}]", "reason": "no_reply", "detail": "nothing"} for i in range(12)]
+    none = {"count": 0, "by_reason": {}, "first": []}
+    summary = {"selected_count": 1, "sources": {}, "stages": [], "sentences": ["Said."]}
+    written = io.StringIO()
+    console = Console(file=written, width=100)
+    render.results(console, {**summary, "unusable": {"pool": {"count": 300, "first": first}, "target": none}}, [])
+    text = written.getvalue()
+    assert "Left out of the pool: 10 of 300" in text
+    assert all(part in text for part in ("row-[9]", "no_reply", "nothing", "Said."))
+    assert "row-[10]" not in text
+    assert "target" not in text
+
+
+def test_a_sample_without_explanation_says_why() -> None:
+    lines = shown({**SAMPLE, "selected": False, "explanation": None, "explanation_missing": "It was [removed]."})
+    assert lines == [["row-[7] (flan): not selected, weight 1.500"], ["influence 0.2500"], ["It was [removed]."]]
+
+
+def told(uploaded: dict[str, Any]) -> list[str]:
+    written = io.StringIO()
+    render.dataset(Console(file=written, width=60), uploaded)
+    return written.getvalue().splitlines()
+
+
+def test_a_dataset_is_what_was_taken_of_the_upload_and_what_was_not() -> None:
+    forms = [
+        {"form": "question_answer", "columns": {"prompt": "question", "completion": "completion"}, "rows": 1_200},
+        {"form": "text", "columns": {"text": "[red]"}, "rows": 1},
+    ]
+    notes = [{"code": "after_last_reply", "rows": 3, "message": "3 rows with a note"}]
+    detected = {"forms": forms, "more_forms": 2, "left_alone": ["a", "b"], "more_left_alone": 1_000, "notes": notes}
+    assert told({"id": "ds_1", "row_count": 1_201, "detected": detected, "skipped": 1}) == [
+        "ds_1: 1,201 rows",
+        "  1,200 rows of question_answer: prompt from question, completion",
+        "  1 row of text: text from [red]",
+        "  2 more kinds of rows",
+        "  left alone: a, b, 1,000 more",
+        "  3 rows with a note",
+        "  left out: 1 row that cannot be used, see `winnow skipped ds_1`",
+    ]
+    assert told({"id": "ds_1", "row_count": 1}) == ["ds_1: 1 row"]  # of a service of an earlier version

@@ -1,0 +1,8 @@
+"""What users install and import: the client of the service, the command line, and the verification of downloads.
+
+It imports nothing of `service` and `worker`, and needs none of their dependencies.
+"""
+
+from winnow.client import AsyncWinnow, JobFailed, Unreachable, Winnow, WinnowError
+
+__all__ = ["AsyncWinnow", "JobFailed", "Unreachable", "Winnow", "WinnowError"]

@@ -1,0 +1,62 @@
+"""The commands for datasets, and the options of every command that reads a file of samples."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from winnow import render
+from winnow.cli.console import connected, options, out, print_json
+from winnow.options import Reading
+
+Format = Annotated[
+    str | None, typer.Option(help="The form of the rows, where they fit more than one: messages, text, ...")
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="PART:COLUMN,...", help="Which columns hold what: prompt:question,completion:answer"),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='Jinja templates over a row: \'{"user": "{{ question }}", "assistant": "{{ answer }}"}\'',
+    ),
+]
+OnBadRow = Annotated[
+    Literal["refuse", "skip"] | None,
+    typer.Option(help="skip: leave out rows that cannot be used; refuse, the default: refuse the file"),
+]
+TargetFormat = Annotated[str | None, typer.Option(help="The same of the target alone")]
+TargetColumns = Annotated[str | None, typer.Option(metavar="PART:COLUMN,...", help="The same of the target alone")]
+TargetTemplate = Annotated[str | None, typer.Option(metavar="JSON", help="The same of the target alone")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the program."""
+    for command in (upload, skipped):
+        app.command()(command)
+
+
+def upload(
+    file: Annotated[Path, typer.Argument(help="The file to upload")],
+    name: Annotated[str | None, typer.Option(help="Of the dataset; default: the file's name")] = None,
+    format: Format = None,
+    columns: Columns = None,
+    template: Template = None,
+    on_bad_row: OnBadRow = None,
+) -> None:
+    """Upload a dataset, and show what was taken of it."""
+    reading = Reading(format=format, columns=columns, template=template, on_bad_row=on_bad_row)
+    with connected() as client:
+        dataset = client.upload_dataset(file, name, **asdict(reading))
+    print_json(dataset) if options.as_json else render.dataset(out, dataset)
+
+
+def skipped(dataset_id: str) -> None:
+    """List the rows of an upload that were left out, as JSON lines."""
+    with connected() as client:
+        for row in client.skipped_rows(dataset_id):
+            print(json.dumps(row, ensure_ascii=False))

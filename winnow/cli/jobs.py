@@ -1,0 +1,192 @@
+"""The commands for jobs, from posting one to its export."""
+
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from winnow import render
+from winnow.cli.console import connected, err, options, out, print_json, show
+from winnow.cli.datasets import (
+    Columns,
+    Format,
+    OnBadRow,
+    TargetColumns,
+    TargetFormat,
+    TargetTemplate,
+    Template,
+)
+from winnow.client import Winnow
+from winnow.options import Reading, assigned, read_budget
+
+Wait = Annotated[bool, typer.Option(help="Show the progress until the job has ended")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of the request: --set landmarks.count=256 --set selection=top_k"),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the program."""
+    for command in (submit, jobs, status, events, results, explain, export, cancel, delete, retry):
+        app.command()(command)
+
+
+def follow(client: Winnow, job_id: str) -> dict[str, Any]:
+    """Shows the progress of a job until it has succeeded; with --json on stderr."""
+    return render.follow(client, job_id, err if options.as_json else out)
+
+
+def submit(
+    pool: Annotated[str, typer.Argument(help="A file to upload, or the id of a dataset")],
+    target: Annotated[str, typer.Argument(help="A file to upload, or the id of a dataset")],
+    model: Annotated[str, typer.Option(help="The name of a registered model, or owner/name on the hub")],
+    budget: Annotated[str, typer.Option(help="Samples to select: a number or a fraction")],
+    settings: Settings = None,
+    wait: Wait = False,
+    dry_run: Annotated[bool, typer.Option(help="Only show the plan and its cost")] = False,
+    format: Format = None,
+    columns: Columns = None,
+    template: Template = None,
+    on_bad_row: OnBadRow = None,
+    target_format: TargetFormat = None,
+    target_columns: TargetColumns = None,
+    target_template: TargetTemplate = None,
+) -> None:
+    """Post a selection job. --format, --columns and --template say how files are read where that cannot be told from them."""
+    reading = Reading(format=format, columns=columns, template=template, on_bad_row=on_bad_row)
+    of_target = reading.of_target(target_format, target_columns, target_template)
+    with connected() as client:
+        ids = {"pool": _dataset(client, pool, reading), "target": _dataset(client, target, of_target)}
+        request = assigned(settings or [], {"model": model, "budget": read_budget(budget), **ids})
+        if dry_run or request.get("dry_run"):
+            plan = client.plan(**request)
+            print_json(plan) if options.as_json else render.plan(out, plan)
+            return
+        job = client.create_job(**request)
+        if not options.as_json:
+            out.print(f"Posted {job['id']}")
+        if wait:
+            job = follow(client, job["id"])
+        if options.as_json:
+            print_json(job)
+        elif wait:
+            render.results(out, client.results(job["id"]), list(client.selected(job["id"])))
+
+
+def _dataset(client: Winnow, value: str, reading: Reading) -> str:
+    if value.startswith("ds_") and not Path(value).exists():
+        return value
+    dataset = client.upload_dataset(value, **asdict(reading))
+    render.dataset(err if options.as_json else out, dataset)
+    return str(dataset["id"])
+
+
+def jobs(limit: Annotated[int, typer.Option(min=1)] = 20) -> None:
+    """List your jobs, newest first."""
+    with connected() as client:
+        found = list(islice(client.jobs(), limit))
+    if options.as_json:
+        print_json(found)
+        return
+    # In a narrow terminal the other columns shrink, never the id: it is there to be copied.
+    table = Table(Column("id", no_wrap=True, min_width=36), "status", "phase", "budget", "created")
+    for job in found:
+        table.add_row(job["id"], job["status"], job["phase"] or "", str(job["budget"]), job["created_at"][:19])
+    out.print(table)
+
+
+def status(job_id: str, wait: Wait = False) -> None:
+    """Show the status of a job and its stages."""
+    with connected() as client:
+        job = follow(client, job_id) if wait else client.job(job_id)
+    lines = [
+        f"  {stage['stage']:<20} {stage['done']}/{stage['total']} samples, {stage['units_done']}/{stage['units']} units"
+        for stage in job["stages"]
+    ]
+    if job["error"]:
+        lines.append(f"  {job['error']['code']}: {job['error']['detail']}")
+    show(job, f"{job['id']}: {job['status']}", *lines)
+
+
+def events(job_id: str) -> None:
+    """List the events of a job: its plan, its units, the loss of its warm-up."""
+    with connected() as client:
+        found = list(client.events(job_id))
+    lines = []
+    for event in found:  # lists and objects, as those of a plan, are for --json
+        data = [f"{key}={value}" for key, value in event["data"].items() if not isinstance(value, dict | list)]
+        lines.append(f"{event['created_at'][:19]}  {event['type']:<20} {' '.join(data)}")
+    show(found, *lines)
+
+
+def results(job_id: str) -> None:
+    """Show the results of a job."""
+    with connected() as client:
+        summary = client.results(job_id)
+        if options.as_json:
+            print_json(summary)
+        else:
+            render.results(out, summary, list(client.selected(job_id)))
+
+
+def explain(
+    job_id: str,
+    index: Annotated[int, typer.Argument(min=0, help="The sample's position in the pool, from 0")],
+    landmarks: Annotated[int, typer.Option(min=0, max=100, help="How many landmarks are listed")] = 10,
+    target: Annotated[int | None, typer.Option(min=0, help="Explain the influence on this target sample only")] = None,
+) -> None:
+    """Explain the influence of a sample."""
+    with connected() as client:
+        found = client.sample(job_id, index, landmarks=landmarks, target=target)
+    print_json(found) if options.as_json else render.sample(out, found)
+
+
+def export(
+    job_id: str,
+    path: Annotated[Path, typer.Argument(help="Ends in .jsonl, .csv or .parquet")],
+    selected_only: Annotated[bool, typer.Option(help="Only the selection, in rank order")] = False,
+    messages: Annotated[bool, typer.Option(help="Include the samples' content, ready for training")] = False,
+    escape_formulas: Annotated[
+        bool, typer.Option(help="In CSV, put an apostrophe before texts that a spreadsheet would calculate")
+    ] = True,
+) -> None:
+    """Download the weights of all samples, or of the selection."""
+    with connected() as client:
+        client.export(
+            job_id,
+            path,
+            selected_only=selected_only,
+            include="messages" if messages else None,
+            escape_formulas=escape_formulas,
+        )
+    show({"path": str(path)}, f"Wrote {path}")
+
+
+def cancel(job_id: str) -> None:
+    """Cancel a job."""
+    with connected() as client:
+        job = client.cancel(job_id)
+    show(job, f"{job['id']}: {job['status']}")
+
+
+def delete(job_id: str) -> None:
+    """Delete a job that has ended: its results are deleted, its provenance is kept."""
+    with connected() as client:
+        client.delete_job(job_id)
+    show({"id": job_id, "deleted": True}, f"{job_id}: deleted")
+
+
+def retry(job_id: str, wait: Wait = False) -> None:
+    """Retry a failed or cancelled job, as a new job."""
+    with connected() as client:
+        job = client.retry(job_id)
+        if not options.as_json:
+            out.print(f"Posted {job['id']}")
+        if wait:
+            job = follow(client, job["id"])
+    if options.as_json:
+        print_json(job)

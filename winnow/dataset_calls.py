@@ -1,0 +1,104 @@
+"""The client's calls for datasets; `winnow.client` has the others."""
+
+import json
+import os
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from typing import Literal, cast
+
+import httpx
+
+from winnow.transport import Connection, Json, call
+
+
+class DatasetCalls(Connection):
+    """Uploads, and what became of them."""
+
+    @call
+    async def upload_dataset(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        name: str | None = None,
+        format: str | None = None,
+        *,
+        columns: Mapping[str, str] | str | None = None,
+        template: Mapping[str, str] | str | None = None,
+        on_bad_row: Literal["refuse", "skip"] | None = None,
+    ) -> Json:
+        """Uploads JSONL, JSON, CSV, TSV, text, Parquet or Arrow, also gzip or zstd of it; a file is streamed.
+
+        Returns the dataset; its `detected` says what was taken of the file.
+
+        Args:
+            source: the path of a file, or the content itself.
+            name: name of the dataset; None: the file's name.
+            format: the form of the rows; needed only where they fit more than one.
+            columns: which columns hold what, where their names do not say so: {"prompt": "question"} or "prompt:question,...".
+            template: Jinja templates over a row that make its messages: {"user": ..., "assistant": ..., "system": ...}.
+            on_bad_row: "skip" keeps the other rows, and `skipped_rows` names those that were left out; else one refuses the file.
+
+        Raises:
+            ValueError: content without a name.
+            WinnowError: `errors` names the rows that cannot be used.
+        """
+        if name is None:
+            if isinstance(source, bytes):
+                raise ValueError("name: content needs a name; pass one")
+            name = Path(source).name
+        given = {
+            "name": name,
+            "format": format,
+            "columns": _text(columns),
+            "template": _text(template),
+            "on_bad_row": on_bad_row,
+        }
+        params = {key: value for key, value in given.items() if value is not None}
+        # The response comes once every row was checked, which may take minutes.
+        timeout = httpx.Timeout(self._http.timeout.connect, read=None)
+        options: Json = {"params": params, "timeout": timeout}
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+
+        async def attempt() -> httpx.Response:
+            if isinstance(source, bytes):
+                request = self._http.build_request("POST", "/datasets", content=source, headers=headers, **options)
+                return await self._send_once(request)
+            with open(source, "rb") as file:
+                size = {"Content-Length": str(os.fstat(file.fileno()).st_size)}
+                content = self._upload(file)
+                request = self._http.build_request(
+                    "POST", "/datasets", content=content, headers=headers | size, **options
+                )
+                return await self._send_once(request)
+
+        return cast(Json, (await self._send("POST", attempt)).json())
+
+    @call
+    def datasets(self) -> AsyncGenerator[Json]:
+        """Your datasets, newest first."""
+        return self._pages("/datasets", {})
+
+    @call
+    def rows(self, dataset_id: str) -> AsyncGenerator[Json]:
+        """The rows of a dataset, in order; each of their messages says whether the loss `counts` it."""
+        return self._pages(f"/datasets/{dataset_id}/rows", {})
+
+    @call
+    async def skipped_rows(self, dataset_id: str) -> AsyncGenerator[Json]:
+        """The rows of the upload that the dataset was left without: unit (line or row), number and reason.
+
+        Raises:
+            Unreachable: the stream was interrupted; the entries yielded so far are correct.
+        """
+        async with self._stream(f"/datasets/{dataset_id}/skipped", {}) as response:
+            async for line in self._lines(response):
+                yield json.loads(line)
+
+    @call
+    async def delete_dataset(self, dataset_id: str) -> None:
+        """Deletes a dataset; jobs over it keep their results."""
+        await self._call("DELETE", f"/datasets/{dataset_id}")
+
+
+def _text(option: Mapping[str, str] | str | None) -> str | None:
+    return option if option is None or isinstance(option, str) else json.dumps(dict(option))

@@ -1,0 +1,193 @@
+"""How the command line shows a dataset, and a job: its stages as live progress bars, its plan and results in a few tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from winnow.client import Winnow
+
+Json = dict[str, Any]
+
+
+def follow(client: Winnow, job_id: str, console: Console) -> Json:
+    """Shows a progress bar for each stage until the job has succeeded, and returns the job.
+
+    Raises:
+        JobFailed: it failed or was cancelled.
+    """
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def update(job: Json) -> None:
+            for stage in job["stages"]:
+                name = stage["stage"]
+                if name not in bars:
+                    bars[name] = progress.add_task(name, total=stage["total"], start=False, note="")
+                if stage["started_at"] is not None and not progress.tasks[bars[name]].started:
+                    progress.start_task(bars[name])
+                progress.update(bars[name], completed=stage["done"], note=_progress_note(stage))
+                if stage["seconds"] is not None:
+                    progress.stop_task(bars[name])
+
+        return client.wait(job_id, on_update=update, poll_seconds=1)
+
+
+def _progress_note(stage: Json) -> str:
+    if stage["seconds"] is None:
+        return f"{stage['units_done']}/{stage['units']} units" if stage["units"] > 1 else ""
+    reused = f", {stage['units_reused']} of {stage['units']} reused" if stage["units_reused"] else ""
+    return f"{stage['seconds']:.1f} s{reused}"
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str], *, key: str | None = None) -> Table:
+    """A table with columns of text, then of numbers. In a narrow terminal the others shrink, never the `key`: one looks it up."""
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    for name in texts:
+        table.add_column(name, no_wrap=name == key, min_width=20 if name == key else None)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def dataset(console: Console, uploaded: Json) -> None:
+    """Prints a dataset: its rows, what was taken of the upload, what was left alone, and what was left out."""
+    lines = [f"{uploaded['id']}: {rows(uploaded['row_count'])}"]
+    if (detected := uploaded.get("detected")) is not None:  # a service of an earlier version does not tell
+        lines += detection(detected)
+    if skipped := uploaded.get("skipped"):
+        lines.append(f"  left out: {rows(skipped)} that cannot be used, see `winnow skipped {uploaded['id']}`")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def detection(detected: Json) -> list[str]:
+    """What was taken of an upload, and what was left alone, in lines."""
+    lines = []
+    for form in detected["forms"]:
+        taken = (name if name == column else f"{name} from {column}" for name, column in form["columns"].items())
+        lines.append(f"{rows(form['rows'])} of {form['form']}: {', '.join(taken)}")
+    if detected["more_forms"]:
+        lines.append(f"{detected['more_forms']:,} more kinds of rows")
+    more = [f"{count:,} more"] if (count := detected["more_left_alone"]) else []
+    if names := [*detected["left_alone"], *more]:
+        lines.append(f"left alone: {', '.join(names)}")
+    return [f"  {line}" for line in (*lines, *(note["message"] for note in detected["notes"]))]
+
+
+def rows(count: int) -> str:
+    """So many rows, in words."""
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def plan(console: Console, planned: Json) -> None:
+    """Prints what a job would do and cost."""
+    figures: dict[str, tuple[str, str, float]] = {
+        "operations": ("TFLOP", ",.2f", 1e12),
+        "seconds": ("s", ",.1f", 1),
+        "artifact_bytes": ("artifacts MiB", ",.0f", 2**20),
+        "memory_bytes": ("memory MiB", ",.0f", 2**20),
+    }
+
+    def cells(values: Json) -> list[str]:
+        known = ((values[key], form, unit) for key, (_, form, unit) in figures.items())
+        return ["" if value is None else format(value / unit, form) for value, form, unit in known]
+
+    title = f"Plan ({'about ' if planned['estimated'] else ''}{planned['tokens']['pool']:,} tokens in the pool)"
+    table = _table(title, ["stage"], [*(name for name, _, _ in figures.values()), "there"], key="stage")
+    for stage in planned["stages"]:
+        table.add_row(stage["stage"], *cells(stage), f"{stage['already_there']:.0%}")
+    table.add_section()
+    table.add_row("all", *cells(planned["totals"]), "")
+    console.print(table)
+    for sentence in (*planned["warnings"], planned["note"]):
+        if sentence is not None:
+            console.print(sentence, markup=False)
+
+
+def results(console: Console, summary: Json, selected: Sequence[Json], *, top: int = 10) -> None:
+    """Prints the first of the selection, its sources, time and memory of each stage, what was left out, and the findings in
+    sentences."""
+    first = selected[:top]
+    table = _table(
+        f"The first {len(first)} selected", ["rank", "id", "source"], ["influence", "weight", "exact"], key="id"
+    )
+    for row in first:
+        names = str(row["rank"]), escape(row["id"]), escape(row["source"] or "")
+        table.add_row(*names, f"{row['influence']:.4f}", f"{row['weight']:.3f}", "yes" if row["exact"] else "no")
+    console.print(table)
+    table = _table("The selection by source", ["source"], ["selected", "share", "in the pool", "share of weight"])
+    total = summary["selected_count"]
+    for source, counts in sorted(summary["sources"].items(), key=lambda entry: -entry[1]["selected"]):
+        shares = f"{counts['selected'] / total:.0%}", f"{counts['weight'] / total:.0%}"
+        table.add_row(escape(source), str(counts["selected"]), shares[0], str(counts["pool"]), shares[1])
+    console.print(table)
+    table = _table("Time and memory by stage", ["stage"], ["units", "reused", "wall s", "compute s", "peak MiB"])
+    for stage in summary["stages"]:
+        peak = stage["peak_memory_bytes"]
+        seconds = f"{stage['wall_seconds']:.1f}", f"{stage['compute_seconds']:.1f}"
+        memory = "" if peak is None else f"{peak / 2**20:.0f}"
+        table.add_row(stage["stage"], str(stage["units"]), str(stage["reused"]), *seconds, memory)
+    console.print(table)
+    for name, found in (summary.get("unusable") or {}).items():  # results of earlier versions have none, nor sentences
+        if found["count"]:
+            _unusable(console, name, found, top=top)
+    for sentence in summary.get("sentences", ()):
+        console.print(sentence, markup=False)
+
+
+def _unusable(console: Console, name: str, found: Json, *, top: int) -> None:
+    """The first samples of pool or target that took no part, and why."""
+    first = found["first"][:top]
+    table = _table(f"Left out of the {name}: {len(first)} of {found['count']}", ["index", "id", "reason", "detail"], [])
+    for row in first:
+        table.add_row(str(row["index"]), *(escape(row[column]) for column in ("id", "reason", "detail")))
+    console.print(table)
+
+
+def _number(influence: float | None) -> str:
+    return "none" if influence is None else f"{influence:.4f}"
+
+
+def sample(console: Console, found: Json, *, top: int = 10) -> None:
+    """Prints a sample, the landmarks that contributed to its influence, and the targets that it is best and worst for."""
+    state = f"selected, rank {found['rank']}" if found["selected"] else "not selected"
+    source = f" ({found['source']})" if found["source"] else ""
+    console.print(f"{found['id']}{source}: {state}, weight {found['weight']:.3f}", markup=False)
+    explanation = found["explanation"]
+    if explanation is None:
+        console.print(f"influence {_number(found['influence'])}")
+        console.print(found["explanation_missing"], markup=False)
+        return
+    of = "" if explanation["target"] is None else f" on target {explanation['target']}"
+    console.print(f"influence{of} {_number(explanation['influence'])}. {explanation['sentence']}", markup=False)
+    if (others := explanation["others"]) is not None:
+        numbers = ["own influence", "kernel", "contribution", "share"]
+        table = _table("What the landmarks contributed", ["landmark"], numbers, key="landmark")
+        for each in explanation["landmarks"]:
+            figures = (f"{each[name]:.4f}" for name in ("influence", "kernel", "contribution"))
+            table.add_row(escape(each["id"]), *figures, f"{each['share']:.1%}")
+        sums = f"{others['contribution']:.4f}", f"{others['share']:.1%}"
+        table.add_row(f"{others['count']} others", "", "", *sums)
+        console.print(table)
+    if (targets := explanation["targets"]) is not None:
+        known = (each for each in targets["data"] if each["influence"] is not None)
+        ordered = sorted(known, key=lambda each: -each["influence"])
+        shown = ordered if len(ordered) <= top else [*ordered[: top // 2], *ordered[-(top // 2) :]]
+        of = f"the first {len(ordered)}" if targets["has_more"] else str(len(ordered))
+        title = f"Influence on {len(shown)} of {of} targets, best first"
+        table = _table(title, ["target"], ["influence"], key="target")
+        for each in shown:
+            table.add_row(escape(each["id"]), f"{each['influence']:.4f}")
+        console.print(table)

@@ -1,0 +1,69 @@
+"""Choice of the embedding by what the landmarks show of each candidate (METHOD 4, `auto`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .embeddings import EmbeddingOptions
+from .kernel_ridge import Kernel, KernelRidge, fidelity
+
+CLOSE = 0.01
+"""How far below the best Spearman correlation a cheaper embedding may lie and still be taken."""
+
+
+def embedding_candidates(options: EmbeddingOptions, total_blocks: int) -> list[tuple[EmbeddingOptions, float]]:
+    """What `auto` compares on a model of `total_blocks` blocks, each with its cost, 1 being a forward pass through all blocks.
+
+    `hidden` after the blocks of `options` (as many as the model has, where that is fewer) in both poolings. Deeper states and
+    `jvp` are better by less than their cost buys in refinement (docs/decisions/0007-landmarks-and-embeddings.md).
+    """
+    poolings: tuple[Literal["response", "last"], ...] = ("response", "last")
+    blocks = min(options.blocks, total_blocks)
+    offered = [replace(options, kind="hidden", pooling=pooling, blocks=blocks) for pooling in poolings]
+    return [(each, _passes(each, total_blocks)) for each in offered]
+
+
+def _passes(options: EmbeddingOptions, total_blocks: int) -> float:
+    """Forward passes through all blocks of the model: (1 + 2 k) b / B, for `rds` 1 (METHOD 3)."""
+    share = 1.0 if options.kind == "rds" else options.blocks / total_blocks
+    return share * (1 + 2 * options.tangents) if options.kind == "jvp" else share
+
+
+def select_embedding(
+    embeddings: Sequence[Tensor],
+    P_lt: Tensor,
+    *,
+    options: Sequence[Mapping[str, Any]],
+    costs: Sequence[float],
+    kernel: Kernel = "rbf",
+    ridge: float | None = 0.01,
+    bandwidth: float | None = None,
+) -> tuple[int, list[dict[str, Any]]]:
+    """The index of the embedding to use, and a table of all of them that can be written as JSON.
+
+    Each candidate, embeddings (l, e) of the landmarks, is fitted to their exact influence (l, t), and judged by how well the mean
+    over targets of a left-out landmark's influence is predicted. The cheapest whose Spearman correlation is within `CLOSE` of the
+    best is taken, of equal costs the better one; where no candidate has a correlation (influence is constant), the cheapest. A
+    table entry is the candidate's `options` with `cost`, `mean_spearman`, `mean_r2` (None where undefined) and `chosen`.
+
+    Raises ValueError where there are no candidates, or not one set of options and one cost for each; and as `KernelRidge.fit`.
+    """
+    if not embeddings or not len(embeddings) == len(options) == len(costs):
+        counts = f"{len(embeddings)}, {len(options)} and {len(costs)}"
+        raise ValueError(f"each candidate needs embeddings, options and a cost: there are {counts}")
+    found = []
+    for E_le in embeddings:  # one fit at a time: each holds an (l, l) matrix
+        fit = KernelRidge.fit(E_le, P_lt, kernel=kernel, ridge=ridge, bandwidth=bandwidth)
+        found.append(fidelity(fit.P_lt, fit.leave_one_out()))
+    scores = [-1.0 if one.mean_spearman is None else one.mean_spearman for one in found]
+    close = [index for index, score in enumerate(scores) if score >= max(scores) - CLOSE]
+    chosen = min(close, key=lambda index: (costs[index], -scores[index]))
+    table = [
+        {**named, "cost": cost, "mean_spearman": one.mean_spearman, "mean_r2": one.mean_r2, "chosen": index == chosen}
+        for index, (named, cost, one) in enumerate(zip(options, costs, found, strict=True))
+    ]
+    return chosen, table

@@ -1,0 +1,71 @@
+"""What the compute process may use of this machine, and what the machine can do."""
+
+import contextlib
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.settings import WorkerSettings
+from worker.loading.placement import choose_device, device_name
+
+
+def capability(device: torch.device) -> dict[str, Any]:
+    """For the estimate of a job's time: the device, its memory, and its measured rate of matrix products."""
+    size = 1024 if device.type == "cpu" else 8192
+    rates = {
+        str(dtype).removeprefix("torch."): matmul_rate(dtype, device, size=size, seconds=0.1)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    is_cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if is_cuda else available_memory()
+    return {"device": device_name(device), "memory_bytes": memory, "matmul_rates": rates}
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int, seconds: float) -> float:
+    """Operations a second of a square matrix product, the best of those that fit in `seconds` (at least three)."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    best, spent, runs = float("inf"), 0.0, 0
+    while runs < 3 or spent < seconds:
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        if out.is_cuda:
+            torch.cuda.synchronize(out.device)
+        taken = time.perf_counter() - start
+        best, spent, runs = min(best, taken), spent + taken, runs + 1
+    return float(2 * size**3 / best)
+
+
+def limit_memory(settings: WorkerSettings) -> None:
+    """From the limit on an allocation fails, which ends the attempt; without one the kernel kills, this process before any other.
+
+    With CUDA there is none unless it is set: the driver sets aside far more than it uses, by no rule that is written down.
+    """
+    limit = settings.memory_bytes
+    if limit == 0 and choose_device(settings.device).type == "cpu":
+        limit = available_memory() * 9 // 10  # the rest is for the supervisor and what the kernel keeps
+    if limit > 0:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    with contextlib.suppress(OSError):  # not on Linux, or not allowed
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+def memory_limit() -> str:
+    """The limit in a sentence."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY:
+        return "The compute process has no memory limit."
+    return f"The compute process is limited to {limit / 2**30:.1f} GiB (WINNOW_WORKER__MEMORY_BYTES)."
+
+
+def available_memory() -> int:
+    """Of the machine, or of the container where that has less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            found.append(int(Path(file).read_text()))
+    return min(found)

@@ -1,0 +1,1 @@
+"""From rows to tokens: chat templates, tokenisation, and which tokens the loss counts."""
