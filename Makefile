@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test test-all chaos lint openapi format clean lock compose-up bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload
+.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -45,6 +45,9 @@ test-all: $(INSTALLED)  ## all tests and the whole of `make chaos`, as CI runs t
 
 chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; up to half an hour
 	@CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/chaos $(ARGS)
+
+fuzz: $(INSTALLED)  ## the property tests on examples that no run has had before
+	@$(PYTEST) -n 2 --hypothesis-profile fuzz $(shell grep -rl "^from hypothesis" tests --include "test_*.py") $(ARGS)
 
 lint: $(INSTALLED)  ## style, types, directions of imports
 	@$(BIN)/ruff check .

@@ -1,14 +1,21 @@
 """What all tests share: quiet libraries, servers, and a model; the helpers are in support/."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from support.reaper import Reaper
 from support.servers import Servers
 from support.tiny import save_model
+
+# The same examples in every run, so that a run is red for what changed; `make fuzz` looks for others.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("fuzz", derandomize=False, print_blob=True)
+settings.load_profile("repeatable")
 
 
 class _Reaping:
@@ -28,6 +35,13 @@ class _Reaping:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Reaping(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test has an id of its own: of those that share one pytest-xdist runs a single one, without a word."""
+    twice = [name for name, count in Counter(item.nodeid for item in items).items() if count > 1]
+    if twice:
+        raise pytest.UsageError(f"several tests are called {twice[0]}")
 
 
 @pytest.fixture(autouse=True, scope="session")

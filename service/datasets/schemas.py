@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service.datasets.bad_rows import OnBadRow
 from service.datasets.rows.forms import Form
+from service.datasets.rows.template import MAX_LENGTH
 from service.http.pagination import NumberedPage, Page
 from service.names import Name
 
@@ -40,7 +41,7 @@ ColumnsQuery = Annotated[
 TemplateQuery = Annotated[
     str | None,
     Query(
-        max_length=65_536,
+        max_length=MAX_LENGTH,
         description="What makes messages of any row, as a JSON object with `user`, `assistant` and optionally `system`: each is"
         " Jinja over the columns of the row, all of which `row` has too.",
         examples=['{"user": "{{ question }}", "assistant": "{{ choices[answer] }}"}'],

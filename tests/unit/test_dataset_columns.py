@@ -179,6 +179,13 @@ def test_ordinary_batches_are_taken_in_columns(kind: str) -> None:
     assert agrees(batch.slice(1))
 
 
+def test_a_conversation_whose_reply_is_named_is_left_to_be_read() -> None:
+    options = RowOptions.parse(columns="completion:chosen")
+    batch = pa.RecordBatch.from_pydict({"conversation": ['[{"role":"user","content":"q"}]'], "chosen": ["a"]})
+    assert canonical_columns(batch, 0, options, MIB) is None
+    assert '"content":"q"' in one_by_one(batch, 0, options)[0].sample
+
+
 def test_a_row_that_is_too_long_is_left_to_be_named() -> None:
     batch = pa.RecordBatch.from_pydict({"text": ["a" * 100, "b"]})
     length = len(one_by_one(batch, 0, AUTO)[0].line())

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from service.datasets.rows.forms import CONVERSATIONS
 from service.datasets.rows.messages import CALLS, CONTENT_KEYS, ROLE_KEYS, ROLE_OF, ROLES
 from service.datasets.rows.options import Plan, RowOptions, Taken
 from service.datasets.values import MAX_LABEL, NO_SOURCE, OTHER_SOURCES
@@ -93,7 +94,7 @@ def _patterns(
     for code in found.tolist():
         of_code = {name for i, name in enumerate(reversed(mixed)) if code >> i & 1}
         plan = options.plans[tuple(name for name, mask in present.items() if mask is True or name in of_code)]
-        if plan is None or plan.media:
+        if plan is None or plan.media or plan.columns.get("prompt") in CONVERSATIONS:  # the last may be a list's JSON
             raise _NotPlain
         yield plan, codes == code if mixed else None
 

@@ -12,7 +12,7 @@ from service.http.errors import Unprocessable
 PARTS = ("system", "user", "assistant")
 # Stands for the whole row, whose columns may have names that no variable can have.
 WHOLE_ROW = "row"
-_MAX_LENGTH = 16_384
+MAX_LENGTH = 16_384  # of the whole: it travels in an address, of which servers and proxies take 64 KiB or less
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class RowTemplate:
         Raises:
             Unprocessable: it is not that, or no Jinja.
         """
+        if len(text) > MAX_LENGTH:
+            raise Unprocessable(f"template: it must have at most {MAX_LENGTH:,} characters", param="template")
         try:
             given = parsed(text)
         except ValueError as error:
@@ -53,10 +55,8 @@ class RowTemplate:
             )
         names: set[str] = set()
         for part, source in given.items():
-            if not isinstance(source, str) or len(source) > _MAX_LENGTH:
-                raise Unprocessable(
-                    f"template: {part} must be a string of at most {_MAX_LENGTH:,} characters", param="template"
-                )
+            if not isinstance(source, str):
+                raise Unprocessable(f"template: {part} must be a string", param="template")
             names |= _names(part, source)
         return cls(given["user"], given["assistant"], given.get("system"), frozenset(names))
 

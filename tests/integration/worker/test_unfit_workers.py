@@ -113,7 +113,6 @@ def test_a_job_that_no_live_worker_can_do_fails_with_the_reason_and_without_path
         assert [entry["code"] for entry in job["error"]["history"]] == ["no_able_worker"]
         reason = lacks(world, worker)[0]["problem"]
         assert reason in job["error"]["detail"]
-        assert world.events(waiting, "job.waiting")
         events = world.client.get(f"/v1/selection-jobs/{waiting}/events", params={"limit": 1000}).text
         assert str(world.folder) not in events + str(job)
         assert found(world, "workers").level == ("warning" if what == "model" else "FAIL")
