@@ -15,7 +15,7 @@ from service.datasets.storage import Sample
 from service.models import dependency_check
 from worker.errors import ModelError, UnusableRow
 from worker.loading import folders, models
-from worker.text import templates
+from worker.text import chat_templates, templates
 from worker.text.chat_templates import ChatFormat
 
 CPU = torch.device("cpu")
@@ -189,11 +189,23 @@ def test_a_chat_template_does_not_leave_its_sandbox(template: str) -> None:
 
 
 def test_a_chat_template_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "_RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "_SAMPLE_SECONDS", 1.0)
+    monkeypatch.setattr(chat_templates, "_MAX_SLOW", 1)
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-    with pytest.raises(ModelError, match=r"takes more than 0\.2 seconds"):
-        rendered(loop)
-    assert "answer" in rendered("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = ChatFormat(
+        make_tokenizer(
+            "{% if messages[0].content == 'loop' %}"
+            + loop
+            + "{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+        )
+    )
+    endless, other = (Sample(0, "s", None, turns(first, "answer"), None) for first in ("loop", "question"))
+    with pytest.raises(UnusableRow) as row:
+        chat.render(endless)
+    assert row.value.reason == "template_too_slow"
+    assert "answer" in chat.render(other).text
+    with pytest.raises(ModelError, match="for each of 2 samples"):
+        chat.render(endless)
     failed: list[BaseException] = []
 
     def elsewhere() -> None:

@@ -15,10 +15,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from service.datasets.storage import Sample
-from worker.errors import UnusableRow
+from worker.errors import ModelError, UnusableRow
 from worker.text import conversations
 from worker.text.replies import ReplyFinder
-from worker.text.templates import Message, Refused, Span, Template
+from worker.text.templates import Message, Refused, Span, Template, TimeLimit, TooSlow
 
 # For tokenizers without a chat template: the format of the Tulu models, used by LESS and RDS+ as well.
 DEFAULT_TEMPLATE = (
@@ -28,6 +28,7 @@ DEFAULT_TEMPLATE = (
 )
 
 TOOLS_NOT_RENDERED = "tools_not_rendered"
+_MAX_SLOW = 10  # samples that may take too long: with more, the template is at fault, and the job would take for ever
 
 _PLACEHOLDER = "\ue100{}\ue101"  # private-use characters: no template looks for them
 _PLACE = re.compile(_PLACEHOLDER.format(r"(\d+)"))
@@ -93,6 +94,7 @@ class ChatFormat:
         template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self._strip = reasoning == "strip"
+        self._slow = 0
         own: Any = tokenizer.chat_template
         templates = own if isinstance(own, dict) else {"default": own}
         source = templates.get("default") or DEFAULT_TEMPLATE
@@ -116,12 +118,22 @@ class ChatFormat:
         """The sample's text, and where its replies are that count.
 
         Raises:
-            UnusableRow: the template does not render this conversation, or nothing of it counts.
-            ModelError: the template is not valid, or takes too long.
+            UnusableRow: the template does not render this conversation, takes too long for it, or nothing of it counts.
+            ModelError: the template is not valid, or has taken too long for more than ten samples.
         """
         if sample.messages is None:
             return self._text(sample.text or "")
-        messages, counted, notes = conversations.prepared(sample.messages, strip=self._strip)
+        try:
+            with TimeLimit():
+                return self._conversation(sample, sample.messages)
+        except TooSlow as error:
+            self._slow += 1
+            if self._slow > _MAX_SLOW:
+                raise ModelError(f"The model's chat template {error} for each of {self._slow} samples.") from error
+            raise UnusableRow("template_too_slow", f"the model's chat template {error} for it") from error
+
+    def _conversation(self, sample: Sample, conversation: Sequence[Message]) -> Rendered:
+        messages, counted, notes = conversations.prepared(conversation, strip=self._strip)
         if not any(counted):
             raise UnusableRow("no_reply", "no message of the assistant counts; an upload without such rows has none")
         form = self._with_tools if sample.tools else self._plain

@@ -16,7 +16,7 @@ from worker.errors import ModelError
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-_RENDER_SECONDS = 30  # a sample of a megabyte takes some milliseconds
+_SAMPLE_SECONDS = 30.0  # a sample of a megabyte takes some milliseconds, one of thousands of turns some seconds
 # Put before templates that write today's date: a sample's tokens must not depend on the day.
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
@@ -57,7 +57,7 @@ class Template:
 
         Raises:
             Refused: the template raises an error for these messages.
-            ModelError: it takes longer than 30 seconds.
+            ModelError: it is no valid template.
         """
         if self._takes_lists:
             messages = [{**message, "content": _listed(message["content"])} for message in messages]
@@ -65,17 +65,16 @@ class Template:
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool) -> Output:
         try:
-            with _TimeLimit():
-                # Declared as a string; it is the texts and the spans of each.
-                rendered: Any = chat_template_utils.render_jinja_template(
-                    [list(messages)],
-                    tools=tools,
-                    chat_template=self._source,
-                    return_assistant_tokens_mask=self.has_tags,
-                    add_generation_prompt=prompt,
-                    **self._variables,
-                )
-        except (MemoryError, ModelError):
+            # Declared as a string; it is the texts and the spans of each.
+            rendered: Any = chat_template_utils.render_jinja_template(
+                [list(messages)],
+                tools=tools,
+                chat_template=self._source,
+                return_assistant_tokens_mask=self.has_tags,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        except (MemoryError, TooSlow):
             raise
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"The model's chat template is not valid: {error}") from error
@@ -106,15 +105,24 @@ def _listed(content: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": content}]
 
 
-class _TimeLimit:
-    """Ends a template that loops for ever, the one thing that the sandbox does not prevent."""
+class TooSlow(Exception):
+    """A sample took longer than `TimeLimit` allows."""
+
+
+class TimeLimit:
+    """Ends a template that loops for ever, the one thing that the sandbox does not prevent: 30 seconds for one sample, however
+    often it is rendered.
+
+    Raises:
+        TooSlow: inside, when they are over.
+    """
 
     def __enter__(self) -> None:
         # Only the main thread can be interrupted, and stages run in it.
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGALRM, _interrupt)
-            signal.setitimer(signal.ITIMER_REAL, _RENDER_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, _SAMPLE_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
@@ -123,4 +131,4 @@ class _TimeLimit:
 
 
 def _interrupt(*_: object) -> None:
-    raise ModelError(f"The model's chat template takes more than {_RENDER_SECONDS} seconds for one sample.")
+    raise TooSlow(f"takes more than {_SAMPLE_SECONDS:g} seconds")
