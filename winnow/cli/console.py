@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -71,18 +72,30 @@ def cli_errors(*more: type[Exception]) -> Iterator[None]:
 @contextmanager
 def connected() -> Iterator[Winnow]:
     """A client of the service at --url, or of the stack that runs from --home."""
-    with cli_errors():
-        url, api_key = options.url, options.api_key
-        if url is None or api_key is None:
-            home = options.home or DEFAULT_HOME
-            if (stack := running_stack(home)) is None:
-                fail(
-                    f"no stack is running from {home}; start one with `winnow up`, or pass --url and --api-key"
-                    " (WINNOW_URL, WINNOW_API_KEY)"
-                )
-            url, api_key = url or stack.url, api_key or stack.api_key
-        with Winnow(url, api_key) as client:
-            yield client
+    with cli_errors(), Winnow(*_address()) as client:
+        yield client
+
+
+def _address() -> tuple[str, str]:
+    """The URL and the key. The key of the running stack goes to that stack alone, never to another address that is named."""
+    url, api_key = options.url, options.api_key
+    if url is not None and api_key is not None:
+        return url, api_key
+    home = options.home or DEFAULT_HOME
+    stack = running_stack(home)
+    if url is not None and (stack is None or _origin(url) != _origin(stack.url)):
+        fail(f"pass the key of {url} too: --api-key, or WINNOW_API_KEY")
+    if stack is None:
+        fail(
+            f"no stack is running from {home}; start one with `winnow up`, or pass --url and --api-key (WINNOW_URL,"
+            " WINNOW_API_KEY)"
+        )
+    return url or stack.url, api_key or stack.api_key
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def print_json(value: Any) -> None:
