@@ -15,6 +15,7 @@ from service.background.dispatcher import Dispatcher
 from service.background.sweeper import Sweeper
 from service.background.webhook_sender import Sender
 from service.datasets.router import router as datasets
+from service.datasets.targets import router as targets
 from service.db.engine import make_engine, make_sessions
 from service.health import exposition
 from service.health import router as health
@@ -112,7 +113,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     idempotency.install(app)
     for router in (health.router, exposition.router, docs.router):
         app.include_router(router)
-    for router in (models, datasets, jobs, results, keys, usage, audit, webhooks):
+    for router in (models, datasets, targets, jobs, results, keys, usage, audit, webhooks):
         app.include_router(
             router,
             prefix="/v1",

@@ -79,6 +79,11 @@ class DatasetCalls(Connection):
         return self._pages("/datasets", {})
 
     @call
+    async def targets(self) -> list[Json]:
+        """The ready-made targets: name, hub, why that split, template, how many samples there are and are taken, licence."""
+        return cast(list[Json], (await self._json("GET", "/targets"))["data"])
+
+    @call
     def rows(self, dataset_id: str) -> AsyncGenerator[Json]:
         """The rows of a dataset, in order; each of their messages says whether the loss `counts` it."""
         return self._pages(f"/datasets/{dataset_id}/rows", {})

@@ -86,6 +86,35 @@ def detection(detected: Json) -> list[str]:
     return [f"  {line}" for line in (*lines, *(note["message"] for note in detected["notes"]))]
 
 
+def targets(console: Console, found: Sequence[Json]) -> None:
+    """Prints the ready-made targets."""
+    names = ["name", "what", "on the hub", "licence"]
+    table = _table("Ready-made targets", names, ["samples", "taken"], key="name")
+    for each in found:
+        texts = (escape(text) for text in (each["name"], each["title"], _on_hub(each["hub"]), each["licence"]))
+        table.add_row(*texts, f"{each['samples']:,}", str(each["count"]))
+    console.print(table)
+
+
+def target(console: Console, found: Json) -> None:
+    """Prints a ready-made target: what it is, where its rows are and why there, and what is made of each."""
+    spread = "" if found["spread"] is None else f", as many of each {found['spread']['over']}"
+    lines = [
+        f"{found['name']}: {found['title']}",
+        f"  {_on_hub(found['hub'])} ({found['licence']}, {found['homepage']})",
+        f"  {found['why']}",
+        f"  {found['count']} of {found['samples']:,} samples are taken{spread}; preset:{found['name']}:N takes N.",
+    ]
+    for part, template in found["template"].items():
+        lines += [f"  {part}:", *(f"    {line}" for line in template.splitlines())]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _on_hub(hub: Json) -> str:
+    return f"{hub['id']}:{hub['config']}:{hub['split']}"
+
+
 def rows(count: int) -> str:
     """So many rows, in words."""
     return "1 row" if count == 1 else f"{count:,} rows"

@@ -51,6 +51,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 CALLS: list[tuple[str, Any, Callable[[Any], Any]]] = [
     ("GET models", None, lambda w: w.models()),
+    ("GET targets", None, lambda w: w.targets()),
     ("POST selection-jobs", {"model": "m", "budget": 3}, lambda w: w.create_job(model="m", budget=3)),
     ("POST selection-jobs", {"budget": 3, "dry_run": True}, lambda w: w.plan(budget=3)),
     ("GET selection-jobs/j", None, lambda w: w.job("j")),
@@ -83,7 +84,7 @@ def test_a_call_is_its_request(connect: Connect, sent: str, body: Any, call: Cal
     server = Server(httpx.Response(204) if is_delete else httpx.Response(200, json={"id": "x", "data": [1]}))
     with connect(server) as winnow:
         found = call(winnow)
-    assert found == (None if is_delete else [1] if sent == "GET models" else {"id": "x", "data": [1]})
+    assert found == (None if is_delete else [1] if sent in ("GET models", "GET targets") else {"id": "x", "data": [1]})
     (request,) = server.requests
     assert f"{request.method} {str(request.url).removeprefix('http://winnow.test/v1/')}" == sent
     assert request.headers["authorization"] == "Bearer wnw_key"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from winnow import render
-from winnow.cli.console import connected, options, out, print_json
+from winnow.cli.console import connected, fail, options, out, print_json
 from winnow.options import Reading
 
 Format = Annotated[
@@ -36,7 +36,7 @@ TargetTemplate = Annotated[str | None, typer.Option(metavar="JSON", help="The sa
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (upload, skipped):
+    for command in (upload, skipped, targets):
         app.command()(command)
 
 
@@ -60,3 +60,18 @@ def skipped(dataset_id: str) -> None:
     with connected() as client:
         for row in client.skipped_rows(dataset_id):
             print(json.dumps(row, ensure_ascii=False))
+
+
+def targets(name: Annotated[str | None, typer.Argument(help="Show this one with its template")] = None) -> None:
+    """List the ready-made targets, which `winnow submit POOL preset:NAME` takes."""
+    with connected() as client:
+        found = client.targets()
+    if name is not None:
+        chosen = next((each for each in found if each["name"] == name), None)
+        if chosen is None:
+            fail(f"{name!r} is no ready-made target; there are {', '.join(each['name'] for each in found)}")
+        print_json(chosen) if options.as_json else render.target(out, chosen)
+    elif options.as_json:
+        print_json(found)
+    else:
+        render.targets(out, found)

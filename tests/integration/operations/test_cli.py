@@ -233,6 +233,22 @@ def test_a_file_is_uploaded_as_it_is_told_and_what_was_left_out_is_listed(home: 
     assert "line 2: " in refused.stderr
 
 
+def test_the_ready_made_targets_are_listed_and_each_is_shown_with_its_template(home: Path) -> None:
+    found = {each["name"]: each for each in answer("targets", home=home)}
+    shown = typed("targets", home=home)
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    for name, each in found.items():
+        assert name in shown.stdout
+        one = typed("targets", name, home=home).stdout
+        assert f"{each['hub']['id']}:{each['hub']['config']}:{each['hub']['split']} ({each['licence']}" in one
+        assert each["why"] in one
+        assert all(line in one for text in each["template"].values() for line in text.splitlines())
+        assert answer("targets", name, home=home) == each
+    refused = typed("targets", "gsm9k", home=home)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "there are gsm8k, " in refused.stderr
+
+
 @pytest.mark.parametrize("command", ["jobs", "down"])
 def test_a_missing_stack_is_named(tmp_path: Path, command: str) -> None:
     done = winnow(command, home=tmp_path)
