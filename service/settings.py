@@ -212,6 +212,10 @@ class TelemetrySettings(_Group):
 
 class WorkerSettings(_Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tasks: tuple[str, ...] | None = Field(
+        default=None,
+        description='Kinds of tasks that it does beside jobs, as a list (["preview"]; []: none); unset: all',
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads of the compute process; 0: torch's default")
     token_budget: int = Field(default=0, ge=0, description="Padded tokens per batch; 0: the device's default")
     cancel_grace_seconds: float = Field(

@@ -7,8 +7,9 @@ from service.db.engine import Base
 from service.idempotency import tables as idempotency
 from service.ledger import tables as ledger
 from service.results import tables as results
+from service.tasks import tables as tasks
 from service.webhooks import tables as webhooks
 
-__all__ = ["audit", "auth", "datasets", "idempotency", "ledger", "metadata", "results", "webhooks"]
+__all__ = ["audit", "auth", "datasets", "idempotency", "ledger", "metadata", "results", "tasks", "webhooks"]
 
 metadata = Base.metadata

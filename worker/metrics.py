@@ -49,6 +49,9 @@ class WorkerMetrics:
         )
         self._running = Gauge("winnow_worker_units_running", "Units in progress", ["stage"], registry=self.registry)
         self._samples = Counter("winnow_worker_samples", "Samples done", ["stage"], registry=self.registry)
+        self._tasks = Counter(
+            "winnow_worker_tasks", "Attempts at tasks that ended", ["kind", "outcome", "code"], registry=self.registry
+        )
         self.child_starts = Counter("winnow_worker_child_starts", "Compute processes started", registry=self.registry)
         self._child_deaths = Counter(
             "winnow_worker_child_deaths", "Compute processes that ended, by cause", ["cause"], registry=self.registry
@@ -113,6 +116,9 @@ class WorkerMetrics:
         self._units.labels(stage.value, outcome.name, outcome.code).inc()
         if outcome.name == "succeeded":
             self._seconds.labels(stage.value).observe(seconds)
+
+    def task_ended(self, kind: str, outcome: Outcome) -> None:
+        self._tasks.labels(kind, outcome.name, outcome.code).inc()
 
     def samples_done(self, stage: Stage, count: int) -> None:
         self._samples.labels(stage.value).inc(max(0, count))

@@ -34,6 +34,7 @@ from worker.heartbeat import Heartbeat
 from worker.metrics import Outcome, WorkerMetrics
 from worker.process.compute_process import ComputeProcess
 from worker.process.warm_process import POLL_SECONDS, WarmProcess
+from worker.tasks.runner import TaskRunner
 from worker.units import Finish, Work, history
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class Supervisor:
         self._traces = Traces(settings.telemetry, "winnow-worker")
         probe = self._compute.probe if settings.worker.device == "cuda" else _no_probe
         self.fitness = Fitness(self._sessions, self._store, settings.models, probe=probe, changed=self._fitness_changed)
+        self._tasks = TaskRunner(
+            settings, self._sessions, self._store, self.worker_id, self.fitness, self._metrics, self._stopping
+        )
         self._heartbeat = Heartbeat(self._sessions, self.worker_id, settings.ledger.beat_seconds, self.fitness.report)
         self._proving = threading.Thread(target=self._keep_proving, name="fitness", daemon=True)
         self._taking_work: Callable[[bool], None] = lambda _: None
@@ -114,25 +118,28 @@ class Supervisor:
         self._stopping.set()
 
     def close(self) -> None:
-        """Ends the compute process and the connections; after `run_until_idle` has returned."""
+        """Ends the processes and the connections; after `run_until_idle` has returned."""
         self._stopping.set()
         if self._proving.is_alive():
             self._proving.join(timeout=5)
         self._compute.close()
+        self._tasks.close()
         self._heartbeat.stop()
         self._engine.dispose()
         self._metrics.close()
         self._traces.close()
 
     def run_until_idle(self) -> int:
-        """Does units until none may be claimed. Returns how many."""
+        """Does units, and tasks between them, until none may be claimed. Returns how many units."""
         count = 0
         while not self._stopping.is_set() and self.fitness.may_work():
+            had_task = self._tasks.run_if_due()
             work = self._claim()
-            if work is None:
+            if work is not None:
+                self._do(work)
+                count += 1
+            elif not had_task and not self._tasks.run_one():
                 break
-            self._do(work)
-            count += 1
         return count
 
     def _claim(self) -> Work | None:

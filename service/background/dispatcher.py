@@ -1,4 +1,4 @@
-"""The dispatcher: wakes workers for pending units and takes back expired leases, in the API process that leads.
+"""The dispatcher: wakes workers for pending units and tasks and takes back expired leases, in the API process that leads.
 
 It acts at once on NOTIFY and on every sweep, so a lost notification or a lost message delays work by one sweep and loses
 nothing. Only here is the broker touched by the API: a request never waits for it.
@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from redis import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from service import ledger
+from service import ledger, tasks
 from service.db.engine import make_engine, make_sessions
 from service.db.locks import Lock
 from service.db.loop import BackgroundLoop
@@ -71,7 +71,7 @@ class Dispatcher(BackgroundLoop):
         self._metrics.failed_passes.inc()
 
     def work(self, payloads: Sequence[str]) -> float:  # noqa: ARG002
-        """Sends as many messages as there are claimable units without one. Before that, a sweep if one is due."""
+        """Sends as many messages as there are claimable units and tasks without one. Before that, a sweep if one is due."""
         if not self._is_paired:
             self._pair()
         if time.monotonic() >= self._sweep_due:  # what ends by time alone: no notification tells of it
@@ -79,6 +79,7 @@ class Dispatcher(BackgroundLoop):
             self._sweep_due = time.monotonic() + self._settings.sweep_seconds
         with self._sessions() as session:
             waiting = ledger.claimable_count(session, most=MAX_MESSAGES)
+            waiting += tasks.claimable_count(session, most=MAX_MESSAGES)
         if waiting:
             self._wake(waiting)
         return max(0.0, self._sweep_due - time.monotonic())
@@ -90,10 +91,15 @@ class Dispatcher(BackgroundLoop):
             unable = ledger.end_undoable(session, lease_seconds=lease, after_seconds=after)
             leases = ledger.expire_leases(session, retries=self._retries)
             cancels = ledger.expire_cancels(session, after_seconds=self._settings.cancel_seconds)
+        with self._sessions.begin() as session:  # of its own: neither waits for the rows of the other
+            leases += tasks.expire_leases(session, retries=self._retries)
+            tasks.delete_expired(session)
         self._metrics.leases.inc(leases)
         self._metrics.cancels.inc(cancels)
         if leases or cancels:
-            log.warning("dispatcher: took %d units back from silent workers, forced %d cancels", leases, cancels)
+            log.warning(
+                "dispatcher: took %d units or tasks back from silent workers, forced %d cancels", leases, cancels
+            )
         if unable:
             log.error("dispatcher: %d jobs failed that no live worker can do; see `winnow doctor`", unable)
 

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
 import service.tables  # noqa: F401  # every table must be known before one is mapped to its foreign keys
-from service import ledger
+from service import ledger, tasks
 from service.auth.tables import ApiKey, Tenant
 from service.datasets.tables import Dataset
 from service.db.engine import Sessions, make_engine, make_sessions
@@ -33,6 +33,7 @@ __all__ = [
     "ledger_world",
     "new_database",
     "new_owner",
+    "new_task",
     "unit",
     "wait_until",
 ]
@@ -62,6 +63,7 @@ class LedgerWorld:
         with self.engine.begin() as connection:
             connection.execute(text("DELETE FROM selection_jobs"))
             connection.execute(text("DELETE FROM workers"))
+            connection.execute(text("DELETE FROM tasks"))
             connection.execute(text("UPDATE tenants SET last_scheduled_at = NULL"))
 
     def job(self, *units: UnitSpec, owner: dict[str, str] | None = None) -> str:
@@ -225,6 +227,14 @@ def new_owner(sessions: Sessions) -> dict[str, str]:
         session.add(ApiKey(id=key_id, tenant_id=tenant_id, name="key", prefix=key_id, digest=bytes(32)))
         session.add(Dataset(id=dataset_id, tenant_id=tenant_id, name="pool", **content))
     return {"tenant_id": tenant_id, "key_id": key_id, "pool_id": dataset_id, "target_id": dataset_id}
+
+
+def new_task(world: LedgerWorld, owner: dict[str, str] | None = None, **more: Any) -> str:
+    """The id of a task of the world's tenant, or of another one's `owner`."""
+    whose = owner or world.owner
+    given = {"kind": "import_dataset", "subject": new_id("ds"), "input": {}, **more}
+    with world.sessions.begin() as session:
+        return tasks.create(session, tenant_id=whose["tenant_id"], key_id=whose["key_id"], **given).id
 
 
 @contextmanager

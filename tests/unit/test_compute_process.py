@@ -35,8 +35,9 @@ from worker.errors import ArtifactMissing, ComputeDied, OutOfMemory, ParameterEr
 from worker.influence import UnusableInput
 from worker.loading import folders
 from worker.process.compute_process import ComputeProcess, _environment, _oom_kills
-from worker.process.machine import available_memory, limit_memory
+from worker.process.machine import limit_memory
 from worker.process.main import Compute
+from worker.process.memory import available_memory
 from worker.supervisor import Supervisor
 from worker.text import tokenization
 

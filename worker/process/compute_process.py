@@ -27,11 +27,14 @@ _LESS_MEMORY = (
 
 
 class ComputeProcess:
-    """A running compute process. Used by one thread, apart from its reader. `from_hub`: its model comes from the hub."""
+    """A running compute process. Used by one thread, apart from its reader. `from_hub`: its model comes from the hub.
 
-    def __init__(self, settings: Settings, *, from_hub: bool = False) -> None:
+    `module`: its main, if it is another one that speaks as `worker.process.main` does.
+    """
+
+    def __init__(self, settings: Settings, *, from_hub: bool = False, module: str = "worker.process.main") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.process.main"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

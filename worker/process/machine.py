@@ -1,16 +1,14 @@
 """What the compute process may use of this machine, and what the machine can do."""
 
-import contextlib
-import os
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from service.settings import WorkerSettings
 from worker.loading.placement import choose_device, device_name
+from worker.process.memory import available_memory, hold_to, usual_limit
 
 
 def capability(device: torch.device) -> dict[str, Any]:
@@ -41,17 +39,12 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int, seconds:
 
 
 def limit_memory(settings: WorkerSettings) -> None:
-    """From the limit on an allocation fails, which ends the attempt; without one the kernel kills, this process before any other.
-
-    With CUDA there is none unless it is set: the driver sets aside far more than it uses, by no rule that is written down.
-    """
+    """Holds this process to its limit. With CUDA there is none unless it is set: the driver sets aside far more than it uses,
+    by no rule that is written down."""
     limit = settings.memory_bytes
     if limit == 0 and choose_device(settings.device).type == "cpu":
-        limit = available_memory() * 9 // 10  # the rest is for the supervisor and what the kernel keeps
-    if limit > 0:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    with contextlib.suppress(OSError):  # not on Linux, or not allowed
-        Path("/proc/self/oom_score_adj").write_text("500")
+        limit = usual_limit()
+    hold_to(limit)
 
 
 def memory_limit() -> str:
@@ -60,12 +53,3 @@ def memory_limit() -> str:
     if limit == resource.RLIM_INFINITY:
         return "The compute process has no memory limit."
     return f"The compute process is limited to {limit / 2**30:.1f} GiB (WINNOW_WORKER__MEMORY_BYTES)."
-
-
-def available_memory() -> int:
-    """Of the machine, or of the container where that has less."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
-            found.append(int(Path(file).read_text()))
-    return min(found)

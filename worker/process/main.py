@@ -16,19 +16,15 @@ stdin closes, so it never outlives its supervisor, whatever killed that.
 """
 
 import errno
-import json
 import logging
 import os
-import queue
 import re
 import resource
-import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,13 +41,11 @@ from worker.errors import Cancelled, DeviceNotHere, OutOfMemory, ParameterError,
 from worker.influence import UnusableInput
 from worker.loading.placement import choose_device
 from worker.process import machine
+from worker.process.conversation import Conversation
 from worker.stages import curvature, embed, gradients, prepare, propagate, select, select_embedding, validate, warmup
 from worker.stages.context import ModelCache, StageContext
 
 log = logging.getLogger(__name__)
-
-_PROGRESS_SECONDS = 0.2
-_ALIVE_SECONDS = 2.0
 
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -155,52 +149,7 @@ def _of_storage(error: OSError | SafetensorError) -> UnitError | None:
     return None
 
 
-class _Conversation:
-    """This process's side of the pipe. A thread reads, so that a cancel and the end of the supervisor are seen at once."""
-
-    def __init__(self, incoming: IO[str], outgoing: IO[str]) -> None:
-        self._incoming = incoming
-        self._outgoing = outgoing
-        self._last_progress = 0.0
-        self.cancelled = threading.Event()
-        self.messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._sending = threading.Lock()
-        threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=self._pulse, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self._incoming:
-            message = json.loads(line)
-            if message["type"] == "cancel":
-                self.cancelled.set()
-                continue
-            self.cancelled.clear()  # here, in the order of the messages: a cancel that follows its unit closely counts
-            self.messages.put(message)
-        os._exit(0)  # the supervisor is gone: nobody would read a result
-
-    def _pulse(self) -> None:
-        while True:
-            time.sleep(_ALIVE_SECONDS)
-            self.send(type="alive")
-
-    def send(self, **message: Any) -> None:
-        with self._sending:
-            self._outgoing.write(json.dumps(message) + "\n")
-            self._outgoing.flush()
-
-    def event(self, kind: str, data: dict[str, Any]) -> None:
-        self.send(type="event", kind=kind, data=data)
-
-    def report(self, done: int) -> None:
-        if self.cancelled.is_set():
-            raise Cancelled
-        now = time.monotonic()
-        if now - self._last_progress >= _PROGRESS_SECONDS:
-            self._last_progress = now
-            self.send(type="progress", done=done)
-
-
-def _answer(compute: Compute, unit: Mapping[str, Any], conversation: _Conversation) -> None:
+def _answer(compute: Compute, unit: Mapping[str, Any], conversation: Conversation) -> None:
     try:
         conversation.send(type="done", result=compute.run(unit, conversation.report, conversation.event))
     except Cancelled:
@@ -216,10 +165,7 @@ def _answer(compute: Compute, unit: Mapping[str, Any], conversation: _Conversati
 
 def main() -> None:
     transformers_logging.disable_progress_bar()
-    # The pipe keeps its own descriptor; whatever a library prints goes to stderr.
-    outgoing = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    conversation = _Conversation(sys.stdin, outgoing)
+    conversation = Conversation.of_this_process()
     start = conversation.messages.get()
     logs.configure(LogSettings(**start["log"]), service="compute")
     settings = WorkerSettings(**start["worker"])

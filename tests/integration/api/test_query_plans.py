@@ -19,7 +19,7 @@ from support.servers import new_database
 from support.world import SECRET, make_settings, register_model
 from support.world import World as Service
 
-from service import ledger
+from service import ledger, tasks
 from service.auth.principal import Scope
 from service.idempotency import repository as idempotency
 from service.jobs import repository as jobs
@@ -85,6 +85,13 @@ INSERT INTO webhook_deliveries (id, endpoint_id, job_id, type, payload, state, n
         CASE WHEN f.n % 1000 <> 0 THEN f.at END
     FROM filled f JOIN owner o USING (tenant);
 INSERT INTO webhook_attempts (delivery_id, status, seconds) SELECT id, 200, 1 FROM webhook_deliveries;
+INSERT INTO tasks (id, kind, subject, tenant_id, key_id, input, state, lease_expires_at, started_at, finished_at,
+        created_at, kept_seconds)
+    SELECT 'task_' || substr(f.id, 5), 'import_dataset', f.id, o.id, o.key_id, '{{}}', s.state::task_state,
+        CASE s.state WHEN 'running' THEN now() END, CASE s.state WHEN 'pending' THEN NULL ELSE f.at END,
+        CASE s.state WHEN 'succeeded' THEN f.at END, f.at, CASE WHEN f.n % 100 = 0 THEN 600 END
+    FROM filled f JOIN owner o USING (tenant),
+        LATERAL (SELECT CASE WHEN f.n % 500 = 0 THEN 'pending' WHEN f.n % 500 = 1 THEN 'running' ELSE 'succeeded' END) s (state);
 INSERT INTO workers (worker_id, version, started_at, seen_at) VALUES ('w', 'v', now(), now());
 """
 
@@ -258,6 +265,10 @@ BACKGROUND: dict[str, Callable[[Session], Any]] = {
     "claimable": lambda s: ledger.claimable_count(s),
     "leases": lambda s: ledger.expire_leases(s, retries=ledger.Retries(max_attempts=3, seconds=0)),
     "cancels": lambda s: ledger.expire_cancels(s, after_seconds=1),
+    "claimed task": lambda s: tasks.claim_task(s, worker_id="w", lease_seconds=60, kinds=["import_dataset"]),
+    "claimable tasks": lambda s: tasks.claimable_count(s, most=64),
+    "leases of tasks": lambda s: tasks.expire_leases(s, retries=ledger.Retries(max_attempts=3, seconds=0)),
+    "expired tasks": lambda s: tasks.delete_expired(s),
     "gauges": lambda s: jobs.gauges(s, alive_seconds=60, timeout_seconds=60),
     "diagnosis": lambda s: jobs.diagnosis(s, ApiSettings.model_fields["ledger"].default),
     "unwanted deliveries": lambda s: webhooks.fail_unwanted(s),

