@@ -13,8 +13,12 @@ _READ = (
     "Passage: {{ context | trim }}\n\nQuestion: {{ question | trim }}"
 )
 _SPAN = "{{ answers.text[0] | trim }}"
-# Of an exemplar, "Q: ...\nA: ...": its number is `copy`. Some copies of BBH begin each prompt with a notice and a rule of dashes.
-_SHOTS = "{% set shots = chain_of_thought_prompt.split('\\n\\nQ: ') %}{% set shot = shots[copy].split('\\nA: ', 1) %}"
+# The exemplars of a task follow its description, `Q: ...` and `A: Let's think step by step ...`; their number is `copy`. The
+# paper's own files begin with a notice and a rule of dashes, and other copies have QUESTION and ANSWER in place of the letters.
+_SHOTS = (
+    "{% set shots = chain_of_thought_prompt.replace('QUESTION: ', 'Q: ').split('\\n\\nQ: ') %}"
+    '{% set shot = shots[copy].split("Let\'s think step by step", 1) %}'
+)
 _FUNCTION = (
     "{% set parts = ('\\n' ~ code.replace('\\r\\n', '\\n').rstrip()).rsplit('\\ndef ', 1) %}"
     "{% set lines = parts[1].split('\\n', 1) %}{% set body = lines[1].strip('\\n') %}"
@@ -116,13 +120,14 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="bbh",
-            title="27 hard tasks of BIG-bench, answered by reasoning that ends in `So the answer is X.`",
+            title="27 hard tasks of BIG-bench, answered step by step",
             hub=HubSplit(id="Joschka/big_bench_hard", config="few_shot_prompts", split="few_shot_prompts"),
             why="The three worked examples a task that are shown to models before each question, as LESS uses them; scores are"
             " reported on all other questions, of which there is one split.",
             template={
-                "user": _SHOTS + "{{ (shots[0].split('-----\\n') | last) | trim }}\n\nQ: {{ shot[0] | trim }}\nA:",
-                "assistant": _SHOTS + "{{ shot[1] | trim }}",
+                "user": _SHOTS + "{{ (shots[0].split('-----\\n') | last) | trim }}\n\nQ: "
+                "{{ (shot[0] | trim).removesuffix('ANSWER:').removesuffix('A:') | trim }}\nA:",
+                "assistant": _SHOTS + "Let's think step by step{{ shot[1].rstrip() }}",
             },
             copies=3,
             spread=Spread(over="task", column="dataset_name"),

@@ -127,6 +127,18 @@ def test_each_exemplar_of_a_task_is_a_sample_of_its_own() -> None:
     ]
 
 
+def test_exemplars_in_other_words_are_told_apart_too() -> None:
+    text = (
+        SHOTS.replace("Q: ", "QUESTION: ")
+        .replace("A: Let's", "Let's")
+        .replace("So the answer is fig pear.", "ANSWER: fig pear")
+    )
+    ((user, reply),) = (
+        each for each in made("bbh", {**ROWS["bbh"], "chain_of_thought_prompt": text}) if isinstance(each, tuple)
+    )
+    assert (user, reply[-18:]) == (EXPECTED["bbh"][0], "\n\nANSWER: fig pear")
+
+
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
