@@ -106,7 +106,7 @@ bench-api: $(INSTALLED)  ## the API under load: pollers, submissions, lists over
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/api.py --out $(BENCH_OUT) $(ARGS)
 
 bench-upload: $(INSTALLED)  ## uploads of a million rows: rows a second of one core, memory of the API; some minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/upload.py --out $(BENCH_OUT) $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/upload.py --cache $(BENCH_CACHE)/upload --out $(BENCH_OUT) $(ARGS)
 
 clean:  ## remove the environment and the embedded stack's state
 	rm -rf $(VENV) .winnow

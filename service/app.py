@@ -16,6 +16,7 @@ from service.background.sweeper import Sweeper
 from service.background.webhook_sender import Sender
 from service.datasets.router import router as datasets
 from service.datasets.targets import router as targets
+from service.datasets.uploads.router import router as uploads
 from service.db.engine import make_engine, make_sessions
 from service.health import exposition
 from service.health import router as health
@@ -113,7 +114,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     idempotency.install(app)
     for router in (health.router, exposition.router, docs.router):
         app.include_router(router)
-    for router in (models, datasets, targets, jobs, results, keys, usage, audit, webhooks):
+    for router in (models, datasets, targets, uploads, jobs, results, keys, usage, audit, webhooks):
         app.include_router(
             router,
             prefix="/v1",

@@ -134,6 +134,12 @@ class UploadSettings(_Group):
     max_bytes: int = Field(default=8 * 2**30, description="Largest upload, before and after decompression")
     max_rows: int = Field(default=10_000_000)
     max_row_bytes: int = Field(default=2**20)
+    part_bytes: int = Field(
+        default=8 * 2**20,
+        ge=1,
+        lt=2**31,
+        description="Size of a part of uploads in parts: what a broken connection costs",
+    )
     idle_seconds: float = Field(default=60.0, gt=0, description="An upload that sends nothing for this long is aborted")
     max_expansion: float = Field(
         default=200.0, ge=1, description="How many times its size an upload may have after decompression"
@@ -157,8 +163,11 @@ class LimitSettings(_Group):
 
     requests_per_minute: int = Field(default=3_000, ge=0, description="In each API process")
     concurrent_jobs: int = Field(default=100, ge=0, description="Jobs that have not ended")
-    stored_bytes: int = Field(default=100 * 2**30, ge=0, description="Total size of the rows of its datasets")
+    stored_bytes: int = Field(
+        default=100 * 2**30, ge=0, description="Total size of the rows of its datasets, and of its uploads in parts"
+    )
     samples_per_day: int = Field(default=50_000_000, ge=0, description="Pool and target rows of its jobs in 24 hours")
+    open_uploads: int = Field(default=20, ge=0, description="Uploads in parts of which no dataset was made yet")
 
 
 class ShareSettings(_Group):
@@ -196,6 +205,9 @@ class RetentionSettings(_Group):
         default=0,
         ge=0,
         description="Above this size the oldest are deleted, but none younger than an hour; 0: no limit",
+    )
+    uploads_hours: float = Field(
+        default=24.0, ge=0, description="An upload in parts is deleted after so long without a part; 0: never"
     )
     results_days: float = Field(default=0.0, ge=0, description="Finished jobs are deleted after this long; 0: never")
     sweep_minutes: float = Field(default=60.0, gt=0, description="How often retention is applied")

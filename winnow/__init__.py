@@ -4,5 +4,6 @@ It imports nothing of `service` and `worker`, and needs none of their dependenci
 """
 
 from winnow.client import AsyncWinnow, JobFailed, Unreachable, Winnow, WinnowError
+from winnow.uploading import UploadProgress
 
-__all__ = ["AsyncWinnow", "JobFailed", "Unreachable", "Winnow", "WinnowError"]
+__all__ = ["AsyncWinnow", "JobFailed", "Unreachable", "UploadProgress", "Winnow", "WinnowError"]

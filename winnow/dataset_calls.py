@@ -2,17 +2,15 @@
 
 import json
 import os
-import uuid
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Literal, cast
 
-import httpx
+from winnow.transport import Json, call
+from winnow.uploading import OnProgress, Uploading
 
-from winnow.transport import Connection, Json, call
 
-
-class DatasetCalls(Connection):
+class DatasetCalls(Uploading):
     """Uploads, and what became of them."""
 
     @call
@@ -25,8 +23,12 @@ class DatasetCalls(Connection):
         columns: Mapping[str, str] | str | None = None,
         template: Mapping[str, str] | str | None = None,
         on_bad_row: Literal["refuse", "skip"] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Json:
         """Uploads JSONL, JSON, CSV, TSV, text, Parquet or Arrow, also gzip or zstd of it; a file is streamed.
+
+        A file of 64 MiB or more is sent in parts: a connection that breaks costs its part, and
+        after an error, or an end of this process, the same call goes on where it was. So it does where rows were refused.
 
         Returns the dataset; its `detected` says what was taken of the file.
 
@@ -37,6 +39,7 @@ class DatasetCalls(Connection):
             columns: which columns hold what, where their names do not say so: {"prompt": "question"} or "prompt:question,...".
             template: Jinja templates over a row that make its messages: {"user": ..., "assistant": ..., "system": ...}.
             on_bad_row: "skip" keeps the other rows, and `skipped_rows` names those that were left out; else one refuses the file.
+            on_progress: called with an `UploadProgress` now and then, in whichever thread; first bytes, then rows.
 
         Raises:
             ValueError: content without a name.
@@ -54,24 +57,7 @@ class DatasetCalls(Connection):
             "on_bad_row": on_bad_row,
         }
         params = {key: value for key, value in given.items() if value is not None}
-        # The response comes once every row was checked, which may take minutes.
-        timeout = httpx.Timeout(self._http.timeout.connect, read=None)
-        options: Json = {"params": params, "timeout": timeout}
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-
-        async def attempt() -> httpx.Response:
-            if isinstance(source, bytes):
-                request = self._http.build_request("POST", "/datasets", content=source, headers=headers, **options)
-                return await self._send_once(request)
-            with open(source, "rb") as file:
-                size = {"Content-Length": str(os.fstat(file.fileno()).st_size)}
-                content = self._upload(file)
-                request = self._http.build_request(
-                    "POST", "/datasets", content=content, headers=headers | size, **options
-                )
-                return await self._send_once(request)
-
-        return cast(Json, (await self._send("POST", attempt)).json())
+        return await self._upload(source, params, on_progress)
 
     @call
     def datasets(self) -> AsyncGenerator[Json]:

@@ -7,13 +7,14 @@ in a single step, without an event loop (`run`).
 import asyncio
 import json
 import random
+import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import wraps
-from typing import IO, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 import httpx
 
@@ -26,7 +27,6 @@ A = TypeVar("A")  # what one of the asynchronous client returns
 _RETRY_STATUSES = frozenset({429, 502, 503, 504})
 _FIRST_PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 30.0
-_UPLOAD_CHUNK_BYTES = 2**16
 
 
 class WinnowError(Exception):
@@ -54,16 +54,17 @@ class WinnowError(Exception):
 class Unreachable(WinnowError):
     """The service could not be reached, or the connection was lost; `status` is None."""
 
-    def __init__(self, error: httpx.TransportError) -> None:
+    def __init__(self, error: httpx.TransportError, advice: str = "Is the service running?") -> None:
+        self.error = error
         reason = str(error) or type(error).__name__
-        super().__init__(None, "unreachable", f"{error.request.url} did not respond: {reason}. Is the service running?")
+        super().__init__(None, "unreachable", f"{error.request.url} did not respond: {reason}. {advice}")
 
 
 class Connection(ABC):
     """What both clients share. The abstract methods are all that differs between blocking and asynchronous I/O.
 
-    A GET, and a POST (it carries an `Idempotency-Key`), is retried when the connection fails and after 429, 502, 503 and 504,
-    unless the service says that this is useless or asks for more than half a minute. Any other call is retried only where no
+    A GET, a PUT, and a POST (it carries an `Idempotency-Key`), is retried when the connection fails and after 429, 502, 503 and
+    504, unless the service says that this is useless or asks for more than half a minute. Any other call is retried only where no
     connection could be made: otherwise it may have been carried out.
     """
 
@@ -100,8 +101,18 @@ class Connection(ABC):
     async def _close_response(self, response: httpx.Response) -> None: ...
 
     @abstractmethod
-    def _upload(self, file: IO[bytes]) -> Any:
-        """The file as a request's content."""
+    def _content(self, pieces: Iterator[bytes]) -> Any:
+        """The pieces, which are read from a file, as a request's content."""
+
+    @abstractmethod
+    async def _off_loop(self, work: Callable[[], object]) -> None:
+        """Does the work, which blocks, without blocking others."""
+
+    @abstractmethod
+    def _meanwhile(
+        self, look: Callable[[], Coroutine[Any, Any, None]] | None, seconds: float
+    ) -> AbstractAsyncContextManager[None]:
+        """Calls `look` every so many seconds until the context ends; None: nothing."""
 
     async def _pages(self, path: str, params: Mapping[str, str | None]) -> AsyncGenerator[Json]:
         """The entries of all pages; parameters that are None are left out."""
@@ -144,11 +155,13 @@ class Connection(ABC):
             for line in lines:
                 yield line
 
-    async def _send(self, method: str, attempt: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+    async def _send(
+        self, method: str, attempt: Callable[[], Awaitable[httpx.Response]], *, retries: int | None = None
+    ) -> httpx.Response:
         """The successful response of the last attempt."""
-        is_safe = method in ("GET", "POST")
+        is_safe = method in ("GET", "POST", "PUT")
         pause = _FIRST_PAUSE_SECONDS
-        for left in range(self._retries, -1, -1):
+        for left in range(self._retries if retries is None else retries, -1, -1):
             asked: float | None = None
             try:
                 response = await attempt()
@@ -198,8 +211,32 @@ class SyncConnection(Connection):
     async def _close_response(self, response: httpx.Response) -> None:
         response.close()
 
-    def _upload(self, file: IO[bytes]) -> IO[bytes]:
-        return file
+    def _content(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        return pieces
+
+    async def _off_loop(self, work: Callable[[], object]) -> None:
+        work()
+
+    @asynccontextmanager
+    async def _meanwhile(
+        self, look: Callable[[], Coroutine[Any, Any, None]] | None, seconds: float
+    ) -> AsyncIterator[None]:
+        if look is None:
+            yield
+            return
+        ended = threading.Event()
+
+        def run_looks() -> None:
+            while not ended.wait(seconds):
+                run(look())
+
+        thread = threading.Thread(target=run_looks, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 class AsyncConnection(Connection):
@@ -229,9 +266,32 @@ class AsyncConnection(Connection):
     async def _close_response(self, response: httpx.Response) -> None:
         await response.aclose()
 
-    async def _upload(self, file: IO[bytes]) -> AsyncIterator[bytes]:
-        while chunk := await asyncio.to_thread(file.read, _UPLOAD_CHUNK_BYTES):
-            yield chunk
+    async def _content(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+        while piece := await asyncio.to_thread(next, pieces, b""):
+            yield piece
+
+    async def _off_loop(self, work: Callable[[], object]) -> None:
+        await asyncio.to_thread(work)
+
+    @asynccontextmanager
+    async def _meanwhile(
+        self, look: Callable[[], Coroutine[Any, Any, None]] | None, seconds: float
+    ) -> AsyncIterator[None]:
+        ended = asyncio.Event()
+
+        async def run_looks() -> None:
+            while look is not None and not ended.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), seconds)
+                    return
+                await look()
+
+        looks = asyncio.create_task(run_looks())
+        try:
+            yield
+        finally:
+            ended.set()
+            await looks
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:

@@ -79,7 +79,12 @@ def collect(
     print("Would remove:" if dry_run else "Removed:")
     for kind, tally in sorted(found.removed.items()):
         print(f"  {kind:<14} {tally.files:>9,} files {tally.bytes:>18,} bytes")
-    counts = {"jobs": len(found.jobs), "workers": len(found.workers), "scratch": found.scratch}
+    counts = {
+        "jobs": len(found.jobs),
+        "uploads": len(found.uploads),
+        "workers": len(found.workers),
+        "scratch": found.scratch,
+    }
     for name, count in counts.items():
         print(f"  {name:<14} {count:>9,}")
     if found.unknown.files:

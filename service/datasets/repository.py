@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, Select, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service import ids
-from service.datasets.tables import Dataset
+from service.datasets.tables import Dataset, Upload
 from service.db.pagination import paginate
 from service.ledger.state import TERMINAL
 from service.ledger.tables import SelectionJob
@@ -61,10 +61,12 @@ def unfinished_job_of(session: Session, dataset_id: str) -> str | None:
 
 
 def stored_bytes(session: Session, key_id: str) -> int:
-    """Of the rows and reports of the key's live datasets; the same content twice counts twice."""
+    """Of the rows and reports of the key's live datasets, equal content twice, and of its uploads in parts, which
+    count whole from their beginning."""
     size = func.sum(Dataset.byte_count + Dataset.skipped_bytes)
     stored = select(size).where(Dataset.key_id == key_id, Dataset.deleted_at.is_(None))
-    return int(session.scalar(stored) or 0)
+    uploads = select(func.sum(Upload.bytes)).where(Upload.key_id == key_id)
+    return int(session.scalar(stored) or 0) + int(session.scalar(uploads) or 0)
 
 
 def content_lock(fingerprint: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 from anyio import CapacityLimiter
@@ -11,6 +10,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, BackgroundTasks, Request, Response, status
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
+from starlette.background import BackgroundTask
 from starlette.responses import StreamingResponse
 
 from service.audit import service as audit
@@ -20,6 +20,7 @@ from service.auth.quotas import QuotaExceeded
 from service.datasets import repository, service
 from service.datasets.bad_rows import OnBadRow
 from service.datasets.convert import convert
+from service.datasets.receiving import received
 from service.datasets.rows.forms import Form
 from service.datasets.rows.options import RowOptions
 from service.datasets.schemas import (
@@ -36,9 +37,12 @@ from service.datasets.schemas import (
     TemplateQuery,
 )
 from service.datasets.storage import Content
-from service.datasets.upload import received
+from service.datasets.tables import Upload
+from service.datasets.uploads import files as parts
+from service.datasets.uploads import service as uploading
+from service.datasets.uploads.schemas import UploadQuery
 from service.db.engine import SessionDep, release_connection
-from service.http.bodies import BodyBudget, set_budget
+from service.http.bodies import BodyBudget, has_body, set_budget
 from service.http.downloads import Download
 from service.http.errors import (
     BadRequest,
@@ -57,6 +61,9 @@ from service.idempotency.service import IdempotentRequest, KeyHeader, is_answere
 from service.settings import ApiSettings, LimitSettings
 from service.shares import Shares
 from service.storage.tempdirs import temporary_directory
+
+Convert = Callable[..., Content]
+"""`convert` with all but the folder."""
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], responses=responses(Unauthorized, Forbidden))
 
@@ -106,6 +113,7 @@ async def upload(
     columns: ColumnsQuery = None,
     template: TemplateQuery = None,
     on_bad_row: OnBadRowQuery = OnBadRow.REFUSE,
+    upload_id: UploadQuery = None,
     idempotency_key: KeyHeader = None,
 ) -> Response:
     """Stores the rows of the file, in order, as a dataset: all of them or none, or with `on_bad_row=skip` those that can be used.
@@ -117,23 +125,35 @@ async def upload(
     (in JSON documents, Parquet and Arrow by row), from 1.
 
     The answer says what was taken: of which columns, in how many rows (`detected`), and how many rows were `skipped`.
+
+    Large files are better sent in parts first (POST /v1/uploads), and named here by `upload` in place of a body.
     """
     options = RowOptions.parse(form, columns, template)
     state = request.app.state
     settings: ApiSettings = state.settings
+    shares: Shares = state.shares
+    uploads, tenant = settings.uploads, principal.tenant_id
+    converted = partial(convert, options=options, limits=uploads, on_bad_row=on_bad_row)
+    # Apart from the threads that answer other requests, which a few long conversions would otherwise use up.
+    apart = CapacityLimiter(1)
+    if upload_id is not None:
+        if has_body(request):
+            raise BadRequest("upload: send either a body or the id of an upload, not both.", param="upload")
+        await release_connection(session)
+        with shares.uploads.taken(tenant):
+            async with shares.readers.waited_for(tenant):
+                named = partial(converted, name=name)
+                return await run_sync(
+                    _keep_parts, request, upload_id, principal, idempotency_key, name, named, limiter=apart
+                )
     await run_in_threadpool(_check_room, session, principal, settings.limits, idempotency_key)
     # An upload may last for hours, and its conversion for minutes: no connection and no transaction is kept meanwhile.
     await release_connection(session)
-    uploads, slowest = settings.uploads, settings.requests.bytes_per_second
-    set_budget(request, BodyBudget(None, uploads.idle_seconds, slowest))
-    shares: Shares = state.shares
-    with shares.uploads.taken(principal.tenant_id):
-        async with received(request, uploads) as (file, file_name), shares.readers.waited_for(principal.tenant_id):
-            told_by = file_name if "." in file_name else name
-            converted = partial(convert, file, options, uploads, name=told_by, on_bad_row=on_bad_row)
-            keep = partial(_keep, request, file, principal, idempotency_key, name, converted)
-            # Apart from the threads that answer other requests, which a few long conversions would otherwise use up.
-            return await run_sync(keep, limiter=CapacityLimiter(1))
+    set_budget(request, BodyBudget(None, uploads.idle_seconds, settings.requests.bytes_per_second))
+    with shares.uploads.taken(tenant):
+        async with received(request, uploads) as (file, file_name), shares.readers.waited_for(tenant):
+            named = partial(converted, file, name=file_name if "." in file_name else name)
+            return await run_sync(_keep_body, request, file, principal, idempotency_key, name, named, limiter=apart)
 
 
 def _check_room(session: Session, principal: Principal, limits: LimitSettings, idempotency_key: str | None) -> None:
@@ -145,28 +165,73 @@ def _check_room(session: Session, principal: Principal, limits: LimitSettings, i
             raise
 
 
-def _keep(
+def _keep_body(
     request: Request,
     file: IO[bytes],
     principal: Principal,
     idempotency_key: str | None,
     name: str,
-    converted: Callable[[Path], Content],
+    converted: Convert,
 ) -> Response:
-    state = request.app.state
     digest = b""
     if idempotency_key is not None:
         file.seek(0)
         content_sha256 = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # an IO[bytes] that can
         digest = request_digest(request, content_sha256)
-    idempotent = IdempotentRequest(state.encryptor, principal, idempotency_key, digest)
+    idempotent = IdempotentRequest(request.app.state.encryptor, principal, idempotency_key, digest)
+    with request.app.state.sessions() as session:
+        idempotent.replay(session)
+    return _keep(request, principal, idempotent, name, converted)
+
+
+def _keep_parts(
+    request: Request,
+    upload_id: str,
+    principal: Principal,
+    idempotency_key: str | None,
+    name: str,
+    converted: Convert,
+) -> Response:
+    state = request.app.state
+    # The id, in the query, stands for the content.
+    idempotent = IdempotentRequest(state.encryptor, principal, idempotency_key, request_digest(request, b""))
     with state.sessions() as session:
         idempotent.replay(session)
+    try:
+        with state.sessions() as session:
+            whole = uploading.find_whole(session, principal.tenant_id, upload_id)
+        with (
+            parts.Reading(state.sessions, whole) as reading,
+            parts.assembled(state.sessions, state.store, whole, reading.note) as file,
+        ):
+            named = partial(converted, file, report=reading.note)
+            answer = _keep(request, principal, idempotent, name, named, whole)
+    except (NotFound, Conflict):
+        with state.sessions() as session:
+            idempotent.replay(session)  # another request with the same key was faster, just now
+        raise
+    # Once the dataset is there; an object store may take a while for hundreds of parts.
+    answer.background = BackgroundTask(parts.remove, state.store, whole)
+    return answer
+
+
+def _keep(
+    request: Request,
+    principal: Principal,
+    idempotent: IdempotentRequest,
+    name: str,
+    converted: Convert,
+    upload: Upload | None = None,
+) -> Response:
+    """Converts and registers a dataset. An upload in parts goes in the same transaction, and with it its share of the quota."""
+    state = request.app.state
     with temporary_directory() as folder:
-        content = converted(folder)
+        content = converted(folder=folder)
         with state.sessions.begin() as session:
             require_live(session, principal)  # hours may have passed
             idempotent.begin(session)
+            if upload is not None:
+                uploading.remove(session, upload)
             dataset = service.register(session, state.store, principal, state.settings.limits, name, content)
             detail = {"rows": dataset.row_count, **({"skipped": dataset.skipped} if dataset.skipped else {})}
             audit.record(session, principal, "dataset.created", dataset.id, **detail)

@@ -61,8 +61,8 @@ def check_quota(session: Session, principal: Principal, settings: LimitSettings,
     used = repository.stored_bytes(session, principal.key_id)
     if used + adding > limit:
         raise quotas.QuotaExceeded(
-            f"The datasets of this key have {used:,} bytes of rows; {adding:,} more would exceed its limit of {limit:,}."
-            " Delete datasets that you no longer need.",
+            f"The datasets and uploads of this key have {used:,} bytes; {adding:,} more would exceed its limit of {limit:,}."
+            " Delete datasets, or uploads in parts, that you no longer need.",
             param="stored_bytes",
             retry=False,
         )

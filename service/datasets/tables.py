@@ -1,9 +1,9 @@
-"""Uploaded datasets. Their rows are in the artifact store, under their fingerprint."""
+"""Datasets, whose rows are in the artifact store under their fingerprint, and uploads in parts that may become some."""
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.engine import Base, CreatedAt
@@ -36,3 +36,32 @@ class Dataset(CreatedAt, Base):
     skipped: Mapped[int] = mapped_column(BigInteger, server_default="0")
     skipped_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     deleted_at: Mapped[datetime | None]
+
+
+class Upload(CreatedAt, Base):
+    """A file that is sent in parts. It goes when a dataset was made of it, when it is deleted, and when nothing came for long.
+
+    `received` parts, of `part_bytes` each but the last, are in the artifact store. `rows_read` counts while a dataset is made,
+    and no other request makes one of it before `read_until`.
+    """
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        CheckConstraint("bytes > 0 AND part_bytes > 0", name="has_bytes"),
+        CheckConstraint("length(sha256) = 64", name="sha256_is_hex"),
+        # The same file again is the same upload: this is how it is resumed.
+        Index("uq_uploads_key_id_sha256", "key_id", "sha256", "bytes", unique=True),
+        Index("ix_uploads_tenant_id_id", "tenant_id", "id"),
+        Index("ix_uploads_used_at", "used_at"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
+    sha256: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    part_bytes: Mapped[int]
+    received: Mapped[int] = mapped_column(server_default="0")
+    rows_read: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    read_until: Mapped[datetime | None]
+    used_at: Mapped[datetime] = mapped_column(server_default=func.now())

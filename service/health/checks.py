@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session
 
 from service.background.dispatcher import QUEUE
 from service.datasets.storage import fingerprint_of
+from service.datasets.uploads.files import upload_of
 from service.db.locks import Lock, lock_holder
 from service.db.migrate import standing
 from service.jobs import repository
@@ -256,7 +257,7 @@ def _artifacts(system: System) -> Outcome:
     aside = system.store.set_aside()
     found, count, size = [], 0, 0
     for file in system.store.files() if system.deep else ():
-        is_own = named_keys(file.key) or fingerprint_of(file.key)
+        is_own = named_keys(file.key) or fingerprint_of(file.key) or upload_of(file.key)
         if is_own and not file.is_set_aside and not file.key.endswith(SUFFIX):
             count, size = count + 1, size + file.size
             if (damage := system.store.damage(file.key)) is not None:

@@ -102,6 +102,11 @@ class _Body:
             self._waited_seconds += loop.time() - started
 
 
+def has_body(request: Request) -> bool:
+    """Whether the head says that a body follows."""
+    return _announced(request) > 0
+
+
 def _announced(request: Request) -> int:
     """The bytes that the head says will follow, at least; 0: none."""
     length = request.headers.get("content-length", "")

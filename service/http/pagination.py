@@ -46,6 +46,7 @@ def _after(prefix: str) -> Any:
 
 AfterJob = Annotated[str | None, _after("job")]
 AfterDataset = Annotated[str | None, _after("ds")]
+AfterUpload = Annotated[str | None, _after("up")]
 AfterKey = Annotated[str | None, _after("key")]
 AfterWebhook = Annotated[str | None, _after("whk")]
 AfterDelivery = Annotated[str | None, _after("msg")]

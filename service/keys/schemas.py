@@ -23,6 +23,7 @@ class KeyLimits(BaseModel):
     concurrent_jobs: Limit = None
     stored_bytes: Limit = None
     samples_per_day: Limit = None
+    open_uploads: Limit = None
 
 
 class KeyRequest(BaseModel):

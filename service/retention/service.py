@@ -5,13 +5,15 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from service.audit import service as audit
 from service.datasets import repository as datasets
 from service.datasets import storage
 from service.datasets.service import unused_files
+from service.datasets.uploads import files as upload_files
+from service.datasets.uploads import repository as uploads
 from service.db.engine import Sessions
 from service.db.locks import try_advisory_lock
 from service.idempotency import repository as idempotency
@@ -54,6 +56,7 @@ class Collected:
 
     removed: dict[str, Tally] = field(default_factory=dict)
     jobs: list[str] = field(default_factory=list)
+    uploads: list[str] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
     scratch: int = 0
     unknown: Tally = field(default_factory=Tally)
@@ -86,6 +89,7 @@ class _Artifact:
 class _Listing:
     artifacts: dict[str, _Artifact] = field(default_factory=dict)
     contents: dict[str, list[Stored]] = field(default_factory=lambda: defaultdict(list))
+    uploads: dict[str, list[Stored]] = field(default_factory=lambda: defaultdict(list))
     damaged: list[Stored] = field(default_factory=list)
     unknown: Tally = field(default_factory=Tally)
 
@@ -100,7 +104,7 @@ def collect(
 ) -> Collected:
     """Does one pass; with `dry_run` only says what it would remove. Ends soon once `stopping` is set, and may be repeated."""
     one = _Pass(sessions, store, retention, dry_run, stopping or threading.Event())
-    for step in (one.jobs, one.workers, one.answers, one.files, one.scratch):
+    for step in (one.jobs, one.uploads, one.workers, one.answers, one.files, one.scratch):
         if not one.is_stopping():
             step()
     return one.collected
@@ -142,6 +146,25 @@ class _Pass:
                     audit.record_own(session, "system", tenant_id, "selection_job.deleted", job_id, reason="retention")
             log.info("deleted %s: it ended more than %g days ago", job_id, self._retention.results_days)
 
+    def uploads(self) -> None:
+        """Uploads in parts that were given up; with their rows their bytes leave the quotas of their keys."""
+        hours = self._retention.uploads_hours
+        while hours and not self.is_stopping():
+            with self._sessions() as session:
+                found = uploads.expired(session, hours, None if self._dry_run else _JOBS)
+                self.collected.uploads += [upload.id for upload in found]
+                if self._dry_run or not found:
+                    return
+                for upload in found:
+                    uploads.remove(session, upload.id)
+                    audit.record_own(
+                        session, "system", upload.tenant_id, "upload.deleted", upload.id, reason="retention"
+                    )
+                session.commit()
+            for upload in found:
+                upload_files.remove(self._store, upload)
+                log.info("deleted %s: nothing came for more than %g hours", upload.id, hours)
+
     def workers(self) -> None:
         with self._sessions.begin() as session:
             find = workers.silent_workers if self._dry_run else workers.delete_silent_workers
@@ -169,6 +192,7 @@ class _Pass:
         while chosen and not self.is_stopping():
             chosen = self._remove_artifacts(chosen)
         self._remove_files(file for file in listing.damaged if time.time() - file.modified > _DAMAGED_SECONDS)
+        self._remove_parts(listing.uploads)
         for fingerprint, files in listing.contents.items():
             if self.is_stopping():
                 return
@@ -188,6 +212,8 @@ class _Pass:
                 listing.artifacts.setdefault(stem, _Artifact(stem)).files.append(file)
             elif fingerprint := storage.fingerprint_of(file.key):
                 listing.contents[fingerprint].append(file)
+            elif upload := upload_files.upload_of(file.key):
+                listing.uploads[upload].append(file)
             elif file.is_set_aside:
                 listing.damaged.append(file)
             else:
@@ -233,6 +259,14 @@ class _Pass:
 
     def _count(self, file: Stored) -> None:
         self.collected.removed.setdefault(file.key.partition("/")[0], Tally()).add(file)
+
+    def _remove_parts(self, found: Mapping[str, Sequence[Stored]]) -> None:
+        """Removes parts that came when their upload had just gone, a day after."""
+        with self._sessions() as session:
+            existing = uploads.existing(session, found.keys())
+        for upload, parts in found.items():
+            if upload not in existing:
+                self._remove_files(part for part in parts if time.time() - part.modified > _ORPHAN_SECONDS)
 
     def _remove_content(self, fingerprint: str, files: Sequence[Stored]) -> None:
         """Removes what no dataset and no job has, a day after it was written: what a crash left before its dataset was there."""

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from service.auth.authentication import ReadDep
 from service.auth.quotas import limits_of
 from service.datasets.repository import stored_bytes
+from service.datasets.uploads.repository import count as open_uploads
 from service.db.engine import SessionDep
 from service.http.errors import Forbidden, Unauthorized, responses
 from service.jobs.repository import open_jobs, samples_today
@@ -27,9 +28,10 @@ class Usage(BaseModel):
     requests_per_minute: Used = Field(description="In the API process that answers")
     concurrent_jobs: Used = Field(description="Jobs that have not ended")
     stored_bytes: Used = Field(
-        description="Total size of the rows of its datasets, and of the reports of those left out"
+        description="Total size of the rows of its datasets, of the reports of those left out, and of its uploads in parts"
     )
     samples_per_day: Used = Field(description="Rows of pool and target of its jobs of the last 24 hours")
+    open_uploads: Used = Field(description="Uploads in parts of which no dataset was made yet")
 
 
 @router.get("/usage", summary="Get your key's usage and limits")
@@ -41,6 +43,7 @@ def get_usage(request: Request, session: SessionDep, principal: ReadDep) -> Usag
         "concurrent_jobs": open_jobs(session, principal.tenant_id, principal.key_id),
         "stored_bytes": stored_bytes(session, principal.key_id),
         "samples_per_day": samples_today(session, principal.key_id)[0],
+        "open_uploads": open_uploads(session, principal.key_id),
     }
     counted = {name: Used(used=value, limit=getattr(limits, name) or None) for name, value in used.items()}
     return Usage(key_id=principal.key_id, **counted)

@@ -64,6 +64,6 @@ def empty(world: LedgerWorld, url: str) -> Kept:
     with world.engine.begin() as connection:
         # As a superuser may: provenance goes with its jobs, which its trigger refuses.
         connection.execute(text("SET LOCAL session_replication_role = replica"))
-        connection.execute(text("TRUNCATE selection_jobs, workers CASCADE"))
+        connection.execute(text("TRUNCATE selection_jobs, workers, uploads CASCADE"))
         connection.execute(text("DELETE FROM datasets WHERE id <> :id"), {"id": world.owner["pool_id"]})
     return Kept(world, ArtifactStore(url))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from service.datasets.upload import received
+from service.datasets.receiving import received
 from service.http.errors import BadRequest, TooLarge
 from service.settings import UploadSettings
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from winnow import render
-from winnow.cli.console import connected, fail, options, out, print_json
+from winnow.cli.console import connected, err, fail, options, out, print_json
 from winnow.options import Reading
+from winnow.upload_bar import uploading
 
 Format = Annotated[
     str | None, typer.Option(help="The form of the rows, where they fit more than one: messages, text, ...")
@@ -48,10 +49,10 @@ def upload(
     template: Template = None,
     on_bad_row: OnBadRow = None,
 ) -> None:
-    """Upload a dataset, and show what was taken of it."""
+    """Upload a dataset, and show what was taken of it. A large file goes on where it was interrupted when you send it again."""
     reading = Reading(format=format, columns=columns, template=template, on_bad_row=on_bad_row)
-    with connected() as client:
-        dataset = client.upload_dataset(file, name, **asdict(reading))
+    with connected() as client, uploading(err, file.name) as on_progress:
+        dataset = client.upload_dataset(file, name, on_progress=on_progress, **asdict(reading))
     print_json(dataset) if options.as_json else render.dataset(out, dataset)
 
 

@@ -21,6 +21,7 @@ from winnow.cli.datasets import (
 )
 from winnow.client import Winnow
 from winnow.options import Reading, assigned, read_budget
+from winnow.upload_bar import uploading
 
 Wait = Annotated[bool, typer.Option(help="Show the progress until the job has ended")]
 Settings = Annotated[
@@ -80,7 +81,8 @@ def submit(
 def _dataset(client: Winnow, value: str, reading: Reading) -> str:
     if value.startswith("ds_") and not Path(value).exists():
         return value
-    dataset = client.upload_dataset(value, **asdict(reading))
+    with uploading(err, Path(value).name) as on_progress:
+        dataset = client.upload_dataset(value, on_progress=on_progress, **asdict(reading))
     render.dataset(err if options.as_json else out, dataset)
     return str(dataset["id"])
 

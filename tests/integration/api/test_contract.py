@@ -15,7 +15,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from support.jobs import add_job, published, write_pool
 from support.openapi_document import document
-from support.world import World, make_settings, register_model, serving
+from support.world import World, make_settings, pair, register_model, serving
 
 from service.auth.principal import Scope
 from service.ids import new_id
@@ -26,13 +26,15 @@ config = schemathesis.Config.from_dict({"generation": {"allow-extra-parameters":
 schema = schemathesis.openapi.from_dict(document(), config=config)
 UPLOAD = "POST /v1/datasets"
 # What the schema alone cannot say, and is refused with the field's name: which fields go together, what a file must hold, where a
-# webhook's name leads, which scopes the caller may give.
+# webhook's name leads, which scopes the caller may give, how large a file or a part may be.
 SAYS_MORE = {
     "POST /v1/selection-jobs",
     UPLOAD,
     "POST /v1/webhooks",
     "PATCH /v1/webhooks/{webhook_id}",
     "POST /v1/keys",
+    "POST /v1/uploads",
+    "PUT /v1/uploads/{upload_id}/parts/{number}",
     "GET /v1/selection-jobs/{job_id}/weights",
     "GET /v1/selection-jobs/{job_id}/export",
     "GET /v1/selection-jobs/{job_id}/samples/{index}",
@@ -91,6 +93,8 @@ class Live:
             "webhook_id": [webhook],
             "delivery_id": [self.post(f"/webhooks/{webhook}/test")["id"]],
             "index": ["0", "1"],
+            "upload_id": [self.post("/uploads", json={"bytes": 7, "sha256": new_id("x")[2:].rjust(64, "0")})["id"]],
+            "number": ["0", "1"],
         }
 
 
@@ -102,9 +106,10 @@ def live(postgres_url: str, broker_url: str, tmp_path_factory: pytest.TempPathFa
         folder,
         broker_url=broker_url,
         webhooks={"allowed_networks": ["127.0.0.0/8"]},
-        limits={"requests_per_minute": 0, "concurrent_jobs": 0},
+        limits={"requests_per_minute": 0, "concurrent_jobs": 0, "open_uploads": 0},
     )
     register_model(settings)
+    pair(settings)
     with (
         World.made(settings, scopes=Scope) as world,
         serving(world.app) as url,
@@ -125,7 +130,7 @@ def objects(live: Live) -> Iterator[dict[str, Iterator[str]]]:
 def put_in(case: Any, objects: dict[str, Iterator[str]]) -> None:
     parameters = case.path_parameters or {}
     for name, value in parameters.items():
-        if name != "index" or str(value).isdigit():
+        if name not in ("index", "number") or str(value).isdigit():
             parameters[name] = next(objects[name])
     wait = str((case.query or {}).get("wait", ""))
     if wait.isdigit() and int(wait) <= 60:

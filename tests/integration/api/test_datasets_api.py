@@ -325,11 +325,11 @@ def test_what_an_upload_is_converted_in_says_whose_it_is_and_goes_with_it(
     seen: list[Path] = []
     abandoned: list[Path] = []
 
-    def converting(file: Any, options: Any, limits: Any, into: Path, **more: Any) -> storage.Content:
+    def converting(*given: Any, **more: Any) -> storage.Content:
         seen.extend(folder.iterdir())
         abandoned.extend(find_abandoned(folder))
-        assert into.parent == folder
-        return convert(file, options, limits, into, **more)
+        assert more["folder"].parent == folder
+        return convert(*given, **more)
 
     monkeypatch.setattr(router, "convert", converting)
     upload(api.client, unique_rows())

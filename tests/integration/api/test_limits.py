@@ -147,12 +147,12 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(api: World) -> None
 
 
 def test_no_limit_is_none(api: World) -> None:
-    client = limited(api, requests_per_minute=0, concurrent_jobs=0, stored_bytes=0, samples_per_day=0)
+    client = limited(api, requests_per_minute=0, concurrent_jobs=0, stored_bytes=0, samples_per_day=0, open_uploads=0)
     dataset = upload(client).json()["id"]
     assert post(client, dataset).status_code == 202
     counted = client.get("/v1/usage").json()
     assert {name: counted[name]["limit"] for name in counted if name not in ("object", "key_id")} == dict.fromkeys(
-        ("requests_per_minute", "concurrent_jobs", "stored_bytes", "samples_per_day")
+        ("requests_per_minute", "concurrent_jobs", "stored_bytes", "samples_per_day", "open_uploads")
     )
 
 

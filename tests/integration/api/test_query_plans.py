@@ -21,6 +21,7 @@ from support.world import World as Service
 
 from service import ledger, tasks
 from service.auth.principal import Scope
+from service.datasets.uploads import repository as uploads
 from service.idempotency import repository as idempotency
 from service.jobs import repository as jobs
 from service.keys.service import create_key
@@ -50,6 +51,8 @@ INSERT INTO datasets (id, tenant_id, key_id, name, fingerprint, row_count, byte_
         9, 9, '{{}}' FROM owner o, generate_series(1, CASE tenant WHEN 3 THEN 20 ELSE 3000 END) i;
 INSERT INTO api_keys (id, tenant_id, name, prefix, digest)
     SELECT 'key_' || md5(o.id || i), 'tnt_' || i, 'k', md5(o.id || i), sha256('') FROM owner o, generate_series(1, 2000) i;
+INSERT INTO uploads (id, tenant_id, key_id, sha256, bytes, part_bytes)
+    SELECT 'up_' || md5(k.id), k.tenant_id, k.id, encode(sha256(k.id::bytea), 'hex'), 9, 9 FROM api_keys k;
 INSERT INTO selection_jobs (id, tenant_id, key_id, status, pool_id, target_id, model, budget, parameters, request, job_metadata,
         error, started_at, finished_at, deleted_at, created_at)
     SELECT f.id, o.id, o.key_id, f.status, o.pool, o.pool, '{{"kind": "registered", "name": "other"}}', 9,
@@ -231,6 +234,7 @@ READS = [
     ("datasets?limit=100", 1),
     ("datasets?limit=100", 3),
     ("datasets/{pool}", 1),
+    ("uploads?limit=100", 1),
     ("keys?limit=100", 1),
     ("usage", 1),
     ("audit-log?limit=100", 1),
@@ -274,6 +278,8 @@ BACKGROUND: dict[str, Callable[[Session], Any]] = {
     "unwanted deliveries": lambda s: webhooks.fail_unwanted(s),
     "due deliveries": lambda s: webhooks.claim(s, [d.id for d in webhooks.due(s, each=2)], lease_seconds=60),
     "overdue deliveries": lambda s: webhooks.overdue(s, seconds=60),
+    "expired uploads": lambda s: uploads.expired(s, hours=24, limit=100),
+    "parts of uploads": lambda s: uploads.existing(s, ["up_" + "0" * 32]),
     "old answers": lambda s: idempotency.delete_old(s),
     "artifacts in use": lambda s: collection.in_use(s),
 }

@@ -32,8 +32,11 @@ from service.ledger.state import JobStatus
 
 OPEN_TO_ALL = {"/healthz", "/readyz", "/metrics"}
 ADMIN = ("/v1/keys", "/v1/audit-log")
-NO_IDS = {"index": "0"}  # path parameters that name a part of an object
-BODIES: dict[tuple[str, str], dict[str, Any]] = {("patch", "/v1/webhooks/{webhook_id}"): {"description": "x"}}
+NO_IDS = {"index": "0", "number": "0"}  # path parameters that name a part of an object
+BODIES: dict[tuple[str, str], dict[str, Any]] = {
+    ("patch", "/v1/webhooks/{webhook_id}"): {"description": "x"},
+    ("put", "/v1/uploads/{upload_id}/parts/{number}"): {"some": "bytes"},
+}
 # Fields of bodies that hold an id, with what a request needs beside them.
 IDS_IN_BODIES = {"/v1/selection-jobs": ("pool", "target")}
 Route = tuple[str, str, dict[str, Any]]
@@ -88,8 +91,10 @@ def make_tenant(world: World, client: TestClient, key: str) -> Tenant:
     assert client.post(f"/v1/webhooks/{webhook_id}/test").is_success
     deliveries = client.get(f"/v1/webhooks/{webhook_id}/deliveries").json()["data"]
     made = client.post("/v1/keys", json={"name": "another"}).json()["id"]
+    upload_id = client.post("/v1/uploads", json={"bytes": 7, "sha256": "0" * 64}).json()["id"]
     ids = {
         "dataset_id": [dataset_id],
+        "upload_id": [upload_id],
         "job_id": jobs,
         "key_id": [made],
         "webhook_id": [webhook_id],
