@@ -7,9 +7,10 @@ nothing. Only here is the broker touched by the API: a request never waits for i
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 from celery import Celery
+from kombu.connection import Connection
 from kombu.exceptions import OperationalError as BrokerError
 from prometheus_client import CollectorRegistry
 from redis import RedisError
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 TASK = "winnow.work"
 QUEUE = "winnow"
 MAX_MESSAGES = 64  # that wait at a time
+_BROKER_ERRORS = (BrokerError, RedisError, OSError)
 
 
 def make_producer(broker_url: str) -> Celery:
@@ -53,6 +55,7 @@ class Dispatcher(BackgroundLoop):
         self._metrics = metrics or DispatchMetrics(CollectorRegistry())
         self._retries = ledger.Retries(max_attempts=settings.ledger.max_attempts, seconds=settings.ledger.retry_seconds)
         self._producer = make_producer(settings.broker.url)
+        self._broker: Connection | None = None  # kept: making it takes longer than a pass
         self._engine = make_engine(DatabaseSettings(url=settings.database.url, pool_size=1))
         self._sessions = make_sessions(self._engine)
         self._store = ArtifactStore(settings.artifacts.url)
@@ -61,6 +64,7 @@ class Dispatcher(BackgroundLoop):
 
     def stop(self) -> None:
         super().stop()
+        self._disconnect()
         self._producer.close()
         self._engine.dispose()
 
@@ -115,18 +119,29 @@ class Dispatcher(BackgroundLoop):
 
     def _wake(self, wanted: int) -> None:
         try:
-            with self._producer.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=3)
-                queued = _queue_length(connection)
-                for _ in range(wanted - queued):
-                    self._producer.send_task(TASK, queue=QUEUE, connection=connection, retry=False)
-                    self._metrics.messages.inc()
-        except (BrokerError, RedisError, OSError) as error:
+            if self._broker is not None:
+                with suppress(*_BROKER_ERRORS):  # it may have been restarted since
+                    return self._send(wanted, self._broker)
+                self._disconnect()
+            self._broker = self._producer.connection_for_write()
+            self._broker.ensure_connection(max_retries=1, timeout=3)
+            self._send(wanted, self._broker)
+        except _BROKER_ERRORS as error:
+            self._disconnect()
             self._metrics.broker_failures.inc()
             log.warning("dispatcher: the broker is away (%s); units wait for the next sweep", error)
 
+    def _send(self, wanted: int, connection: Connection) -> None:
+        for _ in range(wanted - _queue_length(connection)):
+            self._producer.send_task(TASK, queue=QUEUE, connection=connection, retry=False)
+            self._metrics.messages.inc()
 
-def _queue_length(connection: object) -> int:
+    def _disconnect(self) -> None:
+        if self._broker is not None:
+            self._broker.release()  # type: ignore[no-untyped-call]
+            self._broker = None
+
+
+def _queue_length(connection: Connection) -> int:
     """Messages that no worker has taken yet: sweeps without a worker must not pile up more."""
-    client = connection.default_channel.client  # type: ignore[attr-defined]
-    return int(client.llen(QUEUE))
+    return int(connection.default_channel.client.llen(QUEUE))  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ from sqlalchemy.orm import Session
 
 from service import ledger
 from service.datasets.tables import Dataset
-from service.db.engine import Sessions
 from service.jobs import repository
 from service.ledger.tables import SelectionJob
 from service.ledger.workers import newest_measured_worker
@@ -42,14 +41,14 @@ class _Known:
 
 
 def plan(
-    sessions: Sessions, store: ArtifactStore, settings: ModelSettings, job: SelectionJob, pool: Dataset, target: Dataset
+    session: Session, store: ArtifactStore, settings: ModelSettings, job: SelectionJob, pool: Dataset, target: Dataset
 ) -> dict[str, Any]:
     """What the job, not yet written, will cost (`estimate.plan`). Token counts are estimates where no earlier job counted them.
 
-    Queries the hub and the store, which may be remote, after its transaction has ended.
+    Queries the hub and the store, which may be remote, after it has ended the session's transaction.
     """
-    with sessions() as session:
-        known = _look_up(session, job, pool, target)
+    known = _look_up(session, job, pool, target)
+    session.close()
     already = {stage: _share_in(store, parts) for stage, parts in known.artifacts.items()}
     return estimate.plan(shape_of(settings, job.model), job.parameters, known.counts, known.rates, already)
 

@@ -37,8 +37,11 @@ def check(session: Session, principal: Principal, settings: LimitSettings, sampl
 def _check_samples(session: Session, key_id: str, limit: int, samples: int) -> None:
     if samples > limit:
         raise _too_many_samples(f"a job of this key may have at most {limit:,}. Use a smaller pool.", samples, None)
-    used, until = repository.samples_today(session, key_id, room=limit - samples)
-    if until is not None:
+    used = repository.samples_today(session, key_id)
+    if used + samples <= limit:
+        return
+    until = repository.samples_leave_at(session, key_id, room=limit - samples)
+    if until is not None:  # else the last one has left the 24 hours just now
         reason = f"this key has used {used:,} of its {limit:,} per 24 hours. Wait until {until:%Y-%m-%d %H:%M} UTC."
         raise _too_many_samples(reason, samples, until)
 

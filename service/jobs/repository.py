@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Row, bindparam, cast, func, or_, select, text
+from sqlalchemy import BigInteger, Row, Select, any_, bindparam, cast, func, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
 from service.datasets.tables import Dataset
@@ -71,23 +72,30 @@ def similar_jobs(
 
     Only the latest few hundred are searched, which bounds the query for a tenant with very many.
     """
+    wanted = {"tenant_id": tenant_id, "model": dict(model), "pool": pool, "target": target, "limit": limit}
+    return [(row[0], row[1], row[2]) for row in session.execute(_similar_jobs(), wanted)]
+
+
+@cache  # building it takes longer than running it
+def _similar_jobs() -> Select[SelectionJob, str, str]:
+    # Their ids alone, which are in the index, as an array: joined, they could be found by reading all newer jobs, too.
     newest = (
-        select(SelectionJob)
-        .where(SelectionJob.tenant_id == tenant_id, SelectionJob.status == JobStatus.SUCCEEDED)
+        select(SelectionJob.id)
+        .where(SelectionJob.tenant_id == bindparam("tenant_id"), SelectionJob.status == JobStatus.SUCCEEDED)
         .where(SelectionJob.deleted_at.is_(None))
         .order_by(SelectionJob.id.desc())
         .limit(_SEARCHED_JOBS)
-    ).subquery()
-    job, pools, targets = aliased(SelectionJob, newest), aliased(Dataset), aliased(Dataset)
-    found = session.execute(
-        select(job, pools.fingerprint, targets.fingerprint)
-        .join(pools, pools.id == job.pool_id)
-        .join(targets, targets.id == job.target_id)
-        .where(job.model == dict(model), or_(pools.fingerprint == pool, targets.fingerprint == target))
-        .order_by(job.id.desc())
-        .limit(limit)
+    ).scalar_subquery()
+    pools, targets = aliased(Dataset), aliased(Dataset)
+    is_similar = or_(pools.fingerprint == bindparam("pool"), targets.fingerprint == bindparam("target"))
+    return (
+        select(SelectionJob, pools.fingerprint, targets.fingerprint)
+        .join(pools, pools.id == SelectionJob.pool_id)
+        .join(targets, targets.id == SelectionJob.target_id)
+        .where(SelectionJob.id == any_(func.array(newest)), SelectionJob.model == bindparam("model"), is_similar)
+        .order_by(SelectionJob.id.desc())
+        .limit(bindparam("limit", type_=BigInteger))
     )
-    return [(row[0], row[1], row[2]) for row in found]
 
 
 _STAGE_RATES = text("""
@@ -110,9 +118,37 @@ def open_jobs(session: Session, tenant_id: str, key_id: str) -> int:
     return session.scalar(jobs.where(SelectionJob.status.in_(set(JobStatus) - TERMINAL))) or 0
 
 
-def samples_today(session: Session, key_id: str, room: int = 0) -> tuple[int, datetime | None]:
-    """The samples of the key's jobs of the last 24 hours, however they ended; and the time from which at most `room` of them are
-    within 24 hours, None if that is now. A key belongs to one tenant, so a query by key is scoped to it."""
+# Of the last 24 hours. Not clock_timestamp(), for which no index is used. A key belongs to one tenant, so a query by key is
+# scoped to it.
+_TODAY = (
+    SelectionJob.key_id == bindparam("key_id"),
+    SelectionJob.created_at > func.statement_timestamp() - _DAY,
+)
+
+
+def samples_today(session: Session, key_id: str) -> int:
+    """The samples of the key's jobs of the last 24 hours, however they ended."""
+    return int(session.scalar(_samples_today(), {"key_id": key_id}) or 0)
+
+
+@cache  # building it takes longer than running it
+def _samples_today() -> Select[Any]:
+    # Few datasets for many jobs: each pair of them is looked up once.
+    jobs = (
+        select(SelectionJob.pool_id, SelectionJob.target_id, func.count().label("jobs"))
+        .where(*_TODAY)
+        .group_by(SelectionJob.pool_id, SelectionJob.target_id)
+        .subquery()
+    )
+    pool_rows, target_rows = (
+        select(Dataset.row_count).where(Dataset.id == dataset_id).scalar_subquery()
+        for dataset_id in (jobs.c.pool_id, jobs.c.target_id)
+    )
+    return select(func.sum(jobs.c.jobs * (pool_rows + target_rows)))
+
+
+def samples_leave_at(session: Session, key_id: str, room: int) -> datetime | None:
+    """The time from which at most `room` of the samples of `samples_today` are within 24 hours; None if that is now."""
     pool, target = aliased(Dataset), aliased(Dataset)
     samples = func.sum(pool.row_count + target.row_count)
     jobs = (
@@ -122,13 +158,11 @@ def samples_today(session: Session, key_id: str, room: int = 0) -> tuple[int, da
         )
         .join(pool, pool.id == SelectionJob.pool_id)
         .join(target, target.id == SelectionJob.target_id)
-        # Not clock_timestamp(), for which no index is used.
-        .where(SelectionJob.key_id == key_id, SelectionJob.created_at > func.statement_timestamp() - _DAY)
+        .where(*_TODAY)
         .subquery()
     )
-    last_to_leave = func.max(jobs.c.created_at).filter(jobs.c.and_later > room)
-    used, last = session.execute(select(func.max(jobs.c.and_later), last_to_leave)).one()
-    return int(used or 0), None if last is None else last + _DAY
+    last = session.scalar(select(func.max(jobs.c.created_at)).where(jobs.c.and_later > room), {"key_id": key_id})
+    return None if last is None else last + _DAY
 
 
 def stage_rates(session: Session) -> Sequence[Row[Any]]:

@@ -11,7 +11,6 @@ from service.auth.principal import Principal
 from service.datasets import repository as dataset_repository
 from service.datasets import service as datasets
 from service.datasets.tables import Dataset
-from service.db.engine import Sessions
 from service.http.errors import Conflict, Unprocessable
 from service.jobs.service import Draft, new_job, plan
 from service.ledger.state import JobStatus
@@ -26,9 +25,7 @@ _DERIVED = frozenset({"fingerprint", "files", "chat_template", "tokenizer_finger
 _COPIED = ("request", "job_metadata")
 
 
-def retry(
-    sessions: Sessions, principal: Principal, job_id: str, settings: ModelSettings, store: ArtifactStore
-) -> Draft:
+def retry(session: Session, principal: Principal, job_id: str, settings: ModelSettings, store: ArtifactStore) -> Draft:
     """Drafts a copy of a failed or cancelled job, including the model's commit. What it had computed is reused.
 
     Raises:
@@ -36,23 +33,23 @@ def retry(
         Conflict: it has not failed: `job_not_failed`.
         Unprocessable: its pool, target or model is gone; `param` names it.
     """
-    with sessions() as session:
-        first = ledger.require_job(session, principal.tenant_id, job_id)
-        if first.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
-            raise Conflict(
-                f"Job {job_id} is {first.status}; only a failed or cancelled job can be retried.",
-                code="job_not_failed",
-            )
-        pool = datasets.require(session, principal.tenant_id, first.pool_id, "pool")
-        target = datasets.require(session, principal.tenant_id, first.target_id, "target")
+    first = ledger.require_job(session, principal.tenant_id, job_id)
+    if first.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+        raise Conflict(
+            f"Job {job_id} is {first.status}; only a failed or cancelled job can be retried.",
+            code="job_not_failed",
+        )
+    pool = datasets.require(session, principal.tenant_id, first.pool_id, "pool")
+    target = datasets.require(session, principal.tenant_id, first.target_id, "target")
+    session.close()
     copied = {name: getattr(first, name) for name in ("model", "parameters", "budget", "reproduces", *_COPIED)}
     job = new_job(principal, pool, target, retry_of=first.id, **copied)
     _check_model(settings, job.model)
-    return plan(sessions, job, pool, target, settings, store)
+    return plan(session, job, pool, target, settings, store)
 
 
 def reproduce(
-    sessions: Sessions, principal: Principal, job_id: str, settings: ModelSettings, store: ArtifactStore
+    session: Session, principal: Principal, job_id: str, settings: ModelSettings, store: ArtifactStore
 ) -> Draft:
     """Drafts a job that recomputes, from nothing but the data and the model, what the provenance of a succeeded job records.
 
@@ -63,15 +60,15 @@ def reproduce(
         Conflict: it has no provenance, since it has not succeeded: `job_not_succeeded`.
         Unprocessable: its pool, target or model is gone, or this version refuses its parameters; `param` names it.
     """
-    with sessions() as session:
-        first = ledger.require_job(session, principal.tenant_id, job_id, or_deleted=True)
-        if first.status != JobStatus.SUCCEEDED:
-            raise Conflict(
-                f"Job {job_id} is {first.status}; only a succeeded job can be reproduced.",
-                code="job_not_succeeded",
-            )
-        record = results.provenance(session, first.id).record
-        pool, target = (_same_content(session, principal.tenant_id, record[name], name) for name in ("pool", "target"))
+    first = ledger.require_job(session, principal.tenant_id, job_id, or_deleted=True)
+    if first.status != JobStatus.SUCCEEDED:
+        raise Conflict(
+            f"Job {job_id} is {first.status}; only a succeeded job can be reproduced.",
+            code="job_not_succeeded",
+        )
+    record = results.provenance(session, first.id).record
+    pool, target = (_same_content(session, principal.tenant_id, record[name], name) for name in ("pool", "target"))
+    session.close()
     model = {name: value for name, value in record["model"].items() if name not in _DERIVED}
     # On another device `auto` might be a different type.
     # Of a version that had no bound, none was exceeded.
@@ -80,7 +77,7 @@ def reproduce(
     made = {"model": model, "parameters": parameters, "budget": record["budget"]}
     job = new_job(principal, pool, target, reproduces=first.id, **made, **copied)
     _check_model(settings, model)
-    return plan(sessions, job, pool, target, settings, store)
+    return plan(session, job, pool, target, settings, store)
 
 
 def _same_content(session: Session, tenant_id: str, recorded: Mapping[str, Any], name: str) -> Dataset:

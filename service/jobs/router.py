@@ -40,8 +40,7 @@ def create_job(
 ) -> JSONResponse:
     """Returns immediately; workers compute the job. Poll `Location` until `status` is succeeded, failed or cancelled."""
     state = request.app.state
-    session.commit()  # no transaction is open while the draft queries the hub and the store
-    draft = service.draft(state.sessions, principal, body, state.settings.models, state.store)
+    draft = service.draft(session, principal, body, state.settings.models, state.store)
     if body.dry_run:
         idempotent.begin(session)
         return idempotent.keep(session, service.describe_plan(draft), status.HTTP_200_OK)
@@ -132,8 +131,7 @@ def retry_job(
 ) -> JSONResponse:
     """A new job with the same request, parameters, metadata and model. What the first one computed is reused."""
     state = request.app.state
-    session.commit()
-    draft = rerun.retry(state.sessions, principal, job_id, state.settings.models, state.store)
+    draft = rerun.retry(session, principal, job_id, state.settings.models, state.store)
     return _create(request, session, principal, idempotent, draft, "selection_job.retried", retry_of=job_id)
 
 
@@ -150,8 +148,7 @@ def reproduce_job(
     """A new job from the audit record: the same data, model, parameters and seeds, reusing nothing computed before. Also
     of a deleted job. It fails if the model's files differ; an event `job.reproduction` lists all other differences."""
     state = request.app.state
-    session.commit()
-    draft = rerun.reproduce(state.sessions, principal, job_id, state.settings.models, state.store)
+    draft = rerun.reproduce(session, principal, job_id, state.settings.models, state.store)
     return _create(request, session, principal, idempotent, draft, "selection_job.reproduced", reproduces=job_id)
 
 

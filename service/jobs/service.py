@@ -12,7 +12,6 @@ from service import ledger
 from service.auth.principal import Principal
 from service.datasets import service as datasets
 from service.datasets.tables import Dataset
-from service.db.engine import Sessions
 from service.http.errors import Conflict, Unprocessable
 from service.ids import new_id
 from service.jobs import planning, quotas, repository
@@ -38,19 +37,19 @@ class Draft:
 
 
 def draft(
-    sessions: Sessions, principal: Principal, request: JobRequest, settings: ModelSettings, store: ArtifactStore
+    session: Session, principal: Principal, request: JobRequest, settings: ModelSettings, store: ArtifactStore
 ) -> Draft:
     """Validates, resolves and plans a job, and writes nothing.
 
-    Asks the hub and the store: call it while no transaction is open; those of its own end before each network call.
+    Asks the hub and the store, and ends the session's transaction before each of them.
 
     Raises:
         Unprocessable: a field is not acceptable; `param` names it.
         Unavailable: the hub does not answer.
     """
-    with sessions() as session:
-        pool = datasets.require(session, principal.tenant_id, request.pool, "pool")
-        target = datasets.require(session, principal.tenant_id, request.target, "target")
+    pool = datasets.require(session, principal.tenant_id, request.pool, "pool")
+    target = datasets.require(session, principal.tenant_id, request.target, "target")
+    session.close()
     job = new_job(
         principal,
         pool,
@@ -61,7 +60,7 @@ def draft(
         request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
         job_metadata=request.metadata,
     )
-    return plan(sessions, job, pool, target, settings, store)
+    return plan(session, job, pool, target, settings, store)
 
 
 def new_job(principal: Principal, pool: Dataset, target: Dataset, **columns: Any) -> SelectionJob:
@@ -72,11 +71,11 @@ def new_job(principal: Principal, pool: Dataset, target: Dataset, **columns: Any
 
 
 def plan(
-    sessions: Sessions, job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSettings, store: ArtifactStore
+    session: Session, job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSettings, store: ArtifactStore
 ) -> Draft:
-    """The draft of a job whose model is resolved."""
+    """The draft of a job whose model is resolved. Call it while no transaction is open; its own ends before it asks the store."""
     job.model = registry.with_fingerprints(settings, job.model)
-    planned = planning.plan(sessions, store, settings, job, pool, target)
+    planned = planning.plan(session, store, settings, job, pool, target)
     return Draft(job=job, sample_count=pool.row_count + target.row_count, plan=planned)
 
 

@@ -27,7 +27,8 @@ def expire_leases(session: Session, *, retries: Retries) -> int:
     """
     expired = session.scalars(
         select(JobUnit)
-        .where(JobUnit.state == UnitState.RUNNING, JobUnit.lease_expires_at < func.clock_timestamp())
+        # Not clock_timestamp(), for which no index is used: the lease of every running unit would be looked at.
+        .where(JobUnit.state == UnitState.RUNNING, JobUnit.lease_expires_at < func.statement_timestamp())
         .order_by(JobUnit.id)  # so that which of its units fails a job is deterministic
     ).all()
     count = 0
@@ -50,10 +51,12 @@ def expire_leases(session: Session, *, retries: Retries) -> int:
 
 def expire_cancels(session: Session, *, after_seconds: float) -> int:
     """Carries through, without their workers, the cancels asked for so long ago. A worker that still computes is fenced off."""
-    asked_before = func.clock_timestamp() - timedelta(seconds=after_seconds)
+    asked_before = func.statement_timestamp() - timedelta(seconds=after_seconds)
     overdue = session.scalars(
         select(SelectionJob)
-        .where(SelectionJob.status == JobStatus.CANCELLING, SelectionJob.cancel_requested_at < asked_before)
+        # One of them is not deleted, and the index of those looks up this status tenant by tenant, not all open jobs.
+        .where(SelectionJob.status == JobStatus.CANCELLING, SelectionJob.deleted_at.is_(None))
+        .where(SelectionJob.cancel_requested_at < asked_before)
         .with_for_update(key_share=True, skip_locked=True)
         .execution_options(populate_existing=True)
     ).all()

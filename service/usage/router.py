@@ -42,7 +42,7 @@ def get_usage(request: Request, session: SessionDep, principal: ReadDep) -> Usag
         "requests_per_minute": request.app.state.rate.used(principal.key_id, limits.requests_per_minute),
         "concurrent_jobs": open_jobs(session, principal.tenant_id, principal.key_id),
         "stored_bytes": stored_bytes(session, principal.key_id),
-        "samples_per_day": samples_today(session, principal.key_id)[0],
+        "samples_per_day": samples_today(session, principal.key_id),
         "open_uploads": open_uploads(session, principal.key_id),
     }
     counted = {name: Used(used=value, limit=getattr(limits, name) or None) for name, value in used.items()}

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -21,6 +22,7 @@ from support.world import World as Service
 
 from service import ledger, tasks
 from service.auth.principal import Scope
+from service.background.dispatcher import MAX_MESSAGES
 from service.datasets.uploads import repository as uploads
 from service.idempotency import repository as idempotency
 from service.jobs import repository as jobs
@@ -31,6 +33,7 @@ from service.settings import ApiSettings
 from service.webhooks import repository as webhooks
 
 JOBS, OPEN, MODEL = 30_000, 200, "small"
+CROWD = 6_000  # open jobs, of which what looks for a few must not read all
 MOST_ROWS = 1_500  # that one statement reads; a scan of the smallest big table reads more
 SMALL = frozenset({"tenants", "webhook_endpoints", "workers"})
 
@@ -141,10 +144,22 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with _made(postgres_url, tmp_path_factory.mktemp("plans"), OPEN, concurrent_jobs=10_000) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def crowded(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with _made(postgres_url, tmp_path_factory.mktemp("crowded"), CROWD, concurrent_jobs=0) as world:
+        yield world
+
+
+@contextmanager
+def _made(postgres_url: str, folder: Path, open_jobs: int, **limits: int) -> Iterator[World]:
     with (
         new_database(postgres_url) as url,
         Service.made(
-            make_settings(url, tmp_path_factory.mktemp("plans"), limits={"concurrent_jobs": 10_000}),
+            make_settings(url, folder, limits=limits),
             scopes=Scope,
             tenants=("tenant 1", "tenant 2"),
         ) as service,
@@ -157,7 +172,7 @@ def world(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         clients = [service.client, service.other, third]
         rows = "".join(f'{{"prompt": "a {i}", "completion": "b"}}\n' for i in range(9))
         assert clients[0].post("/v1/datasets", params={"name": "pool"}, content=rows).status_code == 201
-        ids = _fill(url)
+        ids = _fill(url, open_jobs)
         for client in clients:
             assert (
                 client.get("/v1/usage").status_code == 200
@@ -165,9 +180,9 @@ def world(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield World(url, app, clients, Caught(app.state.engine), ids)
 
 
-def _fill(url: str) -> dict[str, str]:
+def _fill(url: str, open_jobs: int) -> dict[str, str]:
     parameters = json.dumps(JobParameters().model_dump(mode="json")).replace("'", "''")
-    script = FILL.format(jobs=JOBS, open=OPEN).replace("$parameters$", f"'{parameters}'")
+    script = FILL.format(jobs=JOBS, open=open_jobs).replace("$parameters$", f"'{parameters}'")
     one = "SELECT id FROM filled WHERE tenant = 1 AND "
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(script.encode())
@@ -253,7 +268,7 @@ def test_a_read_looks_at_few_rows(world: World, path: str, tenant: int) -> None:
     check(world, _get(world, path, tenant), at_least=2)
 
 
-def test_a_submission_and_its_repetition_look_at_few_rows(world: World) -> None:
+def _post_twice(world: World) -> Callable[[], None]:
     request = {"model": MODEL, "pool": world.ids["pool"], "target": world.ids["pool"], "budget": 1}
 
     def post() -> None:
@@ -261,12 +276,20 @@ def test_a_submission_and_its_repetition_look_at_few_rows(world: World) -> None:
             answer = world.clients[0].post("/v1/selection-jobs", json=request, headers={"Idempotency-Key": "k"})
             assert answer.status_code == 202, answer.text
 
-    check(world, post, at_least=6)
+    return post
+
+
+def test_a_submission_and_its_repetition_look_at_few_rows(world: World) -> None:
+    check(world, _post_twice(world), at_least=6)
+
+
+def test_a_submission_looks_at_few_rows_however_many_jobs_are_open(crowded: World) -> None:
+    check(crowded, _post_twice(crowded), at_least=6)
 
 
 BACKGROUND: dict[str, Callable[[Session], Any]] = {
     "claim": lambda s: ledger.claim_unit(s, worker_id="w", lease_seconds=60),
-    "claimable": lambda s: ledger.claimable_count(s),
+    "claimable": lambda s: ledger.claimable_count(s, most=MAX_MESSAGES),
     "leases": lambda s: ledger.expire_leases(s, retries=ledger.Retries(max_attempts=3, seconds=0)),
     "cancels": lambda s: ledger.expire_cancels(s, after_seconds=1),
     "claimed task": lambda s: tasks.claim_task(s, worker_id="w", lease_seconds=60, kinds=["import_dataset"]),
@@ -293,6 +316,16 @@ def test_a_step_of_the_background_looks_at_few_rows(world: World, step: str) -> 
             session.rollback()
 
     check(world, work)
+
+
+@pytest.mark.parametrize("step", ["claimable", "leases", "cancels"])
+def test_a_pass_of_the_dispatcher_looks_at_few_rows_however_many_jobs_are_open(crowded: World, step: str) -> None:
+    def work() -> None:
+        with crowded.app.state.sessions() as session:
+            BACKGROUND[step](session)
+            session.rollback()
+
+    check(crowded, work)
 
 
 LISTS = [

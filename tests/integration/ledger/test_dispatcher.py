@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,25 +288,29 @@ def test_a_broker_that_comes_late_is_found(world: LedgerWorld) -> None:
 
 
 def test_a_broker_that_leaves_takes_nothing_down(world: LedgerWorld) -> None:
-    server = ValkeyServer()
-    server.start()
-    stopped = False
-    try:
-        url = server.connection_url
-        with dispatching(world, url, sweep=0.2) as dispatcher:
+    with ExitStack() as stack:
+        with ValkeyServer() as server, redis.Redis.from_url(server.connection_url) as client:
+            dispatcher = stack.enter_context(dispatching(world, server.connection_url, sweep=0.2))
             world.job()
-            with redis.Redis.from_url(url) as client:
-                wait_until(lambda: client.llen(QUEUE) == 1, SOON, "a message")
-            server.stop()
-            stopped = True
-            claim = world.claim()
-            world.lose_lease(claim)
-            # Without a broker it still does the rest of its work.
-            wait_until(lambda: world.unit(claim).state == "pending", 3 * SOON, "the expired lease taken back")
-            assert dispatcher._thread.is_alive()
-    finally:
-        if not stopped:
-            server.stop()
+            wait_until(lambda: client.llen(QUEUE) == 1, SOON, "a message")
+        claim = world.claim()
+        world.lose_lease(claim)
+        # Without a broker it still does the rest of its work.
+        wait_until(lambda: world.unit(claim).state == "pending", 3 * SOON, "the expired lease taken back")
+        assert dispatcher._thread.is_alive()
+
+
+def test_a_broker_that_was_restarted_gets_messages_without_a_sweep(world: LedgerWorld) -> None:
+    with ExitStack() as stack:
+        with ValkeyServer() as server, redis.Redis.from_url(server.connection_url) as client:
+            url, port = server.connection_url, server.port
+            stack.enter_context(dispatching(world, url))
+            led(world)
+            world.job()
+            wait_until(lambda: client.llen(QUEUE) == 1, SOON, "a message")
+        with ValkeyServer(port=port), redis.Redis.from_url(url) as client:
+            world.job()
+            wait_until(lambda: client.llen(QUEUE) == 2, SOON, "the messages, over a new connection")
 
 
 def test_a_broker_lost_between_connecting_and_counting_takes_nothing_down(
