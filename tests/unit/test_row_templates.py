@@ -151,6 +151,13 @@ def test_a_template_that_does_not_end_is_ended() -> None:
     assert (error.value.param, error.value.problem_code) == ("template", "upload_too_costly")
 
 
+def test_one_that_gets_no_processor_is_ended_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_renderer, "_PATIENCE", 0.01)
+    with pytest.raises(TooLarge) as error:
+        made(LOOP, {}, base_seconds=100)
+    assert (error.value.param, error.value.problem_code) == ("template", "upload_too_costly")
+
+
 def test_small_rows_do_not_become_a_large_file() -> None:
     with pytest.raises(TooLarge) as error:
         results({"user": "u", "assistant": "x" * 2_000}, *[{"a": 1}] * 10, free_expansion_bytes=1_000)
@@ -221,7 +228,7 @@ def test_a_process_that_was_taken_over_is_not_believed(
     monkeypatch.setattr(row_renderer, "_PROCESS", tmp_path / "taken.py")
     monkeypatch.setattr(row_renderer, "_END_SECONDS", 0.1)
     monkeypatch.setattr(row_renderer, "_PATIENCE", 0.2)
-    with pytest.raises(Unprocessable) as error:
+    with pytest.raises((Unprocessable, TooLarge)) as error:
         made("{{ a }}", {"a": "x" * 2**19})
     assert error.value.param == "template"
 

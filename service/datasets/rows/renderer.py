@@ -90,19 +90,23 @@ class _Renderer:
         self._process, self._given, self._answers = process, process.stdin, process.stdout
         self._patience = _PATIENCE * limits.base_seconds
         self._patience_per_byte = _PATIENCE * limits.seconds_per_mib / 2**20
-        self._limits, self._read, self._made = limits, 0, 0
+        self._limits, self._read, self._made, self._is_late = limits, 0, 0, False
         self._longest = _ESCAPED_BYTES * limits.max_row_bytes + _LEFTOVER
 
     @contextmanager
     def ended_if_late(self, chunk: list[tuple[NumberedRow, bytes | None]]) -> Iterator[None]:
         size = sum(len(line or b"") for _, line in chunk)
-        clock = Timer(self._patience + self._patience_per_byte * size, self._process.kill)
+        clock = Timer(self._patience + self._patience_per_byte * size, self._end_late)
         clock.start()
         try:
             yield
         finally:
             clock.cancel()
             clock.join()
+
+    def _end_late(self) -> None:
+        self._is_late = True
+        self._process.kill()
 
     def start(self, template: RowTemplate, limits: UploadSettings) -> None:
         sources = {part: getattr(template, part) for part in PARTS if getattr(template, part) is not None}
@@ -173,9 +177,9 @@ class _Renderer:
             status = self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             status = None
-        if status == -signal.SIGXCPU:
+        if status == -signal.SIGXCPU or self._is_late:
             return TooLarge(
-                "Rendering the template takes more processor time than the size of the upload allows for; make it simpler",
+                "Rendering the template takes more time than the size of the upload allows for; make it simpler",
                 param="template",
                 code="upload_too_costly",
             )

@@ -106,7 +106,8 @@ class Composition:
         folder = self.folder / f"secrets-of-{name}"
         folder.mkdir(exist_ok=True)
         for secret in SERVICES[name]["secrets"]:
-            shutil.copy(self.secrets / secret, folder / secret)
+            if not (folder / secret).exists():  # a process that starts may be reading it
+                shutil.copy(self.secrets / secret, folder / secret)
         return folder
 
     def command(self, name: str) -> list[str]:
