@@ -7,7 +7,7 @@ nothing. Only here is the broker touched by the API: a request never waits for i
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 
 from celery import Celery
 from kombu.connection import Connection
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 TASK = "winnow.work"
 QUEUE = "winnow"
 MAX_MESSAGES = 64  # that wait at a time
-_BROKER_ERRORS = (BrokerError, RedisError, OSError)
 
 
 def make_producer(broker_url: str) -> Celery:
@@ -55,7 +54,9 @@ class Dispatcher(BackgroundLoop):
         self._metrics = metrics or DispatchMetrics(CollectorRegistry())
         self._retries = ledger.Retries(max_attempts=settings.ledger.max_attempts, seconds=settings.ledger.retry_seconds)
         self._producer = make_producer(settings.broker.url)
-        self._broker: Connection | None = None  # kept: making it takes longer than a pass
+        self._broker: Connection | None = (
+            None  # kept: making it takes longer than a pass; Redis' client makes its sockets again
+        )
         self._engine = make_engine(DatabaseSettings(url=settings.database.url, pool_size=1))
         self._sessions = make_sessions(self._engine)
         self._store = ArtifactStore(settings.artifacts.url)
@@ -119,22 +120,16 @@ class Dispatcher(BackgroundLoop):
 
     def _wake(self, wanted: int) -> None:
         try:
-            if self._broker is not None:
-                with suppress(*_BROKER_ERRORS):  # it may have been restarted since
-                    return self._send(wanted, self._broker)
-                self._disconnect()
-            self._broker = self._producer.connection_for_write()
-            self._broker.ensure_connection(max_retries=1, timeout=3)
-            self._send(wanted, self._broker)
-        except _BROKER_ERRORS as error:
+            if self._broker is None:
+                self._broker = self._producer.connection_for_write()
+                self._broker.ensure_connection(max_retries=1, timeout=3)
+            for _ in range(wanted - _queue_length(self._broker)):
+                self._producer.send_task(TASK, queue=QUEUE, connection=self._broker, retry=False)
+                self._metrics.messages.inc()
+        except (BrokerError, RedisError, OSError) as error:
             self._disconnect()
             self._metrics.broker_failures.inc()
             log.warning("dispatcher: the broker is away (%s); units wait for the next sweep", error)
-
-    def _send(self, wanted: int, connection: Connection) -> None:
-        for _ in range(wanted - _queue_length(connection)):
-            self._producer.send_task(TASK, queue=QUEUE, connection=connection, retry=False)
-            self._metrics.messages.inc()
 
     def _disconnect(self) -> None:
         if self._broker is not None:
