@@ -4,7 +4,7 @@
 
 A real PostgreSQL and broker, the API on uvicorn, no worker, no limits on the keys. The clients run in a separate process on the
 same machine, whose CPU use is reported. Takes five minutes. With `--before DIR` each scenario runs first on the API of another
-checkout, so that the two can be compared within one run.
+checkout, on a database of its own, so that the two can be compared within one run, of ten minutes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from load_world import Watch, World, ending, make_world, serving, upload
+from load_world import Watch, World, ending, make_worlds, serving, upload
 from measuring import heading
 from reporting import table, write_json
 from rich.console import Console
@@ -150,28 +150,25 @@ def _call(name: str, seconds: list[float], window: float) -> Json:
     return {"call": name, "requests": len(seconds), "per_second": round(len(seconds) / window, 1), **rounded}
 
 
-def most_submissions(world: World, code: Path, request: Json, small: bool) -> list[Json]:
-    """Raises the rate until it is no longer sustained: answers are too slow, or fewer than requested."""
-    found = []
-    for rate in (10,) if small else (10, 20, 40, 100, 200):
-        found.append(drive(world, submissions(rate, 2.0 if small else 10.0), code, request))
-        call = found[-1]["calls"][0] if found[-1]["calls"] else {"p99": float("inf"), "per_second": 0.0}
-        held = call["p99"] < 1000 * HOLDS_SECONDS and call["per_second"] > 0.9 * rate and not found[-1]["errors"]
-        found[-1]["held"] = bool(held)
-        if not held:
-            break
-    return found
+def is_held(found: Json, rate: int) -> bool:
+    """Whether that rate of submissions was sustained: all were answered soon enough, and as many as requested."""
+    call = found["calls"][0] if found["calls"] else {"p99": float("inf"), "per_second": 0.0}
+    return bool(call["p99"] < 1000 * HOLDS_SECONDS and call["per_second"] > 0.9 * rate and not found["errors"])
 
 
-def measure(world: World, options: argparse.Namespace) -> dict[str, list[Json]]:
-    codes = {**({"before": options.before.resolve()} if options.before else {}), "now": ROOT}
+def measure(worlds: dict[str, World], codes: dict[str, Path], small: bool) -> dict[str, list[Json]]:
+    """Each scenario on each code in turn; the rate of submissions is raised until none sustains it."""
     found: dict[str, list[Json]] = {name: [] for name in codes}
-    request: Json = {}
-    for scenario in scenarios(options.small):
+    requests: dict[str, Json] = {name: {} for name in codes}
+    for scenario in scenarios(small):
         for name, code in codes.items():
-            found[name].append(drive(world, scenario, code, request))
-    for name, code in codes.items():
-        found[name] += most_submissions(world, code, request, options.small)
+            found[name].append(drive(worlds[name], scenario, code, requests[name]))
+    for rate in (10,) if small else (10, 20, 40, 100, 200):
+        for name, code in codes.items():
+            found[name].append(drive(worlds[name], submissions(rate, 2.0 if small else 10.0), code, requests[name]))
+            found[name][-1]["held"] = is_held(found[name][-1], rate)
+        if not any(lines[-1]["held"] for lines in found.values()):
+            break
     return found
 
 
@@ -201,11 +198,11 @@ def main() -> None:
     options = parser.parse_args()
     jobs = 2_000 if options.small else options.jobs
     head = heading(options)  # taken now: the commit that is measured, even if another is made meanwhile
-    with (
-        tempfile.TemporaryDirectory(prefix="winnow-load-") as folder,
-        make_world(Path(folder), jobs, running=min(jobs // 4, 6_000), group=ProcessGroup(Path(folder))) as world,
-    ):
-        found = measure(world, options)
+    codes = {**({"before": options.before.resolve()} if options.before else {}), "now": ROOT}
+    with tempfile.TemporaryDirectory(prefix="winnow-load-") as name:
+        folder = Path(name)
+        with make_worlds(folder, jobs, min(jobs // 4, 6_000), ProcessGroup(folder), codes) as worlds:
+            found = measure(worlds, codes, options.small)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "api.json", {**head, "jobs": jobs, **found})
     (options.out / "api.md").write_text("\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items()))

@@ -1,10 +1,13 @@
 """The environment of `api.py`: a real PostgreSQL and broker, 100,000 jobs, and an API process in front of them."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +17,17 @@ import httpx
 import psutil
 import psycopg
 from measuring import serve_api
+from sqlalchemy import make_url
 
-from service.auth.principal import Scope
-from service.db.engine import make_engine, make_sessions
-from service.db.migrate import upgrade
-from service.keys.service import create_key
+# Those that are not used here are by `_MAKE`.
+from service.auth.principal import Scope  # noqa: F401
+from service.db.engine import make_engine, make_sessions  # noqa: F401
+from service.db.migrate import upgrade  # noqa: F401
+from service.keys.service import create_key  # noqa: F401
 from service.local.process_group import ProcessGroup
 from service.local.servers import start_postgres, start_valkey
 from service.plan.parameters import JobParameters
-from service.settings import DatabaseSettings
+from service.settings import DatabaseSettings  # noqa: F401
 
 SECRET = "benchmark-only-0123456789abcdef0123456789"
 MODEL = "tiny"
@@ -83,9 +88,32 @@ class World:
         return self.database_url.replace("+psycopg", "")
 
 
+# Run within a checkout, whose schema and defaults may be others: names of its own load_world.
+_MAKE = """
+import json, sys
+from pathlib import Path
+import load_world as its
+
+folder, url, broker, jobs, running = sys.argv[1:]
+its.upgrade(url)
+engine = its.make_engine(its.DatabaseSettings(url=url))
+with its.make_sessions(engine).begin() as session:
+    keys = [
+        its.create_key(session, tenant_name=f"tenant {i}", key_name="load", secret_key=its.SECRET, scopes=tuple(its.Scope))
+        for i in (1, 2, 3)
+    ]
+engine.dispose()
+world = its._fill(Path(folder), url, broker, keys, int(jobs), int(running))
+print(json.dumps([world.keys, world.running, world.cursors]))
+"""
+
+
 @contextmanager
-def make_world(folder: Path, jobs: int, running: int, group: ProcessGroup) -> Iterator[World]:
-    """A database with that many jobs of three tenants, most of them of one tenant; everything is stopped at the end."""
+def make_worlds(
+    folder: Path, jobs: int, running: int, group: ProcessGroup, codes: Mapping[str, Path]
+) -> Iterator[dict[str, World]]:
+    """For each checkout a database of its own, with that many jobs of three tenants, most of them of one tenant; everything is
+    stopped at the end. Alike for all: no one's submissions are there for another."""
     for name in ("logs", "store", f"models/{MODEL}"):
         (folder / name).mkdir(parents=True)
     config = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128}
@@ -93,17 +121,27 @@ def make_world(folder: Path, jobs: int, running: int, group: ProcessGroup) -> It
     (folder / "models" / MODEL / "config.json").write_text(json.dumps(config))
     try:
         url, broker = start_postgres(folder, group), start_valkey(folder, group)
-        upgrade(url)
-        engine = make_engine(DatabaseSettings(url=url))
-        with make_sessions(engine).begin() as session:
-            made = [
-                create_key(session, tenant_name=f"tenant {i}", key_name="load", secret_key=SECRET, scopes=tuple(Scope))
-                for i in (1, 2, 3)
-            ]
-        engine.dispose()
-        yield _fill(folder, url, broker, made, jobs, running)
+        yield {name: _made(folder, url, broker, name, code, jobs, running) for name, code in codes.items()}
     finally:
         group.stop()
+
+
+@contextmanager
+def make_world(folder: Path, jobs: int, running: int, group: ProcessGroup) -> Iterator[World]:
+    """One of this checkout."""
+    with make_worlds(folder, jobs, running, group, {"now": Path(__file__).resolve().parent.parent}) as worlds:
+        yield worlds["now"]
+
+
+def _made(folder: Path, url: str, broker: str, name: str, code: Path, jobs: int, running: int) -> World:
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    own = make_url(url).set(database=name).render_as_string(hide_password=False)
+    environment = {**os.environ, "PYTHONPATH": f"{code}:{code / 'benchmarks'}"}
+    command = [sys.executable, "-c", _MAKE, str(folder), own, broker, str(jobs), str(running)]
+    made = subprocess.run(command, env=environment, cwd=code, stdout=subprocess.PIPE, text=True, check=True)
+    keys, found, cursors = json.loads(made.stdout.splitlines()[-1])
+    return World(folder, own, broker, keys, [(key, job) for key, job in found], cursors)
 
 
 def _fill(folder: Path, url: str, broker: str, keys: list[str], jobs: int, running: int) -> World:
