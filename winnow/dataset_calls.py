@@ -60,6 +60,16 @@ class DatasetCalls(Uploading):
         return await self._upload(source, params, on_progress)
 
     @call
+    def uploads(self) -> AsyncGenerator[Json]:
+        """Your uploads in parts of which no dataset was made yet, newest first; they count into your limits."""
+        return self._pages("/uploads", {})
+
+    @call
+    async def delete_upload(self, upload_id: str) -> None:
+        """Gives up an upload in parts."""
+        await self._call("DELETE", f"/uploads/{upload_id}")
+
+    @call
     def datasets(self) -> AsyncGenerator[Json]:
         """Your datasets, newest first."""
         return self._pages("/datasets", {})

@@ -73,6 +73,7 @@ CALLS: list[tuple[str, Any, Callable[[Any], Any]]] = [
     ("POST webhooks/w/deliveries/d/replay", None, lambda w: w.replay("w", "d")),
     ("DELETE selection-jobs/j", None, lambda w: w.delete_job("j")),
     ("DELETE datasets/d", None, lambda w: w.delete_dataset("d")),
+    ("DELETE uploads/u", None, lambda w: w.delete_upload("u")),
     ("DELETE keys/k", None, lambda w: w.revoke_key("k")),
     ("DELETE webhooks/w", None, lambda w: w.delete_webhook("w")),
 ]
@@ -94,6 +95,7 @@ def test_a_call_is_its_request(connect: Connect, sent: str, body: Any, call: Cal
 
 LISTS: list[tuple[str, dict[str, str], Callable[[Any], Any]]] = [
     ("datasets", {}, lambda w: w.datasets()),
+    ("uploads", {}, lambda w: w.uploads()),
     ("datasets/d/rows", {}, lambda w: w.rows("d")),
     ("selection-jobs", {}, lambda w: w.jobs()),
     ("selection-jobs", {"status": "running"}, lambda w: w.jobs("running")),

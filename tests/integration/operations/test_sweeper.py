@@ -176,6 +176,7 @@ def test_the_command_says_what_goes_and_what_went(local: Kept) -> None:
         "dry_run": True,
         "removed": {"gradients": {"files": 1, "bytes": 1234}},
         "jobs": [],
+        "uploads": [],
         "workers": [],
         "scratch": 0,
         "unknown": {"files": 1, "bytes": 7},
