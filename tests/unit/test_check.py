@@ -19,9 +19,9 @@ from service.datasets.bad_rows import OnBadRow
 from service.datasets.rows.options import RowOptions
 from service.datasets.storage import Sample
 from winnow.cli.main import EXTRAS
+from winnow.marked_text import marked
 from worker.check.command import check
 from worker.check.examine import Options, examine
-from worker.check.shown import marked
 from worker.text.chat_templates import ChatFormat
 from worker.text.tokenization import tokenise
 
@@ -283,7 +283,8 @@ class TestWithAModel:
         for row, given in zip(shown[:3], self.rows(), strict=False):
             expected = chat.render(Sample(row["index"], row["id"], None, given["messages"], None))
             assert (row["text"], [tuple(span) for span in row["spans"]]) == (expected.text, expected.spans)
-        assert shown[3]["unusable"] == "template_refuses"
+            assert (row["unusable"], row["truncated"]) == (None, False)
+        assert (shown[3]["unusable"]["reason"], shown[3]["text"]) == ("template_refuses", None)
         text = printed(file, *words, status=1)
         assert all(marked(row["text"], row["spans"]).strip() in text for row in shown[:3])
 

@@ -129,6 +129,6 @@ def _pass(samples: Iterable[Sample], report: Callable[[int], None]) -> None:
 
 def _text(sample: Sample, model: "Model | None") -> dict[str, Any]:
     if model is not None:
-        return model.text(sample)
+        return model.renderer.row(sample)
     text, spans = plain(sample)
     return {"text": text, "spans": spans}

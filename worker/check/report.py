@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from winnow import render
-from worker.check.shown import marked, printable
+from winnow import marked_text, render
+from winnow.marked_text import marked, printable
 from worker.summary import RENDERING
 
 _NAMED = 10
@@ -82,13 +82,11 @@ def _of_model(model: dict[str, Any]) -> Iterator[str]:
 
 
 def _shown(row: dict[str, Any]) -> Iterator[str]:
-    name = f"row {row['index']} (id {row['id']})"
-    if "unusable" in row:
-        yield f"--- {name} is unusable: {row['unusable']}: {printable(row['detail'])}"
-        return
-    notes = f": {', '.join(row['notes'])}" if row.get("notes") else ""
-    yield f"--- {name}{notes}"
-    yield marked(row["text"], row["spans"])
+    if "tokens" in row:
+        yield from marked_text.lines(row, row)
+    else:
+        yield f"--- row {row['index']} (id {row['id']})"
+        yield marked(row["text"], row["spans"])
 
 
 def _rows(count: int) -> str:

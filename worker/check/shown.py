@@ -1,13 +1,7 @@
-"""The text of a sample with the parts that the loss counts, for eyes."""
-
-import re
+"""The text of a sample with the parts that the loss counts, where no model renders it."""
 
 from service.datasets.storage import Sample
-from service.names import NOT_IN_TEXT
 from worker.check.lengths import as_json, counts, parts_of
-
-_OBEYED = re.compile(rf"{NOT_IN_TEXT}|\r")
-_OPEN, _CLOSE = "\u27e6", "\u27e7"  # white square brackets
 
 Span = tuple[int, int]
 """[start, end) in characters of a text."""
@@ -28,17 +22,3 @@ def plain(sample: Sample) -> tuple[str, list[Span]]:
             spans.append((start, len(text)))
         text += "\n"
     return text, spans
-
-
-def marked(text: str, spans: list[Span]) -> str:
-    """The text with brackets around the spans, which do not overlap, as `printable` has it."""
-    parts, at = [], 0
-    for start, end in sorted(spans):
-        parts += [text[at:start], _OPEN, text[start:end], _CLOSE]
-        at = end
-    return printable("".join([*parts, text[at:]]))
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal obeys, but line feeds and tabs, written out."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -9,14 +9,13 @@ from service.datasets.storage import Sample
 from service.models.configs import ADAPTER_CONFIG, CONFIG
 from service.models.dependency_check import unsafe_packages
 from service.models.registry import resolve
-from service.plan.artifact_keys import rendering
 from service.plan.parameters import Parameters
 from service.settings import ModelSettings
 from worker.check.lengths import Lengths
-from worker.errors import ParameterError, UnusableRow
+from worker.errors import ParameterError
 from worker.given_options import parameters_of
-from worker.loading import folders, models
-from worker.text.chat_templates import ChatFormat
+from worker.loading import folders
+from worker.text.preview import Renderer
 from worker.text.tokenization import Tokenised, tokenise
 
 _NAMED = 100
@@ -42,34 +41,22 @@ class Model:
         registered, name = _place(name, registered)
         # Nobody else decides what this machine takes from the hub. Nothing is computed, so no size of the model matters.
         found = resolve(ModelSettings(folder=registered, hub=("*/*",)), name, Parameters(method="random"))
-        folder = folders.find(found, registered, weights=False)
-        self._tokenizer = models.load_tokenizer(folder)
-        self.max_length = min(self.parameters.max_length, int(models.load_config(folder).max_position_embeddings))
-        self._rendering = rendering(self.parameters.model_dump(mode="json"))
-        self._chat = ChatFormat(self._tokenizer, **self._rendering)
-
-    def text(self, sample: Sample) -> dict[str, Any]:
-        """The rendered text of a sample and [start, end) in characters of what the loss counts; or why there is none."""
-        try:
-            rendered = self._chat.render(sample)
-        except UnusableRow as row:
-            return {"unusable": row.reason, "detail": row.message}
-        return {"text": rendered.text, "spans": rendered.spans, "notes": rendered.notes}
+        self.renderer = Renderer(folders.find(found, registered, weights=False), self.parameters)
 
     def counts(self, samples: Iterable[Sample], rows: int, report: Callable[[int], None]) -> dict[str, Any]:
         """The lengths of the samples in tokens, before they are cut (`tokens`), after (`kept_tokens`), and of what is learnt
         (`counted_tokens`); what is cut; and the rows that take no part, by reason, the first hundred by name."""
         ids: dict[int, str] = {}
         found = _Counts()
-        for row in tokenise(
-            _noting(samples, ids), self._tokenizer, max_length=self.max_length, report=report, rendered=self._rendering
-        ):
+        by = self.renderer
+        how: dict[str, Any] = {"max_length": by.max_length, "rendered": by.rendering, "report": report}
+        for row in tokenise(_noting(samples, ids), by.tokenizer, **how):
             found.add(row, ids.pop(row.index))
         unusable = found.reasons.total()
         return {
             "name": self.name,
-            "chat_template": "default" if self._chat.is_default else "the model's own",
-            "max_length": self.max_length,
+            "chat_template": by.chat_template,
+            "max_length": by.max_length,
             "tokens": found.whole.summary(),
             "kept_tokens": found.kept.summary(),
             "counted_tokens": found.counted.summary(),

@@ -4,7 +4,7 @@ Tokenised samples are Parquet artifacts (columns index, input_ids, response), wr
 is never held whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,6 +22,7 @@ from service.storage.artifacts import ArtifactStore
 from worker.errors import UnusableRow
 from worker.influence import Samples
 from worker.text.chat_templates import ChatFormat, Rendered
+from worker.text.templates import Span
 
 ROW_GROUP = 1024
 NO_REPLY = "no_reply"
@@ -48,8 +49,9 @@ _SCHEMA = pa.schema(
 class Tokenised:
     """One sample: its place in the dataset, its tokens, int32 (T,), which of them are response, bool (T,), what was cut.
 
-    `whole`: how many tokens it had before. `notes`: codes of what the rendered text does not say as the sample does. A sample
-    that takes no part in the job has no tokens, but the code of a reason, `unusable`, and a `detail` in words.
+    `whole`: how many tokens it had before. `kept`: [start, end) in characters of its text, what is left of that. `notes`: codes
+    of what the rendered text does not say as the sample does. A sample that takes no part in the job has no tokens, but the code
+    of a reason, `unusable`, and a `detail` in words.
     """
 
     index: int
@@ -58,6 +60,7 @@ class Tokenised:
     truncated: bool
     response_truncated: bool
     whole: int = 0
+    kept: Span = (0, 0)
     notes: tuple[str, ...] = ()
     unusable: str | None = None
     detail: str | None = None
@@ -116,16 +119,23 @@ def tokenise(
     remaining = iter(samples)
     done = 0
     while chunk := list(islice(remaining, ROW_GROUP)):
-        made = [_rendered(chat, sample) for sample in chunk]
-        encoded = _encoded(tokenizer, [each.text for each in made if isinstance(each, Rendered)])
-        for sample, each in zip(chunk, made, strict=True):
-            if isinstance(each, UnusableRow):
-                yield _unusable(sample.index, each.reason, each.message)
-            else:
-                ids, offsets = next(encoded)
-                yield _cut(sample.index, np.array(ids, np.int32), _response_mask(each, offsets), max_length, each.notes)
+        for _, row in with_texts(chunk, tokenizer, chat, max_length):
+            yield row
         done += len(chunk)
         report(done)
+
+
+def with_texts(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, max_length: int
+) -> Iterator[tuple[Rendered | None, Tokenised]]:
+    """The text of each sample, or None where it cannot be rendered, and its tokens."""
+    made = [_rendered(chat, sample) for sample in samples]
+    encoded = _encoded(tokenizer, [each.text for each in made if isinstance(each, Rendered)])
+    for sample, each in zip(samples, made, strict=True):
+        if isinstance(each, UnusableRow):
+            yield None, _unusable(sample.index, each.reason, each.message)
+        else:
+            yield each, _cut(sample.index, each, *next(encoded), max_length)
 
 
 def _rendered(chat: ChatFormat, sample: Sample) -> Rendered | UnusableRow:
@@ -135,7 +145,7 @@ def _rendered(chat: ChatFormat, sample: Sample) -> Rendered | UnusableRow:
         return row
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tuple[list[int], list[Span]]]:
     """The tokens of each text, and the characters of each token."""
     if texts:
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -151,7 +161,7 @@ def _unusable(index: int, reason: str, detail: str) -> Tokenised:
     return Tokenised(index, *nothing, truncated=False, response_truncated=False, unusable=reason, detail=text)
 
 
-def _response_mask(rendered: Rendered, offsets: list[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+def _response_mask(rendered: Rendered, offsets: list[Span]) -> npt.NDArray[np.bool_]:
     """A token belongs to the response if it shares a character with one of the spans."""
     places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     mask = np.zeros(len(places), dtype=bool)
@@ -160,25 +170,21 @@ def _response_mask(rendered: Rendered, offsets: list[tuple[int, int]]) -> npt.ND
     return mask
 
 
-def _cut(
-    index: int,
-    input_ids: npt.NDArray[np.int32],
-    response: npt.NDArray[np.bool_],
-    max_length: int,
-    notes: tuple[str, ...],
-) -> Tokenised:
+def _cut(index: int, rendered: Rendered, ids: list[int], offsets: list[Span], max_length: int) -> Tokenised:
+    response = _response_mask(rendered, offsets)
     window = response_window(response, max_length)
     kept = response[window]
     if not kept[1:].any():
         return _unusable(index, NO_REPLY, "it has no token to learn from: its replies are empty")
     return Tokenised(
         index=index,
-        input_ids=input_ids[window],
+        input_ids=np.array(ids[window], np.int32),
         response=kept,
         truncated=len(kept) < len(response),
         response_truncated=int(kept.sum()) < int(response.sum()),
         whole=len(response),
-        notes=notes,
+        kept=(offsets[window.start][0], offsets[window.stop - 1][1]),
+        notes=rendered.notes,
     )
 
 

@@ -1,0 +1,45 @@
+"""The text that a model is given, with the parts that the loss counts marked, for a terminal."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# What a terminal obeys, or what reorders a line, but for line feeds and tabs.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_OPEN, _CLOSE = "\u27e6", "\u27e7"  # white square brackets
+
+Span = Sequence[int]
+"""[start, end) in characters of a text."""
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal obeys written out."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def marked(text: str, spans: Sequence[Span], kept: Span | None = None) -> str:
+    """The text with brackets around the spans, which do not overlap and lie in `kept`; in place of the rest, how long it is."""
+    first, last = (0, len(text)) if kept is None else kept
+    parts, at = [_cut(first)], first
+    for start, end in sorted(map(tuple, spans)):
+        parts += [text[at:start], _OPEN, text[start:end], _CLOSE]
+        at = end
+    return printable("".join([*parts, text[at:last], _cut(len(text) - last)]))
+
+
+def lines(row: dict[str, Any], rendered: dict[str, Any]) -> Iterator[str]:
+    """A row of a dataset as a model sees it: a heading, and the text."""
+    name = f"row {row['index']} (id {printable(row['id'])})"
+    tokens, unusable, text = rendered["tokens"], rendered["unusable"], rendered["text"]
+    if unusable is not None:
+        yield f"--- {name} is unusable: {unusable['reason']}: {printable(unusable['detail'])}"
+    else:
+        cut = f", cut from {tokens['total']:,}" if rendered["truncated"] else ""
+        notes = f"; {', '.join(rendered['notes'])}" if rendered["notes"] else ""
+        yield f"--- {name}: {tokens['kept']:,} tokens{cut}, {tokens['counted']:,} counted{notes}"
+    if text is not None:
+        yield marked(text, rendered["spans"], rendered["kept"])
+
+
+def _cut(characters: int) -> str:
+    return f"[{characters:,} character{'' if characters == 1 else 's'} cut]" if characters else ""
