@@ -31,6 +31,7 @@ from service.keys.router import router as keys
 from service.models.router import router as models
 from service.observability import logs
 from service.observability.traces import Traces
+from service.previews.router import router as previews
 from service.results.export import bound_memory
 from service.results.router import router as results
 from service.settings import ApiSettings, api_settings
@@ -114,7 +115,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     idempotency.install(app)
     for router in (health.router, exposition.router, docs.router):
         app.include_router(router)
-    for router in (models, datasets, targets, uploads, jobs, results, keys, usage, audit, webhooks):
+    for router in (models, datasets, previews, targets, uploads, jobs, results, keys, usage, audit, webhooks):
         app.include_router(
             router,
             prefix="/v1",

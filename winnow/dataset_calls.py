@@ -2,12 +2,18 @@
 
 import json
 import os
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
+
+import httpx
 
 from winnow.transport import Json, call
 from winnow.uploading import OnProgress, Uploading
+
+_MOST_ROWS = 100  # of a page
+_HELD_SECONDS = 20.0  # for which the service is asked to hold a request
 
 
 class DatasetCalls(Uploading):
@@ -80,9 +86,74 @@ class DatasetCalls(Uploading):
         return cast(list[Json], (await self._json("GET", "/targets"))["data"])
 
     @call
-    def rows(self, dataset_id: str) -> AsyncGenerator[Json]:
-        """The rows of a dataset, in order; each of their messages says whether the loss `counts` it."""
-        return self._pages(f"/datasets/{dataset_id}/rows", {})
+    async def rows(
+        self,
+        dataset_id: str,
+        *,
+        model: str | None = None,
+        limit: int | None = None,
+        after: int | None = None,
+        reasoning: Literal["keep", "strip"] | None = None,
+        template_arguments: Mapping[str, Any] | str | None = None,
+        max_length: int | None = None,
+        timeout: float | None = None,
+        on_wait: Callable[[str], object] | None = None,
+    ) -> AsyncGenerator[Json]:
+        """The rows of a dataset, in order; each of their messages says whether the loss `counts` it.
+
+        Args:
+            model: with it each row also has `rendered`: the text that a job with this model reads, what of it the loss counts,
+                and its tokens; or why the row would take no part. A worker computes it.
+            limit: how many rows at most; None: all.
+            after: the index of the row before the first.
+            reasoning, template_arguments, max_length: as of a job; they need a model.
+            timeout: seconds to wait for a page at most; None: until a worker has rendered it.
+            on_wait: called with the reason, when it changes, while a page is waited for.
+
+        Raises:
+            TimeoutError: no worker has rendered a page in time; says what it waits for.
+            WinnowError: there is no such dataset or model, or the model cannot be used.
+        """
+        given: Json = {
+            "model": model,
+            "after": after,
+            "reasoning": reasoning,
+            "template_arguments": _text(template_arguments),
+            "max_length": max_length,
+        }
+        left = limit
+        while left is None or left > 0:
+            size = {} if left is None else {"limit": min(left, _MOST_ROWS)}
+            params = {name: value for name, value in {**given, **size}.items() if value is not None}
+            page = await self._page_of_rows(dataset_id, params, timeout, on_wait)
+            for row in page["data"]:
+                yield row
+            if not page["has_more"]:
+                return
+            given["after"] = page["last_id"]
+            left = None if left is None else left - len(page["data"])
+
+    async def _page_of_rows(
+        self, dataset_id: str, params: Json, timeout: float | None, on_wait: Callable[[str], object] | None
+    ) -> Json:
+        started, why = time.monotonic(), None
+        held: float = _HELD_SECONDS if "model" in params else 0
+        while True:
+            if timeout is not None:
+                held = max(0, min(held, started + timeout - time.monotonic()))
+            asked = time.monotonic()
+            path = f"/datasets/{dataset_id}/rows"
+            response = await self._call("GET", path, params={**params, **({"wait": int(held)} if held else {})})
+            if response.status_code != httpx.codes.ACCEPTED:
+                return cast(Json, response.json())
+            detail = response.json()["detail"]
+            if on_wait is not None and detail != why:
+                on_wait(detail)
+            why = detail
+            if timeout is not None and time.monotonic() >= started + timeout:
+                raise TimeoutError(f"the rows are not rendered after {timeout:g} seconds: {detail}")
+            # The service stops, does not hold requests, or waits for whole seconds only.
+            await self._sleep(min(1.0, max(0.0, asked + held - time.monotonic())) or 0.1)
 
     @call
     async def skipped_rows(self, dataset_id: str) -> AsyncGenerator[Json]:
@@ -101,5 +172,5 @@ class DatasetCalls(Uploading):
         await self._call("DELETE", f"/datasets/{dataset_id}")
 
 
-def _text(option: Mapping[str, str] | str | None) -> str | None:
+def _text(option: Mapping[str, Any] | str | None) -> str | None:
     return option if option is None or isinstance(option, str) else json.dumps(dict(option))

@@ -1,5 +1,6 @@
 """The text that a model is given, with the parts that the loss counts marked, for a terminal."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,9 +28,46 @@ def marked(text: str, spans: Sequence[Span], kept: Span | None = None) -> str:
     return printable("".join([*parts, text[at:last], _cut(len(text) - last)]))
 
 
-def lines(row: dict[str, Any], rendered: dict[str, Any]) -> Iterator[str]:
-    """A row of a dataset as a model sees it: a heading, and the text."""
+def plain(row: dict[str, Any]) -> tuple[str, list[Span]]:
+    """The messages of a row, each under its role, and what of them the loss counts: no model's text, but what there is for a chat
+    template to render."""
+    if row["messages"] is None:
+        text = row["text"] or ""
+        return text, [(0, len(text))]
+    text = f"tools: {as_json(row['tools'])}\n" if row["tools"] else ""
+    spans: list[Span] = []
+    for message in row["messages"]:
+        text += f"{message['role']}: "
+        start = len(text)
+        text += "\n".join(parts_of(message))
+        if counts(message):
+            spans.append((start, len(text)))
+        text += "\n"
+    return text, spans
+
+
+def parts_of(message: dict[str, Any]) -> list[str]:
+    """The texts of a message: its reasoning, its content and its calls, of those that it has."""
+    calls = (as_json(call["function"]) for call in message.get("tool_calls") or ())
+    return [part for part in (message.get("reasoning_content"), message["content"], *calls) if part]
+
+
+def counts(message: dict[str, Any]) -> bool:
+    """Whether the loss counts the message."""
+    return message["role"] == "assistant" and bool(message.get("counts", True))
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def lines(row: dict[str, Any], rendered: dict[str, Any] | None) -> Iterator[str]:
+    """A row of a dataset, and what a model makes of it where there is one: a heading, and the text."""
     name = f"row {row['index']} (id {printable(row['id'])})"
+    if rendered is None:
+        yield f"--- {name}"
+        yield marked(*plain(row))
+        return
     tokens, unusable, text = rendered["tokens"], rendered["unusable"], rendered["text"]
     if unusable is not None:
         yield f"--- {name} is unusable: {unusable['reason']}: {printable(unusable['detail'])}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy import ColumnElement, Select, delete, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service import ids
@@ -10,6 +10,7 @@ from service.datasets.tables import Dataset, Upload
 from service.db.pagination import paginate
 from service.ledger.state import TERMINAL
 from service.ledger.tables import SelectionJob
+from service.tasks import Task
 
 
 def is_id(value: str) -> bool:
@@ -48,6 +49,12 @@ def page(session: Session, tenant_id: str, after: str | None, limit: int) -> tup
     """Of the tenant's live datasets, newest first."""
     live = select(Dataset).where(Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None))
     return paginate(session, live, Dataset.id, after=after, limit=limit)
+
+
+def delete_tasks_of(session: Session, tenant_id: str, fingerprint: str) -> None:
+    """Cancels and forgets what workers compute, or have computed, of a content for the tenant: the subject begins with it."""
+    of_content = Task.subject.startswith(f"{fingerprint}/", autoescape=True)
+    session.execute(delete(Task).where(Task.tenant_id == tenant_id, of_content))
 
 
 def unfinished_job_of(session: Session, dataset_id: str) -> str | None:

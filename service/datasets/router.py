@@ -28,11 +28,8 @@ from service.datasets.schemas import (
     DatasetName,
     DatasetOut,
     DatasetPage,
-    DatasetRow,
     FormQuery,
     OnBadRowQuery,
-    RowLimit,
-    RowPage,
     SkippedRow,
     TemplateQuery,
 )
@@ -56,7 +53,7 @@ from service.http.errors import (
     Unprocessable,
     responses,
 )
-from service.http.pagination import AfterDataset, AfterNumber, Limit
+from service.http.pagination import AfterDataset, Limit
 from service.idempotency.service import IdempotentRequest, KeyHeader, is_answered, request_digest
 from service.settings import ApiSettings, LimitSettings
 from service.shares import Shares
@@ -250,25 +247,6 @@ def list_datasets(
 @router.get("/{dataset_id}", summary="One dataset", responses=responses(NotFound))
 def get_dataset(dataset_id: str, principal: ReadDep, session: SessionDep) -> DatasetOut:
     return DatasetOut.model_validate(service.find(session, principal.tenant_id, dataset_id))
-
-
-@router.get(
-    "/{dataset_id}/rows",
-    summary="List the rows of a dataset, in order",
-    responses=responses(NotFound, Gone, Unprocessable),
-)
-def list_rows(
-    request: Request,
-    dataset_id: str,
-    principal: ReadDep,
-    session: SessionDep,
-    limit: RowLimit = 20,
-    after: AfterNumber = None,
-) -> RowPage:
-    start = 0 if after is None else after + 1
-    samples, has_more = service.rows(session, request.app.state.store, principal.tenant_id, dataset_id, start, limit)
-    data = [DatasetRow.model_validate(sample) for sample in samples]
-    return RowPage.of(data, has_more, "index")
 
 
 @router.get(

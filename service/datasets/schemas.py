@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from service.datasets.bad_rows import OnBadRow
 from service.datasets.rows.forms import Form
 from service.datasets.rows.template import MAX_LENGTH
-from service.http.pagination import NumberedPage, Page
+from service.http.pagination import Page
 from service.names import Name
 
 DatasetName = Annotated[
@@ -54,8 +54,6 @@ OnBadRowQuery = Annotated[
         " GET /v1/datasets/{id}/skipped names those that were left out and why; if none is left, the upload is refused."
     ),
 ]
-# Rows may have a megabyte each: fewer of them than of other entries make a page.
-RowLimit = Annotated[int, Query(ge=1, le=100, description="Maximum number of rows per page")]
 
 
 class DetectedForm(BaseModel):
@@ -216,7 +214,3 @@ class DatasetRow(BaseModel):
     )
     tools: list[dict[str, Any]] | None = Field(examples=[None])
     text: str | None = Field(examples=[None])
-
-
-class RowPage(NumberedPage[DatasetRow]):
-    """Rows in the dataset's order; `last_id` is the index of the last."""

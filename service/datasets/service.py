@@ -141,6 +141,7 @@ def delete(session: Session, tenant_id: str, dataset_id: str) -> Dataset:
             code="dataset_in_use",
         )
     dataset.deleted_at = datetime.now(UTC)
+    repository.delete_tasks_of(session, tenant_id, dataset.fingerprint)
     return dataset
 
 

@@ -401,3 +401,27 @@ def test_skipped_rows_are_streamed(connect: Connect) -> None:
     with connect(server) as winnow:
         assert [row["number"] for row in winnow.skipped_rows("d")] == [3, 9]
     assert server.requests[0].url.path.endswith("/datasets/d/skipped")
+
+
+def _pending(detail: str) -> httpx.Response:
+    return httpx.Response(202, json={"object": "dataset.rows.pending", "status": "pending", "detail": detail})
+
+
+def test_rows_as_a_model_sees_them_are_waited_for(connect: Connect, pauses: list[float]) -> None:
+    first, second = page([{"index": 0}, {"index": 1}], 1, True), page([{"index": 2}], 2, True)
+    server = Server(_pending("no worker"), _pending("no worker"), _pending("it runs"), first, second)
+    told: list[str] = []
+    with connect(server) as winnow:
+        rows = winnow.rows("d", model="m", limit=3, template_arguments={"a": 1}, max_length=32, on_wait=told.append)
+        assert [row["index"] for row in rows] == [0, 1, 2]
+    assert told == ["no worker", "it runs"]
+    assert len(pauses) == 3, "a service that does not hold requests is not asked without a pause"
+    common = {"model": "m", "template_arguments": '{"a": 1}', "max_length": "32", "wait": "20"}
+    assert server.params == [{**common, "limit": "3"}] * 4 + [{**common, "limit": "1", "after": "1"}]
+
+
+def test_rows_that_no_worker_renders_are_given_up(connect: Connect) -> None:
+    server = Server(*[_pending("no worker is running")] * 2)
+    with connect(server) as winnow, pytest.raises(TimeoutError, match="no worker is running"):
+        list(winnow.rows("d", model="m", timeout=0))
+    assert "wait" not in server.params[0]

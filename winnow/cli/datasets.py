@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from winnow import render
+from winnow import marked_text, render
 from winnow.cli.console import connected, err, fail, options, out, print_json
-from winnow.options import Reading
+from winnow.options import Reading, assigned
 from winnow.upload_bar import uploading
 
 Format = Annotated[
@@ -37,7 +37,7 @@ TargetTemplate = Annotated[str | None, typer.Option(metavar="JSON", help="The sa
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (upload, skipped, targets):
+    for command in (upload, rows, skipped, targets):
         app.command()(command)
 
 
@@ -61,6 +61,37 @@ def skipped(dataset_id: str) -> None:
     with connected() as client:
         for row in client.skipped_rows(dataset_id):
             print(json.dumps(row, ensure_ascii=False))
+
+
+def rows(
+    dataset_id: str,
+    model: Annotated[
+        str | None, typer.Option(help="Show them as this model's chat template renders them, with their tokens")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many rows")] = 10,
+    after: Annotated[int | None, typer.Option(min=0, help="Begin after the row with this index")] = None,
+    max_length: Annotated[int | None, typer.Option(help="The same as --set max_length=N")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="With --model, as of a job: reasoning, template_arguments.X"),
+    ] = None,
+) -> None:
+    """Show rows of a dataset; ⟦what the loss counts⟧ is marked. With --json, as JSON lines."""
+    given = [*(settings or []), *([] if max_length is None else [f"max_length={max_length}"])]
+    with connected() as client:
+        arguments = assigned(given)
+        if unknown := arguments.keys() - {"reasoning", "template_arguments", "max_length"}:
+            fail(f"--set {min(unknown)}: rows have reasoning, template_arguments and max_length", 2)
+        for row in client.rows(dataset_id, model=model, limit=limit, after=after, on_wait=_waiting, **arguments):
+            if options.as_json:
+                print(json.dumps(row, ensure_ascii=False))
+                continue
+            for line in marked_text.lines(row, row.get("rendered")):
+                out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _waiting(why: str) -> None:
+    err.print(why, soft_wrap=True, markup=False, highlight=False)
 
 
 def targets(name: Annotated[str | None, typer.Argument(help="Show this one with its template")] = None) -> None:

@@ -15,9 +15,9 @@ from service.datasets.storage import Content, Sample, samples_of
 from service.http.errors import ApiError
 from service.settings import UploadSettings
 from service.storage.tempdirs import temporary_directory
+from winnow.marked_text import plain
 from worker.check.bad_rows import bad_rows
 from worker.check.lengths import Lengths, characters
-from worker.check.shown import plain
 
 if TYPE_CHECKING:
     from worker.check.tokens import Model
@@ -130,5 +130,5 @@ def _pass(samples: Iterable[Sample], report: Callable[[int], None]) -> None:
 def _text(sample: Sample, model: "Model | None") -> dict[str, Any]:
     if model is not None:
         return model.renderer.row(sample)
-    text, spans = plain(sample)
+    text, spans = plain({"messages": sample.messages, "tools": sample.tools, "text": sample.text})
     return {"text": text, "spans": spans}

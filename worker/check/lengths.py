@@ -1,12 +1,11 @@
 """How long the rows of a dataset are: quantiles over all of them, at four bytes a row."""
 
-import json
 from array import array
-from typing import Any
 
 import numpy as np
 
 from service.datasets.storage import Sample
+from winnow.marked_text import as_json, counts, parts_of
 
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -40,18 +39,3 @@ def characters(sample: Sample) -> tuple[int, int]:
     lengths = [(sum(map(len, parts_of(message))), counts(message)) for message in sample.messages]
     whole = sum(length for length, _ in lengths) + (len(as_json(sample.tools)) if sample.tools else 0)
     return whole, sum(length for length, counted in lengths if counted)
-
-
-def parts_of(message: dict[str, Any]) -> list[str]:
-    """The texts of a message: its reasoning, its content and its calls, of those that it has."""
-    calls = (as_json(call["function"]) for call in message.get("tool_calls", ()))
-    return [part for part in (message.get("reasoning_content", ""), message["content"], *calls) if part]
-
-
-def counts(message: dict[str, Any]) -> bool:
-    """Whether the loss counts the message."""
-    return message["role"] == "assistant" and bool(message.get("counts", True))
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

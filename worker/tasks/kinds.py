@@ -27,4 +27,6 @@ class Kind:
     finish: Callable[[Session, TaskClaim, Mapping[str, Any]], None] = lambda _session, _claim, _result: None
 
 
-KINDS: dict[str, Kind] = {}
+KINDS: dict[str, Kind] = {
+    "preview": Kind(module="worker.tasks.preview", keeps_process=True),
+}

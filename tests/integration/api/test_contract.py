@@ -35,6 +35,7 @@ SAYS_MORE = {
     "POST /v1/keys",
     "POST /v1/uploads",
     "PUT /v1/uploads/{upload_id}/parts/{number}",
+    "GET /v1/datasets/{dataset_id}/rows",
     "GET /v1/selection-jobs/{job_id}/weights",
     "GET /v1/selection-jobs/{job_id}/export",
     "GET /v1/selection-jobs/{job_id}/samples/{index}",
@@ -135,6 +136,8 @@ def put_in(case: Any, objects: dict[str, Iterator[str]]) -> None:
     wait = str((case.query or {}).get("wait", ""))
     if wait.isdigit() and int(wait) <= 60:
         case.query["wait"] = 0
+    if isinstance((case.query or {}).get("model"), str):
+        case.query["model"] = "small"
     if re.fullmatch("[!-~]{1,255}", str((case.headers or {}).get("Idempotency-Key", ""))):
         case.headers["Idempotency-Key"] = new_id("k")
     if isinstance(case.body, dict):

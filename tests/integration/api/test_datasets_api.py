@@ -162,7 +162,7 @@ def test_the_form_and_the_columns_can_be_named(api: "World") -> None:
     assert problem(found, 422, "invalid_request")["param"] == "columns"
     dataset = upload(api.client, both, format="text")
     row = api.client.get(f"/v1/datasets/{dataset['id']}/rows").json()["data"][0]
-    assert row == {"index": 0, "id": "0", "source": None, "messages": None, "tools": None, "text": "t"}
+    assert row == dict.fromkeys(row) | {"index": 0, "id": "0", "text": "t"}
     problem(
         api.client.post("/v1/datasets", params={"name": "n", "format": "csv"}, content=both), 422, "invalid_request"
     )

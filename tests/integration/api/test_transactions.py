@@ -80,6 +80,12 @@ def test_no_transaction_while_a_job_is_posted_again(world: World, dataset: str, 
     assert waits == {"config": [0]}
 
 
+def test_no_transaction_while_rows_are_to_be_rendered(world: World, dataset: str, waits: dict[str, list[int]]) -> None:
+    answer = world.client.get(f"{DATASETS}/{dataset}/rows", params={"model": "owner/model"})
+    assert answer.status_code == 202, answer.text
+    assert waits == {"hub": [0]}
+
+
 def test_no_transaction_while_artifacts_are_looked_for(
     world: World, dataset: str, waits: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from support.waiting import until
 from typer.testing import CliRunner, Result
 
 from service.local.stack import StackProcess
+from winnow import marked_text
 from winnow.cli.main import app
 
 WINNOW = Path(sys.executable).with_name("winnow")
@@ -102,6 +103,21 @@ def test_a_sample_is_explained(home: Path, job: str) -> None:
     beyond = typed("explain", job, "40", home=home)
     assert (beyond.exit_code, beyond.stdout) == (1, "")
     assert "0 to 39" in beyond.stderr
+
+
+def test_rows_are_shown_as_the_model_sees_them(home: Path, job: str) -> None:
+    pool = answer("status", job, home=home)["pool"]
+    words = ("rows", pool, "--model", "tiny", "--limit", "2", "--max-length", "64")
+    rows = [json.loads(line) for line in typed(*words, "--json", home=home).stdout.splitlines()]
+    assert [row["index"] for row in rows] == [0, 1]
+    shown = typed(*words, home=home).stdout
+    for row in rows:
+        assert row["rendered"]["tokens"]["kept"] <= 64
+        assert "\n".join(marked_text.lines(row, row["rendered"])) in shown
+    plain = typed("rows", pool, "--limit", "1", home=home).stdout
+    assert plain.strip() == "\n".join(marked_text.lines(rows[0], None)).strip()
+    assert typed("rows", pool, "--model", "tiny", "--set", "seed=1", home=home).exit_code == 2
+    assert typed("rows", pool, "--model", "absent", home=home).exit_code == 1
 
 
 def test_a_job_is_reproduced_bit_for_bit_and_recomputes_everything(home: Path, job: str) -> None:
