@@ -206,7 +206,7 @@ class Bench:
             # For a unit that an earlier job computed, this is what it cost then.
             "seconds": sum(unit["seconds"] for units in results.values() for unit in units),
             "operations": sum(unit.get("operations", 0) for units in results.values() for unit in units),
-            "dtype": results[Stage.PREPARE][0]["dtype"],
+            "dtype": results[Stage.PREPARE][-1]["dtype"],
             "landmarks": found["landmark_count"],
             "refined": found["refined_count"],
             "embedding": found["embedding"]["chosen"],

@@ -123,7 +123,7 @@ def _select(
             parameters=parameters,
         )
         done = LocalJob(compute, job, progress).run(len(pool) + len(target))
-    prepared = done[Stage.PREPARE][0].result
+    prepared = done[Stage.PREPARE][-1].result
     counts = JobCounts.of_prepared(prepared, budget)
     return {
         "seconds": dict(compute.seconds),

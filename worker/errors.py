@@ -1,11 +1,15 @@
 """What can go wrong in a unit: the user's data, the user's model, the machine, or our own code."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from service.datasets.storage import fingerprint_of
 from service.storage import checksums
+
+NAMED_IN_ERROR = 10
+"""Unusable rows."""
 
 
 class UnitError(Exception):
@@ -34,23 +38,50 @@ def in_words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in ordered)
 
 
+def max_unusable(parameters: Mapping[str, Any]) -> float:
+    """The share of a dataset that the job allows to be unusable. A job of the version before has no bound."""
+    return float(parameters.get("max_unusable", 1.0))
+
+
 class TooManyUnusable(DataError):
     """More of the `rows` of the pool or target, `name`, cannot be used than the job allows; `unusable` are their counts by reason
-    and the first of them."""
+    and the first of them, of all rows or, `so_far`, of those that were looked at."""
 
     code = "too_many_unusable"
 
-    def __init__(self, name: str, rows: int, allowed: float, unusable: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, rows: int, allowed: float, unusable: Mapping[str, Any], *, so_far: bool = False
+    ) -> None:
         first = [f"{row['id']!r} ({row['reason']}: {row['detail']})" for row in unusable["first"][:3]]
         super().__init__(
-            f"{unusable['count']} of {rows} samples of the {name} cannot be used ({in_words(unusable['by_reason'])});"
-            f" max_unusable allows a share of {allowed:g}. The first are {', '.join(first)}. Mend or remove them, choose a model"
-            " whose chat template takes them, or raise max_unusable to select without them."
+            f"{'At least ' * so_far}{unusable['count']} of {rows} samples of the {name} cannot be used"
+            f" ({in_words(unusable['by_reason'])}); max_unusable allows a share of {allowed:g}. The first are {', '.join(first)}."
+            " Mend or remove them, choose a model whose chat template takes them, or raise max_unusable to select without them."
         )
         self.unusable = {name: unusable}
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "unusable": self.unusable}
+
+
+def check_shards(parameters: Mapping[str, Any], shards: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """
+    Args:
+        shards: the dataset's name and the result of each unit that tokenised a shard of it, in order; not all of them yet.
+
+    Raises:
+        TooManyUnusable: the job cannot succeed, whatever the other shards are.
+    """
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for name, result in shards:
+        by_name.setdefault(name, []).append(result)
+    for name, results in by_name.items():
+        by_reason: Counter[str] = sum((Counter(result["unusable"]["by_reason"]) for result in results), Counter())
+        rows, allowed = results[0]["of"], max_unusable(parameters)
+        if by_reason.total() > allowed * rows:
+            first = [row for result in results for row in result["unusable"]["first"]][:NAMED_IN_ERROR]
+            found = {"count": by_reason.total(), "by_reason": dict(by_reason), "first": first}
+            raise TooManyUnusable(name, rows, allowed, found, so_far=True)
 
 
 class ModelError(UnitError):

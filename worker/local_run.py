@@ -26,8 +26,9 @@ from service.http.errors import ApiError
 from service.models.configs import ADAPTER_CONFIG
 from service.models.dependency_check import unsafe_packages
 from service.models.registry import resolve
+from service.plan.preparing import is_shard, prepare_unit
 from service.plan.stages import Done, JobInputs, Stage, UnitSpec
-from service.plan.waves import next_units, prepare_unit
+from service.plan.waves import next_units
 from service.results import formats
 from service.settings import ModelSettings, UploadSettings, WorkerSettings
 from service.storage.artifacts import ArtifactStore
@@ -36,7 +37,7 @@ from winnow import render
 from winnow.options import Reading, read_budget
 from worker import summary
 from worker.artifact_cache import known_result
-from worker.errors import ArtifactUnusable, ParameterError, UnitError
+from worker.errors import ArtifactUnusable, ParameterError, UnitError, check_shards
 from worker.given_options import parameters_of, row_options_of
 from worker.process.main import Compute
 
@@ -88,8 +89,10 @@ class LocalJob:
         for unit in units:
             result = self._unit(unit, done, partial(self._advance, bar, before))
             finished.append(Done(artifact_key=unit.artifact_key, spec=unit.spec, result=result))
-            before += unit.total
+            before += result.get("samples_done", unit.total)
             self._progress.update(bar, completed=before)
+            if is_shard(unit.spec):
+                check_shards(self._job.parameters, ((each.spec["dataset"], each.result) for each in finished))
         self._progress.stop_task(bar)
         return finished
 
@@ -97,14 +100,17 @@ class LocalJob:
         self._progress.update(bar, completed=before + done)
 
     def _unit(self, unit: UnitSpec, done: Mapping[Stage, list[Done]], report: Callable[[int], None]) -> dict[str, Any]:
-        if unit.stage != Stage.PREPARE and (known := known_result(self._compute.store, unit.artifact_key)) is not None:
+        is_found = unit.stage != Stage.PREPARE or is_shard(
+            unit.spec
+        )  # by what it depends on; the others are of one job
+        if is_found and (known := known_result(self._compute.store, unit.artifact_key)) is not None:
             return known
         message = {
             "stage": unit.stage,
             "artifact_key": unit.artifact_key,
             "spec": unit.spec,
             "job": self._job.as_dict(),
-            "prepared": done[Stage.PREPARE][0].result if done else {},
+            "prepared": done[Stage.PREPARE][-1].result if done else {},
             "halvings": 0,
         }
         return self._compute.run(message, report, lambda *_: None)
@@ -234,10 +240,10 @@ def _run(options: Options, folder: Path, console: Console) -> None:
         _write(options.out, store, pool.fingerprint, arrays, options.selected_only)
         computed = {stage: [unit.result for unit in units] for stage, units in done.items()}
         nonfinite = summary.nonfinite(store, pool.fingerprint, target.fingerprint, done[Stage.SELECT][0].result)
-    unusable = done[Stage.PREPARE][0].result["unusable"]
+    unusable = done[Stage.PREPARE][-1].result["unusable"]
     found = {**summary.of_method(computed), "unusable": unusable, "nonfinite": nonfinite}
     if options.as_json:
-        print(json.dumps({**found, "prepared": done[Stage.PREPARE][0].result, "budget": job.budget}))
+        print(json.dumps({**found, "prepared": done[Stage.PREPARE][-1].result, "budget": job.budget}))
         return
     count = len(arrays["selected"])
     console.print(f"Selected {count} of {pool.row_count} samples; wrote {options.out}.", soft_wrap=True)

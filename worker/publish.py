@@ -75,7 +75,7 @@ class Publication:
         )
 
     def _summary(self, units: Units, pool_sources: Mapping[str, int]) -> dict[str, Any]:
-        prepared = _result(units, Stage.PREPARE)
+        prepared = _prepared(units)
         weights = self.arrays["weight"][self.arrays["selected"]]
         weight_by_source: Counter[str] = Counter()
         for source, weight in zip(self.sources, weights.tolist(), strict=True):
@@ -119,8 +119,8 @@ def _ids_of(
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-def _result(units: Units, stage: Stage) -> dict[str, Any]:
-    result = units[stage][0].result
+def _prepared(units: Units) -> dict[str, Any]:
+    result = units[Stage.PREPARE][-1].result
     assert result is not None
     return result
 
@@ -141,7 +141,7 @@ def _stage_summary(stage: Stage, units: Sequence[JobUnit]) -> dict[str, Any]:
 
 
 def _landmarks(store: ArtifactStore, done: History) -> list[int] | str:
-    if done[Stage.PREPARE][0].result["all_exact"]:
+    if done[Stage.PREPARE][-1].result["all_exact"]:
         return "all"
     rows: list[int] = []
     for key in dict.fromkeys(unit.spec["tokens"] for unit in done.get(Stage.LANDMARK_GRADIENTS, ())):
@@ -153,7 +153,7 @@ def _landmarks(store: ArtifactStore, done: History) -> list[int] | str:
 def _provenance(
     job: SelectionJob, units: Units, pool: Dataset, target: Dataset, landmarks: Sequence[int] | str
 ) -> dict[str, Any]:
-    prepared = _result(units, Stage.PREPARE)
+    prepared = _prepared(units)
     request = json.dumps(job.request, sort_keys=True, separators=(",", ":"))
     return {
         "request": job.request,

@@ -246,8 +246,9 @@ class Supervisor:
                     case "ready":
                         self._record_capability(message)
                     case "done":
-                        self._metrics.samples_done(claim.stage, claim.total - done)
-                        return dict(message["result"])
+                        result: dict[str, Any] = message["result"]
+                        self._metrics.samples_done(claim.stage, max(0, result.get("samples_done", claim.total) - done))
+                        return result
                     case "failed":
                         raise ReportedError(message["error"], message["retryable"])
             if self._stopping.is_set():

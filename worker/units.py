@@ -14,6 +14,7 @@ from service.ledger.tables import JobUnit, SelectionJob
 from service.plan import estimate
 from service.plan.artifact_keys import result_key
 from service.plan.operations import Shape
+from service.plan.preparing import is_prepared, is_shard
 from service.plan.stage_costs import JobCounts
 from service.plan.stages import Done, JobInputs, Stage, UnitSpec
 from service.plan.versions import worker_version
@@ -21,7 +22,7 @@ from service.plan.waves import is_last, next_units
 from service.results import repository as results
 from service.settings import LedgerSettings, ModelSettings
 from service.storage.artifacts import ArtifactStore
-from worker.errors import ComputeDied, OutOfMemory
+from worker.errors import ComputeDied, OutOfMemory, check_shards
 from worker.publish import Publication, differences
 
 _LOOKED_UP = 8  # units of a stage whose artifacts are asked for; in a remote store, each is a request
@@ -98,8 +99,8 @@ def job_inputs(session: Session, job: SelectionJob) -> JobInputs:
 
 
 def prepared_result(session: Session, job_id: str) -> dict[str, Any]:
-    """The result of the job's prepare stage, which every later stage needs; empty before it is there."""
-    return next((unit.result for unit in ledger.unit_results(session, job_id, Stage.PREPARE) if unit.result), {})
+    """The result of the job's prepare stage, which every later stage needs; before it is there, nothing that any needs."""
+    return ledger.last_result(session, job_id, Stage.PREPARE) or {}
 
 
 def history(session: Session, job_id: str) -> dict[Stage, list[Done]]:
@@ -156,7 +157,7 @@ class Finish:
         finished = Done(artifact_key=work.claim.artifact_key, spec=work.claim.spec, result=result)
         done = {**done, work.claim.stage: [*done.get(work.claim.stage, ()), finished]}
         first_wave = publication = None
-        if work.claim.stage == Stage.PREPARE:
+        if work.claim.stage == Stage.PREPARE and is_prepared(result):
             first_wave = FirstWave.read(store, settings, work.job, next_units(work.job, done))
         elif work.is_last:
             publication = Publication.read(store, work.job, done)
@@ -168,9 +169,14 @@ class Finish:
         Raises:
             LeaseLost: the unit is no longer this worker's.
             ModelError: the job reproduces another one, of whose model the files are others now.
+            TooManyUnusable: it has more rows that take no part than it allows, and this was not known before.
         """
         job = ledger.lock_claim(session, self.work.claim)
-        if not ledger.finish_unit(session, job, self.work.claim, self._with_operations(session)):
+        is_last_of_wave = ledger.finish_unit(session, job, self.work.claim, self._with_operations(session))
+        if is_shard(self.work.claim.spec) and self.result["unusable"]["count"]:
+            found = (unit for unit in ledger.unit_results(session, job.id, Stage.PREPARE) if is_shard(unit.spec))
+            check_shards(job.parameters, ((unit.spec["dataset"], unit.result) for unit in found if unit.result))
+        if not is_last_of_wave:
             return
         if self.publication is not None:
             self.publication.write(session, job)

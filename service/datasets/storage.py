@@ -228,26 +228,45 @@ def _samples(indices: Iterable[int], rows: pa.RecordBatch | pa.Table) -> Iterato
         yield Sample(index, id, source, content.get("messages"), content.get("text"), content.get("tools"))
 
 
-def iter_samples(store: ArtifactStore, fingerprint: str) -> Iterator[Sample]:
-    """Every sample in order, streamed.
+def group_sizes(store: ArtifactStore, fingerprint: str) -> tuple[list[int], list[int]]:
+    """Rows, and bytes before compression, of each row group in order.
 
     Raises:
         FileNotFoundError: the rows are not in the store; the dataset was deleted.
     """
     with _parquet(store, rows_key(fingerprint)) as parquet:
-        yield from _every_sample(parquet)
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        return [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+
+
+def iter_samples(store: ArtifactStore, fingerprint: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+    """The samples [start, stop), to the last one by default, in order, streamed; only their row groups are read.
+
+    Raises:
+        FileNotFoundError: the rows are not in the store; the dataset was deleted.
+    """
+    with _parquet(store, rows_key(fingerprint)) as parquet:
+        yield from _samples_between(parquet, start, stop)
 
 
 def samples_of(content: Content) -> Iterator[Sample]:
     """The same of content that is not published."""
     with pq.ParquetFile(content.rows, pre_buffer=False) as parquet:
-        yield from _every_sample(parquet)
+        yield from _samples_between(parquet, 0, None)
 
 
-def _every_sample(parquet: pq.ParquetFile) -> Iterator[Sample]:
-    index = count()
-    for batch in parquet.iter_batches(_SAMPLE_BATCH_ROWS, use_threads=False):
-        yield from _samples(index, batch)
+def _samples_between(parquet: pq.ParquetFile, start: int, stop: int | None) -> Iterator[Sample]:
+    starts = _group_starts(parquet)
+    stop = int(starts[-1]) if stop is None else stop
+    if start >= stop:
+        return
+    first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
+    place = int(starts[first])
+    for batch in parquet.iter_batches(_SAMPLE_BATCH_ROWS, row_groups=range(first, last + 1), use_threads=False):
+        low, high = max(start - place, 0), min(stop - place, len(batch))
+        if low < high:
+            yield from _samples(count(place + low), batch.slice(low, high - low))
+        place += len(batch)
 
 
 def iter_ids(store: ArtifactStore, fingerprint: str) -> Iterator[tuple[list[str], list[str | None]]]:

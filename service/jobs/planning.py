@@ -70,7 +70,7 @@ def _look_up(session: Session, job: SelectionJob, pool: Dataset, target: Dataset
             same_length = other.parameters["max_length"] == job.parameters["max_length"]
             same_text = rendering(other.parameters) == rendering(job.parameters)
             if same_length and same_text and fingerprints[place] == dataset.fingerprint:
-                prepared = ledger.unit_results(session, other.id, Stage.PREPARE)[0].result
+                prepared = ledger.last_result(session, other.id, Stage.PREPARE)
                 break
         if prepared is not None:
             counts[name] = TokenCounts.of_summary(prepared[f"{name}_counts"])

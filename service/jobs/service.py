@@ -21,7 +21,7 @@ from service.ledger.tables import SelectionJob
 from service.models import registry
 from service.observability.traces import traceparent
 from service.plan.parameters import JobParameters
-from service.plan.waves import prepare_unit
+from service.plan.preparing import prepare_unit
 from service.results import repository as results
 from service.settings import LimitSettings, ModelSettings
 from service.storage.artifacts import ArtifactStore

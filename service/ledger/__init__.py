@@ -22,6 +22,7 @@ from service.ledger.rows import (
     NotTerminal,
     Retries,
     add_event,
+    last_result,
     lock_claim,
     unit_results,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "fail_unit",
     "find_job",
     "finish_unit",
+    "last_result",
     "lock_artifacts",
     "lock_claim",
     "record_event",

@@ -28,8 +28,12 @@ from service.plan.artifact_keys import result_key
 
 
 def finish_unit(session: Session, job: SelectionJob, claim: Claim, result: Mapping[str, Any]) -> bool:
-    """Marks the locked claim succeeded. True where no unit of the job is left to do: then create the next, or end the job."""
-    end_unit(session, claim, UnitState.SUCCEEDED, result=dict(result), progress_done=JobUnit.progress_total)
+    """Marks the locked claim succeeded. True where no unit of the job is left to do: then create the next, or end the job.
+
+    `samples_done` of the result: how many samples it did, where it leaves the others of its total to further units.
+    """
+    did = result.get("samples_done", JobUnit.progress_total)
+    end_unit(session, claim, UnitState.SUCCEEDED, result=dict(result), progress_done=did, progress_total=did)
     add_event(session, job.id, "unit.succeeded", **unit_of(claim), attempt=claim.attempt)
     if job.status == JobStatus.CANCELLING:
         _end_cancelling(session, job)

@@ -170,6 +170,12 @@ def in_seconds(seconds: float) -> Any:
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
+def last_result(session: Session, job_id: str, stage: Stage) -> dict[str, Any] | None:
+    """The result of the stage's last unit; None where it has none, or there is no unit."""
+    units = select(JobUnit.result).where(JobUnit.job_id == job_id, JobUnit.stage == stage)
+    return session.scalar(units.order_by(JobUnit.shard.desc()).limit(1))
+
+
 def unit_results(session: Session, job_id: str, *stages: Stage) -> list[JobUnit]:
     """The job's units of the stages, in order of stage and shard."""
     units = select(JobUnit).where(JobUnit.job_id == job_id).order_by(JobUnit.stage, JobUnit.shard)

@@ -38,15 +38,21 @@ def rendering(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokens_key(
-    dataset: str, tokenizer: str, max_length: int, salt: str | None, rendered: Mapping[str, Any] | None = None
+    dataset: str,
+    tokenizer: str,
+    max_length: int,
+    salt: str | None,
+    rendered: Mapping[str, Any] | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> str:
     """Of a dataset's tokens, which all other artifacts of a job depend on: jobs with different salts share none.
 
-    `rendered`: what `rendering` says of the job.
+    `rendered`: what `rendering` says of the job. `rows`: [start, stop) of a shard of them.
     """
     salted = {} if salt is None else {"salt": salt}
     named = {"dataset": dataset, "tokenizer": tokenizer, "max_length": max_length}
-    return artifact_key(Stage.PREPARE, "tokens", ".parquet", **named, **salted, **(rendered or {}))
+    part = {} if rows is None else {"rows": list(rows)}
+    return artifact_key(Stage.PREPARE, "tokens", ".parquet", **named, **salted, **(rendered or {}), **part)
 
 
 def rows_key(tokens: str, indices: npt.NDArray[np.int64]) -> str:

@@ -2,10 +2,12 @@
 so many that the ledger shows."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+PREPARE_SHARD_BYTES = 2 * 2**20  # of rows as they are stored: some seconds of tokenising
 EMBED_SHARD_TOKENS = 32_768
 GRADIENT_SHARD_TOKENS = 8_192
 MAX_SHARDS = 256
@@ -25,6 +27,12 @@ def shards(tokens: npt.NDArray[np.int64], shard_tokens: int) -> list[tuple[int, 
             kept.append(cut)
             before = done
     return list(itertools.pairwise([*kept, len(tokens)]))
+
+
+def prepare_shards(rows: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Cuts a dataset by the rows and bytes of its row groups; all rows of a group count as equally long."""
+    each = np.maximum(np.array(sizes, np.int64) // np.array(rows, np.int64), 1)
+    return shards(np.repeat(each, rows), PREPARE_SHARD_BYTES)
 
 
 def embed_shards(tokens: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -12,20 +12,16 @@ from typing import Any
 
 from service.plan.artifact_keys import artifact_key, content_key, rendering
 from service.plan.limits import HELD_OUT_FROM, LANDMARKS_PER_DIRECTION, VALIDATION_SAMPLES
+from service.plan.preparing import remaining_units
 from service.plan.stages import Done, History, JobInputs, Stage, UnitSpec
 
 Bounds = Sequence[Sequence[int]]
 """[start, stop) of each shard."""
 
 
-def prepare_unit(job_id: str, samples: int) -> UnitSpec:
-    """The first unit of every job; `samples` of pool and target together."""
-    return UnitSpec(stage=Stage.PREPARE, shard=0, artifact_key=f"prepare/{job_id}", spec={}, total=samples)
-
-
 def next_units(job: JobInputs, done: History) -> list[UnitSpec]:
     """The next units once all planned so far are done; none after the last stage."""
-    return _next_units(job, done, artifact_key)
+    return remaining_units(job, done[Stage.PREPARE]) or _next_units(job, done, artifact_key)
 
 
 def is_last(stage: Stage, parameters: Mapping[str, Any]) -> bool:
@@ -97,7 +93,7 @@ class _Planner:
         self._done = done
         self._name = name
         self._parameters = job.parameters
-        self._prepared = done[Stage.PREPARE][0].result
+        self._prepared = done[Stage.PREPARE][-1].result
         self._method = job.parameters["method"]
         # Where every usable sample is a landmark there is nothing to propagate, and no embedding is needed.
         self._propagates = self._method == "influence_distillation" and not self._prepared["all_exact"]

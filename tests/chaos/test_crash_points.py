@@ -16,6 +16,7 @@ from world import World
 # Those of the short form: each at another boundary between what was written and what was not yet.
 TELLING = (
     "api: before rename to datasets/rows.parquet",
+    "compute: before rename to tokens/*.counts.parquet",
     "compute: before rename to gradients/*.safetensors.json",
     "worker: before commit of …start_stages…",
     "worker: before commit of …succeed_job…",

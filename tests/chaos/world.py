@@ -36,6 +36,12 @@ JOB: Json = {
     "max_length": 128,
 }
 _AWAY = (502, 503, 504)
+_UNSEEN = [{"type": "function", "function": {"name": "unseen", "description": "x" * 40_000}}]
+
+
+def wide_rows() -> list[Json]:
+    """The pool of all scenarios: two units tokenise it, as fast as its plain rows, since the template shows no tools."""
+    return [{**row, "tools": _UNSEEN} for row in pool_rows(POOL)]
 
 
 class World(User):
@@ -147,7 +153,7 @@ class World(User):
 
     def submit(self, **changes: Any) -> str:
         """Uploads the pool and the target and posts the job of all scenarios."""
-        pool, target = self.upload(pool_rows(POOL)), self.upload(target_rows(TARGET, "python_function"))
+        pool, target = self.upload(wide_rows()), self.upload(target_rows(TARGET, "python_function"))
         return self.post_usual(pool, target, **changes)
 
     def post_usual(self, pool: str, target: str, **changes: Any) -> str:

@@ -19,7 +19,7 @@ from support.tiny import pool_rows, target_rows, write_jsonl
 from worker import local_run, summary
 from worker.influence import Samples
 from worker.process.main import Compute
-from worker.text import tokenization
+from worker.text import token_files
 
 SMALL: dict[str, Any] = {
     "landmarks": {"count": 12},
@@ -49,7 +49,7 @@ class Ran:
 
     @property
     def prepared(self) -> dict[str, Any]:
-        return dict(self.done[Stage.PREPARE][0].result)
+        return dict(self.done[Stage.PREPARE][-1].result)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -72,7 +72,7 @@ class Ran:
 
     def tokens(self, dataset: str) -> Samples:
         """Of `pool` or `target`."""
-        return tokenization.read_all(self.compute.store, self.prepared[f"{dataset}_tokens"])
+        return token_files.read_all(self.compute.store, self.prepared[f"{dataset}_tokens"])
 
 
 def parameters(**changes: Any) -> dict[str, Any]:

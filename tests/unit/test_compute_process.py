@@ -39,7 +39,7 @@ from worker.process.machine import limit_memory
 from worker.process.main import Compute
 from worker.process.memory import available_memory
 from worker.supervisor import Supervisor
-from worker.text import tokenization
+from worker.text import token_files, tokenization
 
 ROWS = 4_000
 SPEC: dict[str, Any] = {
@@ -61,7 +61,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Sett
     store = ArtifactStore(str(folder))
     samples = (Sample(i, f"row-{i}", None, turns(f"question {i}", "answer " * 5), None) for i in range(ROWS))
     rows = tokenization.tokenise(samples, make_tokenizer(), max_length=128, report=lambda _: None)
-    tokenization.write_tokens(store, "tokens", rows)
+    token_files.write_tokens(store, "tokens", rows)
     return Settings(
         database=DatabaseSettings(url="postgresql://nobody:hidden@nowhere/none"),
         broker=BrokerSettings(url="redis://nowhere"),

@@ -42,7 +42,7 @@ def peak_of(folder: Path, given: dict[str, Any], token_budget: int) -> tuple[int
     done = local_run.LocalJob(compute, job, Progress(disable=True)).run(pool.row_count + target.row_count)
     # Not ru_maxrss, which begins with the size of the process that started this one.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-    return peak, dict(done[Stage.PREPARE][0].result)
+    return peak, dict(done[Stage.PREPARE][-1].result)
 
 
 def growth(folder: Path, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -18,7 +18,7 @@ from service.plan.stages import Stage
 from worker import commands
 from worker.errors import DataError
 from worker.stages.exact_rows import Measure, check_nonfinite, exact_rows
-from worker.text import tokenization
+from worker.text import token_files
 
 POOL, TARGET = 40, 5
 
@@ -83,7 +83,7 @@ class TestNotFinite:
                 G_mk = load_file(path)["gradients"]
             assert G_mk.isfinite().all()
             measure = Measure(G_tk=G_mk[:1], normalize=False, V_rk=G_mk[:0], Hb_ck=G_mk[:0])
-            assert 7 in tokenization.read_indices(ran.compute.store, round_["tokens"])
+            assert 7 in token_files.read_indices(ran.compute.store, round_["tokens"])
             assert 7 not in exact_rows(ran.compute.store, measure, [round_])[0]
 
     def test_winnow_select_names_it(
@@ -130,7 +130,7 @@ class TestNotFinite:
         store, shortlist = ran.compute.store, ran.done[Stage.REFINE]
         assert len(shortlist) > 1
         for unit_ in (shortlist[0], shortlist[-1]):  # as if one of each had overflowed
-            row = int(tokenization.read_indices(store, unit_.spec["tokens"])[unit_.spec["start"]])
+            row = int(token_files.read_indices(store, unit_.spec["tokens"])[unit_.spec["start"]])
             store.write_json(result_key(unit_.artifact_key), {**unit_.result, "nonfinite": [row]})
         ran.path(Stage.SELECT).with_name(ran.path(Stage.SELECT).name + ".json").unlink()
         with pytest.raises(DataError, match=r"^2 of 108 shortlisted samples"):

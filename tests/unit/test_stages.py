@@ -30,7 +30,7 @@ from support.tiny import target_rows, write_jsonl
 from service.plan.limits import VALIDATION_SAMPLES
 from service.plan.stages import Stage
 from worker.influence import Samples, weighted_selection
-from worker.text import tokenization
+from worker.text import token_files
 
 POOL, TARGET, BUDGET = 40, 18, 8
 WHOLE = {"projection_dim": None}
@@ -142,12 +142,12 @@ class TestRefine:
         ran = job(gradient=WHOLE, refine=0.3)
         P = np.load(ran.path(Stage.PROPAGATE))
         (round_,) = ran.done[Stage.PROPAGATE][0].spec["landmarks"]
-        P[tokenization.read_indices(ran.compute.store, round_["tokens"])] = -np.inf
+        P[token_files.read_indices(ran.compute.store, round_["tokens"])] = -np.inf
         by_turns = in_turns(P, 6, seed=0)
         P[by_turns] = -np.inf
         by_mean = np.argsort(-P.mean(axis=1), kind="stable")[:6].tolist()
         shortlist = ran.done[Stage.REFINE][0].spec["tokens"]
-        assert tokenization.read_indices(ran.compute.store, shortlist).tolist() == sorted(by_turns + by_mean)
+        assert token_files.read_indices(ran.compute.store, shortlist).tolist() == sorted(by_turns + by_mean)
 
     def test_without_it_landmarks_alone_are_exact(self, job: Job) -> None:
         ran = job(gradient=WHOLE, refine=0)

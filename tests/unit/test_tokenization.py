@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import CHATML, make_tokenizer, turns
 
 from service.datasets.storage import Sample
 from service.storage.artifacts import ArtifactStore
-from worker.text import tokenization
+from worker.text import token_files, tokenization
 from worker.text.tokenization import ROW_GROUP, Tokenised, response_window, tokenise
 
 
@@ -138,12 +140,23 @@ def rows_of(count: int) -> list[Tokenised]:
     return rows
 
 
+def read_everything(store: ArtifactStore, key: str, start: int, stop: int, chosen: np.ndarray) -> list[object]:
+    counts = token_files.read_counts(store, key)
+    found = (token_files.read_tokens(store, key, start, stop), token_files.read_all(store, key))
+    taken = [*found, token_files.read_rows(store, key, chosen)] if len(chosen) else found
+    return [
+        counts.summary(),
+        token_files.read_indices(store, key).tolist(),
+        *((each.input_ids.tolist(), each.response.tolist(), each.offsets.tolist()) for each in taken),
+    ]
+
+
 class TestArtifact:
     COUNT = 2 * ROW_GROUP + 100
 
     @pytest.fixture
     def key(self, store: ArtifactStore) -> str:
-        tokenization.write_tokens(store, "tokens", rows_of(self.COUNT))
+        token_files.write_tokens(store, "tokens", rows_of(self.COUNT))
         return "tokens"
 
     @pytest.mark.parametrize(
@@ -151,14 +164,14 @@ class TestArtifact:
         [(0, 1), (0, COUNT), (5, 9), (ROW_GROUP - 1, ROW_GROUP + 1), (ROW_GROUP, 2 * ROW_GROUP), (COUNT - 1, COUNT)],
     )
     def test_a_range_reads_back(self, store: ArtifactStore, key: str, start: int, stop: int) -> None:
-        samples = tokenization.read_tokens(store, key, start, stop)
+        samples = token_files.read_tokens(store, key, start, stop)
         expected = rows_of(self.COUNT)[start:stop]
         assert samples.input_ids.tolist() == np.concatenate([r.input_ids for r in expected]).tolist()
         assert samples.response.tolist() == np.concatenate([r.response for r in expected]).tolist()
         assert samples.lengths.tolist() == [len(r.input_ids) for r in expected]
 
     def test_counts_read_back(self, store: ArtifactStore, key: str) -> None:
-        counts, expected = tokenization.read_counts(store, key), rows_of(self.COUNT)
+        counts, expected = token_files.read_counts(store, key), rows_of(self.COUNT)
         assert counts.length.tolist() == [len(r.input_ids) for r in expected]
         assert counts.predicted.tolist() == [r.predicted for r in expected]
         assert counts.truncated.tolist() == [r.truncated for r in expected]
@@ -174,16 +187,16 @@ class TestArtifact:
         rows[1] = replace(rows[1], notes=("folded", "left"))
         rows[2] = replace(rows[2], notes=("folded",))
         unusable = [tokenization._unusable(3 + i, reason, f"{reason} {i}") for i, reason in enumerate("bab")]
-        tokenization.write_tokens(store, "tokens", [*rows, *unusable])
-        counts = tokenization.read_counts(store, "tokens")
+        token_files.write_part(store, "rows", "tokens", [*rows, *unusable])
+        counts = token_files.read_counts(store, "tokens")
         assert {reason: found.tolist() for reason, found in counts.unusable.items()} == {"a": [4], "b": [3, 5]}
         assert counts.usable.tolist() == [True] * 3 + [False] * 3
         assert counts.notes == {"folded": 2, "left": 1}
-        assert tokenization.first_unusable(store, "tokens", 2) == [
+        assert token_files.About.of(store, "tokens").unusable[:2] == [
             {"index": 3, "reason": "b", "detail": "b 0"},
             {"index": 4, "reason": "a", "detail": "a 1"},
         ]
-        assert len(tokenization.read_tokens(store, "tokens", 3, 6)) == 3
+        assert len(token_files.read_tokens(store, "tokens", 3, 6)) == 3
         summary = counts.summary()
         lengths = [len(row.input_ids) for row in rows]
         assert summary == {
@@ -200,17 +213,55 @@ class TestArtifact:
         """The chosen rows are spread over all row groups of the source: ranges must not depend on where they came from."""
         chosen = np.flatnonzero(np.random.default_rng(0).random(self.COUNT) < 0.7)
         assert len(chosen) > ROW_GROUP
-        tokenization.copy_rows(store, key, "copy", chosen)
-        assert tokenization.read_indices(store, "copy").tolist() == chosen.tolist()
+        token_files.copy_rows(store, key, "copy", chosen)
+        assert token_files.read_indices(store, "copy").tolist() == chosen.tolist()
         for start, stop in [(0, len(chosen)), (600, 900), (ROW_GROUP - 2, ROW_GROUP + 2)]:
-            samples = tokenization.read_tokens(store, "copy", start, stop)
+            samples = token_files.read_tokens(store, "copy", start, stop)
             assert len(samples) == stop - start
             assert samples.input_ids[samples.offsets[:-1]].tolist() == chosen[start:stop].tolist()
 
     def test_no_row_may_be_chosen_from_a_group(self, store: ArtifactStore, key: str) -> None:
         chosen = np.array([3, 2 * ROW_GROUP + 5])
-        tokenization.copy_rows(store, key, "copy", chosen)
-        assert tokenization.read_tokens(store, "copy", 1, 2).input_ids[0] == 2 * ROW_GROUP + 5
+        token_files.copy_rows(store, key, "copy", chosen)
+        assert token_files.read_tokens(store, "copy", 1, 2).input_ids[0] == 2 * ROW_GROUP + 5
+
+    @given(
+        cuts=st.lists(st.integers(1, COUNT - 1), max_size=5, unique=True).map(sorted),
+        start=st.integers(0, COUNT - 1),
+        length=st.integers(1, COUNT),
+        seed=st.integers(0, 99),
+    )
+    @settings(max_examples=15, deadline=None)
+    def test_parts_read_like_one_file(self, cuts: list[int], start: int, length: int, seed: int) -> None:
+        rows = rows_of(self.COUNT)
+        chosen = np.flatnonzero(np.random.default_rng(seed).random(self.COUNT) < 0.3)
+        with TemporaryDirectory() as folder:
+            store = ArtifactStore(folder)
+            token_files.write_part(store, "one", "whole", rows)
+            bounds = list(pairwise([0, *cuts, self.COUNT]))
+            for low, high in bounds:
+                token_files.write_part(store, f"rows{low}", f"counts{low}", rows[low:high])
+            token_files.write_whole(store, "parts", [f"counts{low}" for low, _ in bounds])
+            one, parts = (read_everything(store, key, start, start + length, chosen) for key in ("whole", "parts"))
+            assert one == parts
+            for key in ("whole", "parts"):
+                token_files.copy_rows(store, key, f"copy of {key}", chosen)
+            assert Path(folder, "copy of whole").read_bytes() == Path(folder, "copy of parts").read_bytes()
+            assert [rows for _, rows in token_files.About.of(store, "parts").parts] == [b - a for a, b in bounds]
+
+    def test_what_stands_for_parts_adds_up(self, store: ArtifactStore) -> None:
+        """The first hundred unusable rows are named, from whichever parts they are."""
+        rows = [
+            replace(row, notes=("folded",)) if row.index % 2 else tokenization._unusable(row.index, "odd", "no")
+            for row in rows_of(300)
+        ]
+        for low in (0, 100, 200):
+            token_files.write_part(store, f"rows{low}", f"counts{low}", rows[low : low + 100])
+        token_files.write_whole(store, "parts", ["counts0", "counts100", "counts200"])
+        counts, about = token_files.read_counts(store, "parts"), token_files.About.of(store, "parts")
+        assert counts.notes == {"folded": 150}
+        assert counts.unusable["odd"].tolist() == list(range(0, 300, 2))
+        assert [row["index"] for row in about.unusable] == list(range(0, 200, 2))
 
     def test_a_failed_writing_leaves_nothing(self, store: ArtifactStore, tmp_path: Path) -> None:
         def broken() -> object:
@@ -218,6 +269,6 @@ class TestArtifact:
             raise RuntimeError("stop")
 
         with pytest.raises(RuntimeError, match="stop"):
-            tokenization.write_tokens(store, "tokens", broken())
+            token_files.write_tokens(store, "tokens", broken())
         assert not store.exists("tokens")
         assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -32,7 +32,7 @@ from worker.errors import ParameterError
 from worker.influence import save_state, state_of
 from worker.loading import adapters
 from worker.stages.warmup import _drawn
-from worker.text import tokenization
+from worker.text import token_files
 
 POOL, TARGET = 40, 5
 PLAIN = {"projection_dim": None, "normalize": False}
@@ -100,7 +100,7 @@ class TestWarmup:
         one, again, other = (
             _drawn(context, warm.prepared["pool_tokens"], 24, seed).input_ids.tolist() for seed in (0, 0, 1)
         )
-        first = tokenization.read_tokens(warm.compute.store, warm.prepared["pool_tokens"], 0, 24).input_ids.tolist()
+        first = token_files.read_tokens(warm.compute.store, warm.prepared["pool_tokens"], 0, 24).input_ids.tolist()
         assert one == again
         assert one not in (other, first)
 

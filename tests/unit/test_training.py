@@ -25,7 +25,7 @@ from worker.influence import OptimizerOptions, Samples, load_state, per_sample_g
 from worker.loading import adapters
 from worker.stages import warmup
 from worker.stages.context import ModelCache, StageContext
-from worker.text import tokenization
+from worker.text import token_files, tokenization
 from worker.training import Training, train
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
     rows = pool_rows(COUNT + 2)
     rows[3]["messages"], rows[9]["messages"] = ([{"role": "user", "content": "?"}] for _ in range(2))
     samples = (Sample(i, row["id"], None, row["messages"], None) for i, row in enumerate(rows))
-    tokenization.write_tokens(
+    token_files.write_tokens(
         store, "tokens", tokenization.tokenise(samples, make_tokenizer(), max_length=96, report=lambda _: None)
     )
     return store
@@ -47,9 +47,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
 
 @pytest.fixture(scope="module")
 def samples(store: ArtifactStore) -> Samples:
-    usable = np.flatnonzero(tokenization.read_counts(store, "tokens").predicted)
+    usable = np.flatnonzero(token_files.read_counts(store, "tokens").predicted)
     assert usable.size == COUNT
-    return tokenization.read_rows(store, "tokens", usable)
+    return token_files.read_rows(store, "tokens", usable)
 
 
 def model_of(folder: Path) -> Any:
@@ -206,7 +206,7 @@ class TestRefused:
 
     def test_a_sample_without_a_response(self, tiny_llama: Path, store: ArtifactStore) -> None:
         with pytest.raises(ValueError, match="at least one predicted response token"):
-            trained(model_of(tiny_llama), tokenization.read_all(store, "tokens"))
+            trained(model_of(tiny_llama), token_files.read_all(store, "tokens"))
 
 
 # The stage

@@ -13,9 +13,10 @@ from typer.main import get_command
 
 from service.plan import shards
 from service.plan.stages import Stage
+from service.storage.artifacts import ArtifactStore
 from worker import commands
 from worker.errors import DataError, TooManyUnusable
-from worker.text import tokenization
+from worker.text import token_files, tokenization
 
 # It refuses a row that asks for it, and has no token that ends a turn: an empty reply leaves nothing to learn.
 TEMPLATE = (
@@ -53,8 +54,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several row groups and several shards."""
-    monkeypatch.setattr(tokenization, "ROW_GROUP", GROUP)
-    for name in ("EMBED_SHARD_TOKENS", "GRADIENT_SHARD_TOKENS"):
+    for module in (tokenization, token_files):
+        monkeypatch.setattr(module, "ROW_GROUP", GROUP)
+    for name in ("EMBED_SHARD_TOKENS", "GRADIENT_SHARD_TOKENS", "PREPARE_SHARD_BYTES"):
         monkeypatch.setattr(shards, name, 500)
 
 
@@ -88,10 +90,15 @@ def took_no_part(ran: Ran, where: Sequence[int]) -> None:
     tokens = [unit.spec["tokens"] for unit in ran.done.get(Stage.LANDMARK_GRADIENTS, [])]
     if ran.prepared["landmark_count"] and ran.prepared["landmarks"] != ran.prepared["pool_tokens"]:
         for key in {*tokens, ran.prepared["landmarks"]}:
-            assert not np.isin(tokenization.read_indices(ran.compute.store, key), where).any()
-    for unit in (unit for units in ran.done.values() for unit in units if "stop" in unit.spec):
-        lengths = tokenization.read_counts(ran.compute.store, unit.spec["tokens"]).length
+            assert not np.isin(token_files.read_indices(ran.compute.store, key), where).any()
+    for unit in (unit for units in ran.done.values() for unit in units if {"tokens", "stop"} <= unit.spec.keys()):
+        lengths = token_files.read_counts(ran.compute.store, unit.spec["tokens"]).length
         assert lengths[unit.spec["start"] : unit.spec["stop"]].any()  # no unit without work
+
+
+def tokens_of(store: ArtifactStore, counts: Sequence[str]) -> list[str]:
+    """The files of the rows."""
+    return [part for key in counts for part, _ in token_files.About.of(store, key).parts]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,6 +151,19 @@ def test_target_rows_that_cannot_be_used_change_nothing(model: Path, target: Pat
 
 
 class TestTooMany:
+    def test_it_is_known_before_all_shards_are_done(self, model: Path, target: Path, tmp_path: Path) -> None:
+        """Eight of forty rows may be unusable; the first twelve are, so that the shards after them are never made."""
+        pool = pool_file(tmp_path, range(12))
+        with pytest.raises(TooManyUnusable) as caught:
+            run(model, pool, target, tmp_path / "store", max_unusable=0.2, method="random")
+        found = caught.value.as_dict()["unusable"]["pool"]
+        assert 8 < found["count"] == sum(found["by_reason"].values()) <= 12
+        assert [row["index"] for row in found["first"]] == list(range(min(10, found["count"])))
+        store = ArtifactStore(str(tmp_path / "store"))
+        done = [key for file in store.files("tokens") if (key := file.key).endswith(".counts.parquet")]
+        rows = max(int(token_files.read_indices(store, key)[-1]) for key in tokens_of(store, done))
+        assert 8 <= rows < POOL - 1
+
     def test_a_pool_or_a_target_beyond_the_share_fails_early(self, model: Path, target: Path, tmp_path: Path) -> None:
         pool = pool_file(tmp_path, range(5))
         for files, name, count in (((pool, target), "pool", 5), ((target, pool), "target", 5)):

@@ -133,7 +133,7 @@ def imported(file: Path) -> Iterator[str]:
 
 
 def test_the_reader_of_imports_finds_them() -> None:
-    assert {"stages/exact_rows.py", "text/tokenization.py", "influence"} <= set(imported(WORKER / "stages/embed.py"))
+    assert {"stages/exact_rows.py", "text/token_files.py", "influence"} <= set(imported(WORKER / "stages/embed.py"))
     assert "influence/samples.py" in set(imported(WORKER / "influence/batching.py"))
     assert "training.py" in set(imported(WORKER / "stages/warmup.py"))
 

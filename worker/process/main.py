@@ -109,7 +109,7 @@ class Compute:
         key, spec, job = unit["artifact_key"], unit["spec"], context.job
         match Stage(unit["stage"]):
             case Stage.PREPARE:
-                return prepare.run(context)
+                return prepare.run(context, key, spec)
             case Stage.WARMUP:
                 return warmup.run(context, key, spec)
             case Stage.TARGET_GRADIENTS:

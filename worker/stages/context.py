@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from service.plan.stages import JobInputs
 from service.settings import WorkerSettings
@@ -20,11 +20,12 @@ _Loaded = tuple[tuple[Any, ...], PreTrainedModel]
 
 @dataclass(slots=True)
 class ModelCache:
-    """The model that the process keeps between units: one at a time."""
+    """The model, and the tokenizer, that the process keeps between units: one at a time."""
 
     registered: Path
     device: torch.device
     _folders: dict[str, folders.ModelFolder] = field(default_factory=dict)
+    _tokenizer: tuple[str, PreTrainedTokenizerBase] | None = None
     _loaded: _Loaded | None = None
     _used: tuple[Mapping[str, Any], str] | None = None
 
@@ -34,6 +35,20 @@ class ModelCache:
         if name not in self._folders or not self._folders[name].is_current:
             self._folders[name] = folders.find(model, self.registered)
         return self._folders[name]
+
+    def tokenizer(self, model: Mapping[str, Any], fingerprint: str) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, if its files are still those of the fingerprint.
+
+        Raises:
+            ModelNotHere: here are other files.
+            ModelError: it cannot be loaded.
+        """
+        folder = self.unchanged(model, fingerprint)
+        if self._tokenizer is None or self._tokenizer[0] != folder.tokenizer_fingerprint:
+            loaded = models.load_tokenizer(folder)
+            self.unchanged(model, fingerprint)  # since it was hashed
+            self._tokenizer = folder.tokenizer_fingerprint, loaded
+        return self._tokenizer[1]
 
     def load(
         self,

@@ -20,7 +20,7 @@ from worker.influence import (
 from worker.stages import optimizer
 from worker.stages.context import StageContext
 from worker.stages.exact_rows import Measure, Rows, exact_rows, gradient_rows, split_targets, valid_targets
-from worker.text import tokenization
+from worker.text import token_files
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
     parameters = context.job.parameters
     model = context.model(spec["checkpoint"])
     valid = valid_targets(context, spec["target_gradients"])
-    targets = tokenization.read_all(context.store, spec["targets"])
+    targets = token_files.read_all(context.store, spec["targets"])
     options, state = optimizer.options(parameters), optimizer.state(context, spec["state"])
     offset = step_offset(model, spec["modules"], options, state)
     facts: dict[str, Any] = {}
@@ -101,4 +101,4 @@ def _landmarks(context: StageContext, spec: dict[str, Any], valid: Rows) -> tupl
     influence = P_lt[:, torch.from_numpy(valid)].mean(dim=1).numpy()
     count = LANDMARKS_PER_DIRECTION * context.job.parameters["curvature"]["rank"]
     best = np.sort(rows[np.argsort(-influence, kind="stable")[:count]])
-    return tokenization.read_rows(context.store, rounds[0]["tokens"], best), gradient_rows(context.store, rounds, best)
+    return token_files.read_rows(context.store, rounds[0]["tokens"], best), gradient_rows(context.store, rounds, best)

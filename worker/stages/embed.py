@@ -11,7 +11,7 @@ from worker.influence import EmbeddingOptions, embed
 from worker.loading.model_shape import counts_of, shape_of
 from worker.stages.context import StageContext
 from worker.stages.exact_rows import check_nonfinite
-from worker.text import tokenization
+from worker.text import token_files
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, dataset: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
         DataError: more than 1 % of the stage's samples are not finite; names them.
     """
     chosen = spec["options"]
-    samples = tokenization.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
+    samples = token_files.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
     options = EmbeddingOptions(
         kind=chosen["kind"],
         pooling=chosen["pooling"] or "response",
@@ -42,7 +42,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     broken = ~torch.isfinite(embeddings).all(dim=1)
     wrong: list[int] = []
     if broken.any():
-        rows = tokenization.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
+        rows = token_files.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
         wrong = rows[broken.numpy()].tolist()
         check_nonfinite(context, dataset, wrong, spec["of"], "samples")
         embeddings[broken] = 0

@@ -19,7 +19,7 @@ from service.storage.artifacts import ArtifactStore
 from worker.errors import DataError
 from worker.influence import cosine_influence
 from worker.stages.context import StageContext
-from worker.text import tokenization
+from worker.text import token_files
 
 Rows = npt.NDArray[np.int64]
 
@@ -68,7 +68,7 @@ def exact_shards(
 ) -> Iterator[tuple[Rows, torch.Tensor]]:
     """(pool rows (m,), their exact columns (m, x)), shard by shard of each round; samples that are not finite are left out."""
     for round_ in rounds:
-        indices, start = tokenization.read_indices(store, round_["tokens"]), 0
+        indices, start = token_files.read_indices(store, round_["tokens"]), 0
         for key, G_mk in _shards(store, round_["gradients"]):
             own = indices[start : start + len(G_mk)]
             start += len(G_mk)
@@ -92,7 +92,7 @@ def gradient_rows(store: ArtifactStore, rounds: Sequence[Mapping[str, Any]], row
     """The stored gradients of those rows of the pool, float32 (m, k), in the order of the rounds' artifacts."""
     parts = []
     for round_ in rounds:
-        indices, start = tokenization.read_indices(store, round_["tokens"]), 0
+        indices, start = token_files.read_indices(store, round_["tokens"]), 0
         for _, G_mk in _shards(store, round_["gradients"]):
             wanted = np.isin(indices[start : start + len(G_mk)], rows)
             parts.append(G_mk[torch.from_numpy(wanted)])
@@ -122,7 +122,7 @@ def check_nonfinite(context: StageContext, dataset: str, rows: Sequence[int], to
 
 def valid_targets(context: StageContext, target_units: Sequence[str]) -> Rows:
     """The usable targets with a finite gradient (or embedding); the others are excluded from turns and means."""
-    is_valid = tokenization.read_counts(context.store, context.prepared["target_tokens"]).usable
+    is_valid = token_files.read_counts(context.store, context.prepared["target_tokens"]).usable
     is_valid[nonfinite(context.store, target_units)] = False
     return np.flatnonzero(is_valid)
 
@@ -138,7 +138,7 @@ def split_targets(context: StageContext, valid: Rows) -> tuple[Rows, Rows]:
 
 def eligible_samples(context: StageContext, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
     """Which samples of the pool may be selected, bool (n,): the usable ones that are finite in all units of `keys`."""
-    eligible = tokenization.read_counts(context.store, context.prepared["pool_tokens"]).usable
+    eligible = token_files.read_counts(context.store, context.prepared["pool_tokens"]).usable
     eligible[nonfinite(context.store, keys)] = False
     return eligible
 

@@ -11,7 +11,7 @@ from worker.loading.model_shape import counts_of, shape_of
 from worker.stages import optimizer
 from worker.stages.context import StageContext
 from worker.stages.exact_rows import check_nonfinite
-from worker.text import tokenization
+from worker.text import token_files
 
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, dataset: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
     parameters = context.job.parameters
     dim = parameters["gradient"]["projection_dim"]
     projection = None if dim is None else GradientProjection(dim=dim, seed=parameters["seed"])
-    samples = tokenization.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
+    samples = token_files.read_tokens(context.store, spec["tokens"], spec["start"], spec["stop"])
     model = context.model(spec["checkpoint"])
     scaling = None
     if spec["state"] is not None:
@@ -40,7 +40,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any], *, datas
         token_budget=context.token_budget,
         progress=lambda done, _: context.report(done),
     )
-    rows = tokenization.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
+    rows = token_files.read_indices(context.store, spec["tokens"])[spec["start"] : spec["stop"]]
     wrong = rows[gradients.nonfinite.numpy()].tolist()
     check_nonfinite(context, dataset, wrong, spec["of"], "samples")
     gradients.values[gradients.nonfinite] = 0

@@ -6,46 +6,64 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.datasets.storage import iter_ids, iter_samples, read_samples
-from service.plan.artifact_keys import artifact_key, rendering, tokens_key
+from service.datasets.storage import iter_ids
+from service.plan.artifact_keys import artifact_key
 from service.plan.limits import COMPARED_LANDMARKS
+from service.plan.preparing import is_prepared, is_shard
 from service.plan.shards import embed_shards, gradient_shards
 from service.plan.stages import Stage
-from worker.errors import DataError, ParameterError, TooManyUnusable, in_words
+from worker.errors import NAMED_IN_ERROR, DataError, ParameterError, TooManyUnusable, in_words, max_unusable
 from worker.influence import EmbeddingOptions, embedding_candidates, landmark_order
 from worker.loading import models
 from worker.loading.folders import ModelFolder
 from worker.loading.optimizer_state import check_optimizer_state
 from worker.loading.placement import choose_dtype, device_name
-from worker.stages import package_versions
+from worker.stages import package_versions, tokenise
 from worker.stages.context import StageContext
-from worker.text import tokenization
-from worker.text.chat_templates import ChatFormat
-
-_NAMED = 100  # unusable rows of each dataset that the result names
-_NAMED_IN_ERROR = 10
+from worker.text import token_files
+from worker.text.tokenization import TokenCounts
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the tokens of pool and target and those of the landmarks; returns what the plan needs of them.
+
+    The first unit does so where each dataset is one shard, or was tokenised before; else it asks for `shards`, each of which is a
+    unit, and the last one does.
 
     Raises:
         ModelError, DataError, ParameterError: the job cannot be computed; says why. TooManyUnusable is one of them.
     """
+    if is_shard(spec):
+        return tokenise.run(context, artifact_key, spec)
     job, folder = context.job, context.models.folder(context.job.model)
     config = models.load_config(folder)
     _check_model(job.parameters, folder, int(config.num_hidden_layers))
     longest = min(job.parameters["max_length"], int(config.max_position_embeddings))
-
-    target_key, target = _tokenise(context, folder, job.target, longest, already=0)
-    pool_key, pool = _tokenise(context, folder, job.pool, longest, already=len(target.length))
-    unusable = {
-        "pool": _unusable(context, job.pool, pool_key, pool),
-        "target": _unusable(context, job.target, target_key, target),
+    found = {
+        "model_fingerprint": folder.fingerprint,
+        "tokenizer_fingerprint": folder.tokenizer_fingerprint,
+        "max_length": longest,
     }
+    tokens = {
+        name: tokenise.DatasetTokens(
+            context=context,
+            dataset=dataset,
+            model=folder.fingerprint,
+            tokenizer=folder.tokenizer_fingerprint,
+            max_length=longest,
+        )
+        for name, dataset in (("target", job.target), ("pool", job.pool))
+    }
+    # What was lost of a job that is planned is made here: nothing can be asked for then.
+    may_ask = "merges" not in spec and not is_prepared(context.prepared)
+    asked = {name: each.shards for name, each in tokens.items() if may_ask and each.is_too_large()}
+    counts, unusable = _tokenise(context, spec, {name: each for name, each in tokens.items() if name not in asked})
+    if asked:
+        done = sum(len(each.length) for each in counts.values())
+        parts = [key for name in counts for key in (tokens[name].key, *tokens[name].parts)]
+        return {**found, "shards": asked, "samples_done": done, "parts": parts}
+    pool, target = counts["pool"], counts["target"]
     usable = np.flatnonzero(pool.usable)
-    for name, counts in (("pool", pool), ("target", target)):
-        _check_share(job.parameters, name, unusable[name], len(counts.length))
     if not target.usable.any():
         raise DataError(f"The target has no sample that can be used ({in_words(unusable['target']['by_reason'])}).")
     if len(usable) < 2:
@@ -53,52 +71,60 @@ def run(context: StageContext) -> dict[str, Any]:
     if job.budget > len(usable):
         raise ParameterError(f"budget is {job.budget}, but only {len(usable)} samples of the pool can be used.")
     dtype = choose_dtype(job.parameters["dtype"], context.models.device)
-    is_default = ChatFormat(models.load_tokenizer(folder)).is_default
     warmup = job.parameters["warmup"]
     return {
-        "model_fingerprint": folder.fingerprint,
+        **found,
         "model_files": folder.files,
         "model_type": config.model_type,
         "is_adapter": folder.is_adapter,
-        "tokenizer_fingerprint": folder.tokenizer_fingerprint,
-        "chat_template": "default" if is_default else "the model's own",
+        "chat_template": tokens["target"].about.chat_template,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device_name(context.models.device),
-        "max_length": longest,
         "n": len(pool.length),
         "t": len(target.length),
         "usable": len(usable),
-        "unusable": unusable,
+        "unusable": {name: unusable[name] for name in ("pool", "target")},
         "rendering": {"pool": dict(pool.notes), "target": dict(target.notes)},
-        "pool_tokens": pool_key,
-        "target_tokens": target_key,
+        "pool_tokens": tokens["pool"].key,
+        "target_tokens": tokens["target"].key,
+        "parts": [key for each in tokens.values() for key in each.parts],
         "pool_counts": pool.summary(),
         "target_counts": target.summary(),
         "embed_shards": embed_shards(pool.length),
         "target_shards": gradient_shards(target.length),
         "versions": package_versions.installed(),
-        **_landmarks(context, pool_key, pool, usable),
+        **_landmarks(context, tokens["pool"].key, pool, usable),
         **_candidates(job.parameters, config),
         **({} if warmup is None else {"warmup_total": min(warmup["samples"], len(usable)) * warmup["epochs"]}),
     }
 
 
-def _unusable(context: StageContext, dataset: str, tokens: str, counts: tokenization.TokenCounts) -> dict[str, Any]:
-    """How many rows take no part, by reason; and the first hundred with their ids."""
-    by_reason = {reason: len(rows) for reason, rows in counts.unusable.items()}
-    first = tokenization.first_unusable(context.store, tokens, _NAMED) if by_reason else []
-    named = read_samples(context.store, dataset, [row["index"] for row in first]) if first else []
-    return {
-        "count": sum(by_reason.values()),
-        "by_reason": by_reason,
-        "first": [{"id": sample.id, **row} for sample, row in zip(named, first, strict=True)],
-    }
+def _tokenise(
+    context: StageContext, spec: Mapping[str, Any], tokens: Mapping[str, tokenise.DatasetTokens]
+) -> tuple[dict[str, TokenCounts], dict[str, dict[str, Any]]]:
+    """The counts of the datasets, and which rows take no part. What is not there is made.
 
+    Raises:
+        TooManyUnusable: more than the job allows.
+    """
+    counts: dict[str, TokenCounts] = {}
+    unusable = {}
+    allowed, done = max_unusable(context.job.parameters), 0
+    for name, each in tokens.items():
 
-def _check_share(parameters: Mapping[str, Any], name: str, unusable: Mapping[str, Any], rows: int) -> None:
-    allowed = parameters.get("max_unusable", 1.0)  # a job of the version before has no bound
-    if unusable["count"] > allowed * rows:
-        raise TooManyUnusable(name, rows, allowed, {**unusable, "first": unusable["first"][:_NAMED_IN_ERROR]})
+        def report(made: int, before: int = done) -> None:
+            context.report(0 if "merges" in spec else before + made)  # whose samples are those of the shards
+
+        if not each.is_there():
+            each.make(report)
+        counts[name] = token_files.read_counts(context.store, each.key)
+        rows = len(counts[name].length)
+        report(rows)
+        done += rows
+        unusable[name] = found = each.unusable(each.key, token_files.NAMED)
+        if found["count"] > allowed * rows:
+            raise TooManyUnusable(name, rows, allowed, {**found, "first": found["first"][:NAMED_IN_ERROR]})
+    return counts, unusable
 
 
 def _check_model(parameters: Mapping[str, Any], folder: ModelFolder, blocks: int) -> None:
@@ -112,7 +138,7 @@ def _check_model(parameters: Mapping[str, Any], folder: ModelFolder, blocks: int
 
 
 def _landmarks(
-    context: StageContext, pool_key: str, pool: tokenization.TokenCounts, usable: npt.NDArray[np.int64]
+    context: StageContext, pool_key: str, pool: TokenCounts, usable: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
     """The order in which samples become landmarks, and the first of them as an artifact, in rising order."""
     parameters, notes = context.job.parameters, []
@@ -123,26 +149,27 @@ def _landmarks(
         landmarks = {"landmarks": pool_key, "landmark_shards": shards, "landmark_count": len(usable), "all_exact": True}
         return {**landmarks, "notes": []}
     wanted, choice, seed = parameters["landmarks"]["count"], parameters["landmarks"]["choice"], parameters["seed"]
-    sources = None
-    if choice == "stratified":
-        all_sources = [source for _, batch in iter_ids(context.store, context.job.pool) for source in batch]
-        sources = [all_sources[row] for row in usable]
-    order = landmark_order(usable, choice=choice, seed=seed, sources=sources)
     order_key = artifact_key(Stage.PREPARE, "orders", ".npy", pool=pool_key, choice=choice, seed=seed)
     if not context.store.is_whole(order_key):
+        sources = None
+        if choice == "stratified":
+            all_sources = [source for _, batch in iter_ids(context.store, context.job.pool) for source in batch]
+            sources = [all_sources[row] for row in usable]
         with context.store.writing(order_key) as path, path.open("wb") as file:
-            np.save(file, order)
+            np.save(file, landmark_order(usable, choice=choice, seed=seed, sources=sources))
+    with context.store.local(order_key) as path:
+        order = np.load(path, mmap_mode="r")[:wanted].copy()
     rows, compared = np.sort(order[:wanted]), np.sort(order[: min(wanted, COMPARED_LANDMARKS)])
     if wanted > len(usable):
         notes.append(f"landmarks.count is {wanted}: lowered to the {len(usable)} usable samples of the pool.")
     if len(rows) == len(usable):
         notes.append("Every usable sample is a landmark, so every influence is exact and nothing was propagated.")
     return {
-        "landmarks": tokenization.rows_artifact(context.store, pool_key, rows),
+        "landmarks": token_files.rows_artifact(context.store, pool_key, rows),
         "landmark_order": order_key,
         "landmark_count": len(rows),
         "landmark_shards": gradient_shards(pool.length[rows]),
-        "candidate_tokens": tokenization.rows_artifact(context.store, pool_key, compared),
+        "candidate_tokens": token_files.rows_artifact(context.store, pool_key, compared),
         "candidate_shards": embed_shards(pool.length[compared]),
         "all_exact": len(rows) == len(usable),
         "notes": notes,
@@ -162,24 +189,3 @@ def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
         "candidates": [{name: getattr(options, name) for name in names} for options, _ in offered],
         "candidate_costs": [cost for _, cost in offered],
     }
-
-
-def _tokenise(
-    context: StageContext, folder: ModelFolder, dataset: str, max_length: int, *, already: int
-) -> tuple[str, tokenization.TokenCounts]:
-    how = rendering(context.job.parameters)
-    key = tokens_key(dataset, folder.tokenizer_fingerprint, max_length, context.job.salt, how)
-    if not context.store.is_whole(key):
-        tokenizer = models.load_tokenizer(folder)
-        context.models.unchanged(context.job.model, folder.fingerprint)  # since it was hashed
-        rows = tokenization.tokenise(
-            iter_samples(context.store, dataset),
-            tokenizer,
-            max_length=max_length,
-            rendered=how,
-            report=lambda done: context.report(already + done),
-        )
-        tokenization.write_tokens(context.store, key, rows)
-    counts = tokenization.read_counts(context.store, key)
-    context.report(already + len(counts.length))
-    return key, counts

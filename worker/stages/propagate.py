@@ -29,7 +29,7 @@ from worker.stages.exact_rows import (
     nonfinite,
     valid_targets,
 )
-from worker.text import tokenization
+from worker.text import token_files
 
 Blocks = Iterator[tuple[int, npt.NDArray[np.float32]]]
 """(first row, columns (m, x)), rising."""
@@ -68,7 +68,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
 
 
 def _count(spec: dict[str, Any], context: StageContext) -> int:
-    return sum(len(tokenization.read_indices(context.store, round_["tokens"])) for round_ in spec["landmarks"])
+    return sum(len(token_files.read_indices(context.store, round_["tokens"])) for round_ in spec["landmarks"])
 
 
 def _check_all(context: StageContext, spec: dict[str, Any]) -> None:
@@ -203,8 +203,8 @@ def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any
     with context.store.local(prepared["landmark_order"]) as path:
         order = np.load(path, mmap_mode="r")
     rows = np.sort(order[count:count_after])
-    tokens = tokenization.rows_artifact(context.store, prepared["pool_tokens"], rows)
-    lengths = tokenization.read_counts(context.store, tokens).length
+    tokens = token_files.rows_artifact(context.store, prepared["pool_tokens"], rows)
+    lengths = token_files.read_counts(context.store, tokens).length
     return {"tokens": tokens, "shards": gradient_shards(lengths), "count": count_after}
 
 
@@ -256,8 +256,8 @@ def _shortlist(
             seed=parameters["seed"],
             eligible=eligible,
         )
-    tokens = tokenization.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
-    lengths = tokenization.read_counts(context.store, tokens).length
+    tokens = token_files.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
+    lengths = token_files.read_counts(context.store, tokens).length
     return {"tokens": tokens, "count": len(rows), "shards": gradient_shards(lengths)}
 
 

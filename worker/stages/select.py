@@ -35,7 +35,7 @@ from worker.stages.exact_rows import (
     valid_targets,
 )
 from worker.stages.propagate import columns, mean_influence
-from worker.text import tokenization
+from worker.text import token_files
 
 NOT_FINITE = "not_finite"
 """Beside the reasons of unusable rows, that of a sample without a finite loss, gradient or embedding."""
@@ -79,7 +79,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
             raise DataError("No target sample has a finite gradient or embedding: there is nothing to select for.")
         refined = None
         if spec["refined"]:
-            total = sum(len(tokenization.read_indices(store, round_["tokens"])) for round_ in spec["refined"])
+            total = sum(len(token_files.read_indices(store, round_["tokens"])) for round_ in spec["refined"])
             wrong = nonfinite(store, gradient_keys(spec["refined"]))
             check_nonfinite(context, job.pool, wrong, total, "shortlisted samples")
             rows, exact_mx = exact_rows(store, Measure.load(context, spec), spec["refined"])
@@ -106,7 +106,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
 
 def _reasons(context: StageContext, eligible: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], list[str]]:
     """Why each sample is not eligible: 0, or the place in the list of reasons, from 1 on."""
-    unusable = tokenization.read_counts(context.store, context.prepared["pool_tokens"]).unusable
+    unusable = token_files.read_counts(context.store, context.prepared["pool_tokens"]).unusable
     reasons = [*unusable, NOT_FINITE]
     reason = np.where(eligible, 0, len(reasons)).astype(np.uint8)
     for number, rows in enumerate(unusable.values(), 1):
@@ -165,7 +165,7 @@ def _candidates(
     if context.job.parameters["method"] == "rds_plus":
         return _Candidates(rows=np.arange(n), P_mx=P_nx, eligible=eligible), eligible
     for round_ in spec["landmarks"]:
-        exact[tokenization.read_indices(context.store, round_["tokens"])] = True
+        exact[token_files.read_indices(context.store, round_["tokens"])] = True
     exact &= eligible
     if refined is None:
         return _Candidates(rows=np.arange(n), P_mx=P_nx, eligible=eligible), exact

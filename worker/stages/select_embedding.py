@@ -9,14 +9,14 @@ from worker.influence import select_embedding
 from worker.stages.context import StageContext
 from worker.stages.exact_rows import Measure, exact_rows, valid_targets
 from worker.stages.propagate import landmark_embeddings
-from worker.text import tokenization
+from worker.text import token_files
 
 
 def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of the chosen embedding, and the table of all candidates; writes no other artifact."""
     landmarks, P_lt = exact_rows(context.store, Measure.load(context, spec), spec["landmarks"])
     valid = valid_targets(context, spec["target_gradients"])
-    compared = tokenization.read_indices(context.store, spec["tokens"])
+    compared = token_files.read_indices(context.store, spec["tokens"])
     known = np.isin(landmarks, compared)  # those that are not finite have embeddings, but no influence
     rows = np.searchsorted(compared, landmarks[known])
     embeddings = [landmark_embeddings(context.store, c["embeddings"], rows) for c in spec["candidates"]]

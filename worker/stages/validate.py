@@ -18,7 +18,7 @@ from service.plan.limits import VALIDATION_SAMPLES
 from worker.influence import Samples, StepMeasure, measure_step, sample_losses
 from worker.stages import optimizer
 from worker.stages.context import StageContext
-from worker.text import tokenization
+from worker.text import token_files
 
 Rows = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     }
     if len(held_out):
         arms["held_out_selection"] = _drawn(arrays["held_out_selected"], arrays["held_out_weight"], generator)
-    targets = tokenization.read_all(context.store, context.prepared["target_tokens"])
+    targets = token_files.read_all(context.store, context.prepared["target_tokens"])
     valid = _usable(context, "target_tokens", known["nonfinite_targets"])
     sets = [targets.take(rows) for rows in ((valid, held_out) if len(held_out) else (valid,))]
     measured = _measure(context, spec, arms, {"random": sets, "selection": sets[:1], "held_out_selection": sets[1:]})
@@ -65,7 +65,7 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
 
 def _usable(context: StageContext, tokens: str, nonfinite: Sequence[int]) -> Rows:
     """The usable rows that are not known to be without a finite gradient or embedding."""
-    is_valid = tokenization.read_counts(context.store, context.prepared[tokens]).usable
+    is_valid = token_files.read_counts(context.store, context.prepared[tokens]).usable
     is_valid[list(nonfinite)] = False
     return np.flatnonzero(is_valid)
 
@@ -92,7 +92,7 @@ def _measure(
     state = optimizer.state(context, spec["state"])
     measured, before = {}, 0
     for arm, (rows, weight) in arms.items():
-        samples = tokenization.read_rows(context.store, context.prepared["pool_tokens"], rows)
+        samples = token_files.read_rows(context.store, context.prepared["pool_tokens"], rows)
         # Not every sample's gradient was computed before: one that is not finite would end a job that is all but done.
         finite = torch.isfinite(sample_losses(model, samples, token_budget=context.token_budget))
         measured[arm] = measure_step(

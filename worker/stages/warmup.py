@@ -10,7 +10,7 @@ from worker.influence import Samples, save_state, state_of
 from worker.loading.adapters import add_lora, save_checkpoint, trainable
 from worker.stages import optimizer as job_optimizer
 from worker.stages.context import StageContext
-from worker.text import tokenization
+from worker.text import token_files
 from worker.training import Training, train
 
 _EVENT_SECONDS = 2.0
@@ -70,9 +70,9 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
 
 def _drawn(context: StageContext, tokens: str, count: int, seed: int) -> Samples:
     """`count` of the usable samples, by the seed; all of them where there are no more."""
-    usable: npt.NDArray[np.int64] = np.flatnonzero(tokenization.read_counts(context.store, tokens).usable)
+    usable: npt.NDArray[np.int64] = np.flatnonzero(token_files.read_counts(context.store, tokens).usable)
     chosen = np.random.default_rng([seed, 0x3A0]).choice(usable, size=min(count, usable.size), replace=False)
-    return tokenization.read_rows(context.store, tokens, np.sort(chosen))
+    return token_files.read_rows(context.store, tokens, np.sort(chosen))
 
 
 class _Events:

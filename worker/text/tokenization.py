@@ -1,8 +1,4 @@
-"""From datasets to tokens: the tokens of a sample, those that the loss counts, and what was truncated.
-
-Tokenised samples are Parquet artifacts (columns index, input_ids, response), written and read in row groups, so that a pool
-is never held whole.
-"""
+"""From samples to tokens: the tokens of a sample, those that the loss counts, and what was truncated."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from service.datasets.storage import Sample
-from service.plan.artifact_keys import rows_key
-from service.storage.artifacts import ArtifactStore
 from worker.errors import UnusableRow
-from worker.influence import Samples
 from worker.text.chat_templates import ChatFormat, Rendered
 from worker.text.templates import Span
 
@@ -28,21 +18,6 @@ ROW_GROUP = 1024
 NO_REPLY = "no_reply"
 """The reason of a row that has no token to learn from; `ChatFormat.render` has others."""
 _MAX_DETAIL = 300  # characters: it may quote a template, and is kept by row
-
-_SCHEMA = pa.schema(
-    {
-        "index": pa.int64(),
-        "input_ids": pa.list_(pa.int32()),
-        "response": pa.list_(pa.bool_()),
-        "length": pa.int32(),
-        "predicted": pa.int32(),
-        "truncated": pa.bool_(),
-        "response_truncated": pa.bool_(),
-        "unusable": pa.string(),
-        "detail": pa.string(),
-        "notes": pa.list_(pa.string()),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,129 +176,3 @@ def response_window(response: npt.NDArray[np.bool_], max_length: int) -> slice:
     kept = before[starts + max_length] - before[starts + 1]  # the first token of a window is predicted by nothing
     start = int(np.argmax(kept))
     return slice(start, start + max_length)
-
-
-def write_tokens(store: ArtifactStore, key: str, rows: Iterable[Tokenised]) -> None:
-    """Writes the artifact, a row group at a time."""
-    remaining = iter(rows)
-    with store.writing(key) as path, pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
-        while chunk := list(islice(remaining, ROW_GROUP)):
-            columns = {
-                "index": [row.index for row in chunk],
-                "input_ids": [row.input_ids for row in chunk],
-                "response": [row.response for row in chunk],
-                "length": [len(row.input_ids) for row in chunk],
-                "predicted": [row.predicted for row in chunk],
-                "truncated": [row.truncated for row in chunk],
-                "response_truncated": [row.response_truncated for row in chunk],
-                "unusable": [row.unusable for row in chunk],
-                "detail": [row.detail for row in chunk],
-                "notes": [row.notes or None for row in chunk],
-            }
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
-
-
-def read_counts(store: ArtifactStore, key: str) -> TokenCounts:
-    """The counts of all rows, without their tokens."""
-    names = ["length", "predicted", "truncated", "response_truncated"]
-    with store.local(key) as path:
-        table = pq.read_table(path, columns=[*names, "unusable", "notes"], memory_map=False)
-    length, predicted, truncated, response_truncated = (table.column(name).to_numpy() for name in names)
-    return TokenCounts(
-        length.astype(np.int64),
-        predicted.astype(np.int64),
-        truncated,
-        response_truncated,
-        unusable=_rows_of_each(table.column("unusable")),
-        notes={
-            each["values"]: each["counts"]
-            for each in pc.value_counts(pc.list_flatten(table.column("notes"))).to_pylist()
-        },
-    )
-
-
-def _rows_of_each(column: pa.ChunkedArray) -> dict[str, npt.NDArray[np.int64]]:
-    """Of each value that is not null, its rows."""
-    values = sorted(pc.unique(column.drop_null()).to_pylist())
-    return {value: np.flatnonzero(pc.fill_null(pc.equal(column, value), False).to_numpy()) for value in values}
-
-
-def first_unusable(store: ArtifactStore, key: str, count: int) -> list[dict[str, Any]]:
-    """The first rows of a dataset that take no part, at most `count`: {index, reason, detail}."""
-    with store.local(key) as path:
-        table = pq.read_table(path, columns=["index", "unusable", "detail"], memory_map=False)
-    first = table.filter(pc.is_valid(table.column("unusable"))).slice(0, count)
-    return list(first.rename_columns(["index", "reason", "detail"]).to_pylist())
-
-
-def read_indices(store: ArtifactStore, key: str) -> npt.NDArray[np.int64]:
-    """The places in the dataset of all rows, int64 (n,)."""
-    with store.local(key) as path:
-        column = pq.read_table(path, columns=["index"]).column("index")
-    return np.asarray(column.to_numpy(), dtype=np.int64)
-
-
-def read_tokens(store: ArtifactStore, key: str, start: int, stop: int) -> Samples:
-    """Rows [start, stop) of the artifact; reads only their row groups."""
-    groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
-    with store.local(key) as path:
-        table = pq.ParquetFile(path).read_row_groups(list(groups), columns=["input_ids", "response"])
-    return _as_samples(table.slice(start - groups.start * ROW_GROUP, stop - start))
-
-
-def read_all(store: ArtifactStore, key: str) -> Samples:
-    """All rows of a small artifact, such as a target."""
-    with store.local(key) as path:
-        return _as_samples(pq.read_table(path, columns=["input_ids", "response"], memory_map=False))
-
-
-def _as_samples(table: pa.Table) -> Samples:
-    tokens, response = (table.column(name).combine_chunks() for name in ("input_ids", "response"))
-    lengths = tokens.value_lengths().to_numpy(zero_copy_only=False)
-    return Samples(
-        input_ids=tokens.flatten().to_numpy().astype(np.int32),
-        response=response.flatten().to_numpy(zero_copy_only=False).astype(bool),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    )
-
-
-def read_rows(store: ArtifactStore, key: str, indices: npt.NDArray[np.int64]) -> Samples:
-    """The samples at those rising places in the dataset that the artifact holds; read group by group."""
-    parts = []
-    with store.local(key) as path:
-        file = pq.ParquetFile(path)
-        for group in range(file.metadata.num_row_groups):
-            places = file.read_row_group(group, columns=["index"]).column("index").to_numpy()
-            wanted = np.flatnonzero(np.isin(places, indices))
-            if len(wanted):
-                parts.append(file.read_row_group(group, columns=["input_ids", "response"]).take(pa.array(wanted)))
-    return _as_samples(pa.concat_tables(parts))
-
-
-def rows_artifact(store: ArtifactStore, source: str, indices: npt.NDArray[np.int64]) -> str:
-    """The key of an artifact with the rows of `source` at the rising `indices`; written if it is not there yet."""
-    key = rows_key(source, indices)
-    if not store.is_whole(key):
-        copy_rows(store, source, key, indices)
-    return key
-
-
-def copy_rows(store: ArtifactStore, source: str, key: str, indices: npt.NDArray[np.int64]) -> None:
-    """Writes the rows of `source` at the rising `indices` as another artifact, in full row groups like any other."""
-    with (
-        store.local(source) as path,
-        store.writing(key) as target,
-        pq.ParquetWriter(target, _SCHEMA, compression="zstd") as writer,
-    ):
-        file = pq.ParquetFile(path)
-        pending = _SCHEMA.empty_table()
-        for group in range(file.metadata.num_row_groups):
-            inside = indices[(indices >= group * ROW_GROUP) & (indices < (group + 1) * ROW_GROUP)]
-            if len(inside):
-                taken = file.read_row_group(group).take(pa.array(inside - group * ROW_GROUP))
-                pending = pa.concat_tables([pending, taken])
-            if len(pending) >= ROW_GROUP:
-                writer.write_table(pending.slice(0, ROW_GROUP))
-                pending = pending.slice(ROW_GROUP)
-        if len(pending):
-            writer.write_table(pending)

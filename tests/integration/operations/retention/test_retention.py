@@ -146,14 +146,15 @@ def test_every_search_of_the_store_by_a_stage_is_known_to_the_collection() -> No
     searches = re.compile(r"store\.(exists|is_whole)\(")
     assert {name for name, code in stages.items() if searches.search(code)} == {
         "stages/prepare.py",
-        "text/tokenization.py",  # rows_artifact
+        "stages/tokenise.py",  # of prepare
+        "text/token_files.py",  # rows_artifact
         "artifact_cache.py",  # of the unit itself, which is in use
         "units.py",  # an estimate
     }
     assert {name for name, code in stages.items() if "rows_artifact(" in code} == {
         "stages/prepare.py",
         "stages/propagate.py",
-        "text/tokenization.py",
+        "text/token_files.py",
     }
     assert set(repository.FINDS) == {Stage.PREPARE, Stage.PROPAGATE}
 
