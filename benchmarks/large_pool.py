@@ -82,7 +82,7 @@ def upload(client: Winnow, options: argparse.Namespace, corpus: Corpus, state: S
     seconds = time.monotonic() - started
     path.unlink()
     lines = (json.dumps(row) + "\n" for row in corpus.target(options.targets[0], "dev"))
-    target = client.upload_dataset("".join(lines).encode(), "target", "jsonl")
+    target = client.upload_dataset("".join(lines).encode(), "target")
     state.note(
         pool=pool["id"], target=target["id"], row_count=pool["row_count"], byte_count=pool["byte_count"], upload=seconds
     )
