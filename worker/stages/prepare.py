@@ -121,7 +121,7 @@ def _tokenise(
         rows = len(counts[name].length)
         report(rows)
         done += rows
-        unusable[name] = found = each.unusable(each.key, token_files.NAMED)
+        unusable[name] = found = each.unusable(each.key, counts[name], token_files.NAMED)
         if found["count"] > allowed * rows:
             raise TooManyUnusable(name, rows, allowed, {**found, "first": found["first"][:NAMED_IN_ERROR]})
     return counts, unusable

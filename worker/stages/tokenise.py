@@ -87,11 +87,11 @@ class DatasetTokens:
         template = "default" if ChatFormat(tokenizer).is_default else "the model's own"
         token_files.write_part(context.store, self.shard_key(rows), counts, tokenised, template)
 
-    def unusable(self, counts: str, named: int) -> dict[str, Any]:
-        """How many of the rows that `counts` stands for take no part, by reason; and the first of them with their ids."""
+    def unusable(self, key: str, counts: tokenization.TokenCounts, named: int) -> dict[str, Any]:
+        """How many of the rows that the artifact stands for, of these counts, take no part, by reason; and the first of them."""
         store = self.context.store
-        by_reason = {reason: len(rows) for reason, rows in token_files.read_counts(store, counts).unusable.items()}
-        first = token_files.About.of(store, counts).unusable[:named]
+        by_reason = {reason: len(rows) for reason, rows in counts.unusable.items()}
+        first = token_files.About.of(store, key).unusable[:named]
         ids = storage.read_samples(store, self.dataset, [row["index"] for row in first]) if first else []
         return {
             "count": sum(by_reason.values()),
@@ -124,4 +124,5 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
     )
     counts = counts_key(artifact_key)
     tokens.write(rows, counts, context.report)
-    return {"counts": counts, "of": spec["of"], "unusable": tokens.unusable(counts, NAMED_IN_ERROR)}
+    unusable = tokens.unusable(counts, token_files.read_counts(context.store, counts), NAMED_IN_ERROR)
+    return {"counts": counts, "of": spec["of"], "unusable": unusable}
