@@ -33,7 +33,11 @@ def run_benchmark(tiny_llama: Path, tmp_path: Path) -> Run:
                 *options,
             ],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "error::UserWarning"),
+            },
             capture_output=True,
             text=True,
             check=False,
