@@ -12,8 +12,10 @@ from service.auth.authentication import admit, admitted
 from service.auth.callers import Callers
 from service.auth.rate_limit import RateLimiter
 from service.background.dispatcher import Dispatcher
+from service.background.job_starter import JobStarter
 from service.background.sweeper import Sweeper
 from service.background.webhook_sender import Sender
+from service.datasets.import_schemas import ImportRequest
 from service.datasets.router import router as datasets
 from service.datasets.targets import router as targets
 from service.datasets.uploads.router import router as uploads
@@ -67,6 +69,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         app.state.store.remove_abandoned()
         loops = (
             Dispatcher(settings, metrics.dispatch),
+            JobStarter(settings, app.state.store),
             Sweeper(settings, app.state.store),
             Sender(settings, app.state.encryptor, app.state.outbound, metrics.webhooks),
             app.state.notifications,
@@ -122,5 +125,5 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
             dependencies=[Depends(admitted)],
             responses=errors.responses(errors.TooManyRequests),
         )
-    openapi.install(app)
+    openapi.install(app, bodies=[ImportRequest])
     return app

@@ -91,6 +91,13 @@ class ModelSettings(_Group):
     )
 
 
+class DatasetSettings(_Group):
+    hub: tuple[Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")], ...] = Field(
+        default=(),
+        description='Datasets of the Hugging Face Hub that may be imported, as a list of patterns: ["allenai/*"]',
+    )
+
+
 class LedgerSettings(_Group):
     """A worker without a heartbeat for `lease_seconds` loses its unit to another one."""
 
@@ -301,6 +308,7 @@ class ApiSettings(Settings):
     )
     requests: RequestSettings = RequestSettings()
     uploads: UploadSettings = UploadSettings()
+    datasets: DatasetSettings = DatasetSettings()
     limits: LimitSettings = LimitSettings()
     shares: ShareSettings = ShareSettings()
     webhooks: WebhookSettings = WebhookSettings()

@@ -1,7 +1,7 @@
 """What can go wrong in a unit: the user's data, the user's model, the machine, or our own code."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,6 +82,20 @@ def check_shards(parameters: Mapping[str, Any], shards: Iterable[tuple[str, Mapp
             first = [row for result in results for row in result["unusable"]["first"]][:NAMED_IN_ERROR]
             found = {"count": by_reason.total(), "by_reason": dict(by_reason), "first": first}
             raise TooManyUnusable(name, rows, allowed, found, so_far=True)
+
+
+class ImportFailed(UnitError):
+    """A dataset cannot be imported; `code` says why, and `errors` which of its rows cannot be used, as for an upload."""
+
+    def __init__(
+        self, code: str, detail: str, *, retryable: bool = False, errors: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self._error: dict[str, Any] = {"code": code, "detail": detail, **({"errors": list(errors)} if errors else {})}
+        self.retryable = retryable  # type: ignore[misc]  # of this one, not of its class
+
+    def as_dict(self) -> dict[str, Any]:
+        return self._error
 
 
 class ModelError(UnitError):

@@ -162,8 +162,8 @@ def _provenance(
         "api_key": job.key_id,
         "retry_of": job.retry_of,
         "reproduces": job.reproduces,
-        "pool": {"id": pool.id, "fingerprint": pool.fingerprint, "rows": pool.row_count},
-        "target": {"id": target.id, "fingerprint": target.fingerprint, "rows": target.row_count},
+        "pool": _dataset(pool),
+        "target": _dataset(target),
         "model": {
             **job.model,
             "fingerprint": prepared["model_fingerprint"],
@@ -193,6 +193,11 @@ def _provenance(
             for unit in stage_units
         ],
     }
+
+
+def _dataset(dataset: Dataset) -> dict[str, Any]:
+    origin = {} if dataset.origin is None else {"hub": dataset.origin}
+    return {"id": dataset.id, "fingerprint": dataset.fingerprint, "rows": dataset.row_count, **origin}
 
 
 def differences(record: Mapping[str, Any], prepared: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,18 @@ def convert(
             that are not to be skipped.
     """
     upload = open_upload(file, name, options.wanted, limits, text=options.form is Form.TEXT)
+    return convert_rows(upload, options, limits, folder, on_bad_row, report)
+
+
+def convert_rows(
+    upload: Upload,
+    options: RowOptions,
+    limits: UploadSettings,
+    folder: Path,
+    on_bad_row: OnBadRow = OnBadRow.REFUSE,
+    report: Callable[[int], None] | None = None,
+) -> Content:
+    """As `convert`, of an upload that is open."""
     kept, detection = _Kept(), Detection()
     with BadRows(folder, upload.unit, on_bad_row) as bad:
         with closing(upload.parts), closing(_parts(upload, options, limits)) as parts, ContentWriter(folder) as writer:

@@ -1,6 +1,7 @@
 """All SQL on datasets. A tenant's scope is part of each query that a caller's id reaches."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import ColumnElement, Select, delete, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
@@ -79,6 +80,14 @@ def stored_bytes(session: Session, key_id: str) -> int:
 def content_lock(fingerprint: str) -> str:
     """The advisory lock of whoever publishes or removes the files of this fingerprint."""
     return f"datasets/{fingerprint}"
+
+
+def of_origin(session: Session, key_id: str, origin: Mapping[str, Any]) -> Sequence[Dataset]:
+    """The key's live datasets that were asked for so, newest first."""
+    live = select(Dataset).where(
+        Dataset.key_id == key_id, Dataset.deleted_at.is_(None), Dataset.origin.contains(origin)
+    )
+    return session.scalars(live.order_by(Dataset.id.desc())).all()
 
 
 def is_live_content(session: Session, fingerprint: str) -> bool:

@@ -1,14 +1,17 @@
 """Datasets over HTTP."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from functools import partial
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, BackgroundTasks, Request, Response, status
+from fastapi import APIRouter, BackgroundTasks, Query, Request, Response, status
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 from starlette.responses import StreamingResponse
@@ -17,9 +20,10 @@ from service.audit import service as audit
 from service.auth.authentication import ReadDep, SubmitDep, live_check, require_live
 from service.auth.principal import Principal
 from service.auth.quotas import QuotaExceeded
-from service.datasets import repository, service
+from service.datasets import hub, imports, repository, service, waiting
 from service.datasets.bad_rows import OnBadRow
 from service.datasets.convert import convert
+from service.datasets.import_schemas import ImportRequest
 from service.datasets.receiving import received
 from service.datasets.rows.forms import Form
 from service.datasets.rows.options import RowOptions
@@ -51,6 +55,7 @@ from service.http.errors import (
     Unauthorized,
     Unavailable,
     Unprocessable,
+    malformed,
     responses,
 )
 from service.http.pagination import AfterDataset, Limit
@@ -64,6 +69,8 @@ Convert = Callable[..., Content]
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], responses=responses(Unauthorized, Forbidden))
 
+RETRY_AFTER_SECONDS = "2"
+
 _ROW = '{"id": "flan-17", "source": "flan", "prompt": "Name a prime.", "completion": "Seven."}\n'
 _SKIPPED = SkippedRow.model_json_schema()
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -76,7 +83,14 @@ _UPLOAD_BODY: dict[str, Any] = {
         " The media type is ignored. Archives (zip, tar) are refused.",
         "content": {
             "application/jsonl": {"schema": {"type": "string"}, "example": _ROW},
-            "application/json": {"schema": {"type": "array", "items": {"type": "object"}}},
+            "application/json": {
+                "schema": {
+                    "anyOf": [
+                        {"type": "array", "items": {"type": "object"}},
+                        {"$ref": "#/components/schemas/ImportRequest"},
+                    ]
+                }
+            },
             "text/csv": {"schema": {"type": "string"}},
             "text/tab-separated-values": {"schema": {"type": "string"}},
             "text/plain": {"schema": {"type": "string"}},
@@ -96,16 +110,19 @@ _UPLOAD_BODY: dict[str, Any] = {
 @router.post(
     "",
     status_code=status.HTTP_201_CREATED,
-    summary="Upload a dataset",
+    summary="Upload a dataset, or import one from the hub",
     response_model=DatasetOut,
-    responses=responses(BadRequest, Conflict, TooLarge, Unprocessable, Unavailable),
+    responses={
+        status.HTTP_202_ACCEPTED: {"model": DatasetOut, "description": "Of an import: a worker has yet to do it"},
+        **responses(BadRequest, Conflict, TooLarge, Unprocessable, Unavailable),
+    },
     openapi_extra=_UPLOAD_BODY,
 )
 async def upload(
     request: Request,
     principal: SubmitDep,
     session: SessionDep,
-    name: DatasetName,
+    name: DatasetName | None = None,
     form: FormQuery = Form.AUTO,
     columns: ColumnsQuery = None,
     template: TemplateQuery = None,
@@ -124,7 +141,13 @@ async def upload(
     The answer says what was taken: of which columns, in how many rows (`detected`), and how many rows were `skipped`.
 
     Large files are better sent in parts first (POST /v1/uploads), and named here by `upload` in place of a body.
+
+    Without `name`, and with a body of `application/json`, `{"hub": {"id", "revision", "config", "split", ...}}` imports a split
+    of a dataset on the Hugging Face Hub: the answer is 202, and GET /v1/datasets/{id} says when it is `ready`, or why it
+    `failed`.
     """
+    if name is None:
+        return await _import(request, principal, session, idempotency_key)
     options = RowOptions.parse(form, columns, template)
     state = request.app.state
     settings: ApiSettings = state.settings
@@ -151,6 +174,44 @@ async def upload(
         async with received(request, uploads) as (file, file_name), shares.readers.waited_for(tenant):
             named = partial(converted, file, name=file_name if "." in file_name else name)
             return await run_sync(_keep_body, request, file, principal, idempotency_key, name, named, limiter=apart)
+
+
+async def _import(request: Request, principal: Principal, session: Session, idempotency_key: str | None) -> Response:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" or request.query_params:
+        raise Unprocessable(
+            "name: an upload needs a name: POST /v1/datasets?name=... with the file as the body. An import from the hub has no"
+            ' query and the media type application/json: {"hub": {"id": "owner/name", "split": "train"}}.',
+            param="name",
+        )
+    content = await request.body()
+    try:
+        wanted = ImportRequest.model_validate(json.loads(content))
+    except json.JSONDecodeError as error:
+        raise malformed(content, error.pos, error.msg) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise malformed(content, 0, str(error)) from error
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from error
+    wanted.hub.row_options()
+    digest = request_digest(request, hashlib.sha256(content).digest())
+    idempotent = IdempotentRequest(request.app.state.encryptor, principal, idempotency_key, digest)
+    return await run_in_threadpool(_create_import, request, principal, session, idempotent, wanted)
+
+
+def _create_import(
+    request: Request, principal: Principal, session: Session, idempotent: IdempotentRequest, wanted: ImportRequest
+) -> Response:
+    settings: ApiSettings = request.app.state.settings
+    idempotent.replay(session)
+    service.check_quota(session, principal, settings.limits, 1)
+    session.commit()  # no transaction is open while the hub is asked
+    commit = hub.commit_of(wanted.hub, settings.datasets)
+    idempotent.begin(session)
+    dataset = imports.create(session, principal, settings, wanted.hub, commit, wanted.name)
+    audit.record(session, principal, "dataset.imported", dataset.id, hub=wanted.hub.id, commit=commit)
+    headers = {"Location": f"{request.url.path}/{dataset.id}", "Retry-After": RETRY_AFTER_SECONDS}
+    return idempotent.keep(session, imports.describe(session, [dataset])[0], status.HTTP_202_ACCEPTED, headers)
 
 
 def _check_room(session: Session, principal: Principal, limits: LimitSettings, idempotency_key: str | None) -> None:
@@ -241,12 +302,29 @@ def list_datasets(
     principal: ReadDep, session: SessionDep, limit: Limit = 20, after: AfterDataset = None
 ) -> DatasetPage:
     datasets, has_more = repository.page(session, principal.tenant_id, after, limit)
-    return DatasetPage.of([DatasetOut.model_validate(dataset) for dataset in datasets], has_more)
+    return DatasetPage.of(imports.describe(session, datasets), has_more)
 
 
-@router.get("/{dataset_id}", summary="One dataset", responses=responses(NotFound))
-def get_dataset(dataset_id: str, principal: ReadDep, session: SessionDep) -> DatasetOut:
-    return DatasetOut.model_validate(service.find(session, principal.tenant_id, dataset_id))
+@router.get("/{dataset_id}", summary="One dataset", responses=responses(NotFound, Unprocessable))
+async def get_dataset(
+    request: Request,
+    response: Response,
+    dataset_id: str,
+    principal: ReadDep,
+    session: SessionDep,
+    wait: Annotated[
+        int, Query(ge=0, le=60, description="Seconds to wait for the end of its import before its state is returned")
+    ] = 0,
+) -> DatasetOut:
+    dataset = await run_in_threadpool(
+        lambda: imports.describe(session, [service.find(session, principal.tenant_id, dataset_id)])[0]
+    )
+    if wait and dataset.status == "importing":
+        await release_connection(session)
+        dataset = await waiting.until_imported(request, principal, dataset_id, wait)
+    if dataset.status == "importing":
+        response.headers["Retry-After"] = "0" if wait else RETRY_AFTER_SECONDS
+    return dataset
 
 
 @router.get(
@@ -258,7 +336,7 @@ def get_dataset(dataset_id: str, principal: ReadDep, session: SessionDep) -> Dat
             "content": {"application/x-ndjson": {"schema": _SKIPPED}},
             "description": "JSON lines, one for each such row",
         },
-        **responses(NotFound, Gone, Unavailable),
+        **responses(NotFound, Conflict, Gone, Unavailable),
     },
 )
 def list_skipped(request: Request, dataset_id: str, principal: ReadDep, session: SessionDep) -> Response:
@@ -284,9 +362,13 @@ def list_skipped(request: Request, dataset_id: str, principal: ReadDep, session:
 def delete_dataset(
     request: Request, dataset_id: str, principal: SubmitDep, session: SessionDep, background: BackgroundTasks
 ) -> None:
-    """Results of finished jobs are kept, and still name their samples by id; the rows themselves are removed."""
+    """Results of finished jobs are kept, and still name their samples by id; the rows themselves are removed. An import that has
+    not ended is cancelled."""
     dataset = service.delete(session, principal.tenant_id, dataset_id)
     audit.record(session, principal, "dataset.deleted", dataset.id)
+    if not dataset.is_ready:
+        imports.cancel(session, dataset)
+        return
     # Runs after the response, hence after the commit: rows are not removed for a deletion that was rolled back.
     state = request.app.state
     background.add_task(service.remove_unused_files, state.sessions, state.store, dataset.fingerprint, dataset.id)

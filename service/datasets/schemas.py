@@ -7,6 +7,7 @@ from fastapi import Query
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service.datasets.bad_rows import OnBadRow
+from service.datasets.import_schemas import ImportFailure, ImportProgress, Origin, Status
 from service.datasets.rows.forms import Form
 from service.datasets.rows.template import MAX_LENGTH
 from service.http.pagination import Page
@@ -102,7 +103,7 @@ class SkippedRow(BaseModel):
 
 
 class DatasetOut(BaseModel):
-    """An uploaded dataset."""
+    """An uploaded dataset, or one that is imported from the hub: until it is `ready`, what describes its rows is null."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -110,6 +111,7 @@ class DatasetOut(BaseModel):
         json_schema_extra={
             "example": {
                 "object": "dataset",
+                "status": "ready",
                 "id": "ds_0199f3a2b6c41f2e3d4c5b6a79880716",
                 "name": "pool",
                 "fingerprint": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
@@ -141,16 +143,22 @@ class DatasetOut(BaseModel):
     object: Literal["dataset"] = "dataset"
     id: str
     name: str
-    fingerprint: str = Field(description="sha256 of the rows in their canonical form: equal content, equal fingerprint")
-    row_count: int
-    byte_count: int = Field(description="Bytes of the rows in their canonical form")
-    sources: dict[str, int] = Field(
+    status: Status = "ready"
+    fingerprint: str | None = Field(
+        description="sha256 of the rows in their canonical form: equal content, equal fingerprint"
+    )
+    row_count: int | None
+    byte_count: int | None = Field(description="Bytes of the rows in their canonical form")
+    sources: dict[str, int] | None = Field(
         description="Rows by source: at most 1,000 by name, the others under `(other)`; rows without a source under `(none)`"
     )
     detected: Detected | None = Field(description="What was taken of the upload; null where that was not yet recorded")
     skipped: int = Field(
         description="Rows of the upload that could not be used and were left out (`on_bad_row=skip`); GET .../skipped names them"
     )
+    hub: Origin | None = Field(default=None, description="Where an imported dataset comes from; null: it was uploaded")
+    progress: ImportProgress | None = Field(default=None, description="While it is imported")
+    error: ImportFailure | None = Field(default=None, description="Why its import has failed")
     created_at: datetime
 
 

@@ -54,11 +54,15 @@ def check_quota(session: Session, principal: Principal, settings: LimitSettings,
     Raises:
         QuotaExceeded: it may not before something is deleted.
     """
-    limit = quotas.limits_of(principal, settings).stored_bytes
+    check_stored_bytes(session, principal.key_id, quotas.limits_of(principal, settings).stored_bytes, adding)
+
+
+def check_stored_bytes(session: Session, key_id: str, limit: int, adding: int) -> None:
+    """The same under a limit that is known; 0: none."""
     if not limit:
         return
-    quotas.lock(session, principal.key_id, "bytes")
-    used = repository.stored_bytes(session, principal.key_id)
+    quotas.lock(session, key_id, "bytes")
+    used = repository.stored_bytes(session, key_id)
     if used + adding > limit:
         raise quotas.QuotaExceeded(
             f"The datasets and uploads of this key have {used:,} bytes; {adding:,} more would exceed its limit of {limit:,}."
@@ -80,8 +84,24 @@ def find(session: Session, tenant_id: str, dataset_id: str) -> Dataset:
     return dataset
 
 
+def find_ready(session: Session, tenant_id: str, dataset_id: str) -> Dataset:
+    """As `find`, and it has its rows.
+
+    Raises:
+        Conflict: its import has not ended, or has failed.
+    """
+    dataset = find(session, tenant_id, dataset_id)
+    if not dataset.is_ready:
+        raise Conflict(
+            f"The dataset has no rows: its import has not ended, or has failed; see GET /v1/datasets/{dataset_id}.",
+            code="dataset_not_ready",
+        )
+    return dataset
+
+
 def require(session: Session, tenant_id: str, dataset_id: str, param: str) -> Dataset:
-    """The live dataset that a job's field `param` names; it cannot be deleted before the transaction ends.
+    """The live dataset that a job's field `param` names, whose import may not have ended; it cannot be deleted before the
+    transaction ends.
 
     Raises:
         Unprocessable: the tenant has none with this id; the error names `param`.
@@ -103,8 +123,9 @@ def rows(
 
     Raises:
         NotFound: the tenant has no live dataset of this id.
+        Conflict: it has no rows yet.
     """
-    dataset = find(session, tenant_id, dataset_id)
+    dataset = find_ready(session, tenant_id, dataset_id)
     stop = min(start + limit, dataset.row_count)
     samples = storage.read_samples(store, dataset.fingerprint, range(start, stop)) if start < stop else []
     return samples, stop < dataset.row_count
@@ -115,8 +136,9 @@ def skipped(session: Session, store: ArtifactStore, tenant_id: str, dataset_id: 
 
     Raises:
         NotFound: the tenant has no live dataset of this id.
+        Conflict: it has no rows yet.
     """
-    dataset = find(session, tenant_id, dataset_id)
+    dataset = find_ready(session, tenant_id, dataset_id)
     return storage.read_skipped(store, dataset.fingerprint, dataset.id) if dataset.skipped else _nothing()
 
 

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 class Lock(IntEnum):
     MIGRATION = 0x6D696772617465  # "migrate"
     DISPATCHER = 0x77696E6E6F77  # "winnow"
+    JOB_STARTER = 0x73746172746572  # "starter"
     SWEEPER = 0x73776565706572  # "sweeper"
     ARTIFACTS = 0x6172746966616374  # "artifact"; whoever creates units shares it
 

@@ -1,10 +1,12 @@
 """The OpenAPI document: FastAPI's own, with every error described as what it is, one problem+json schema."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from service.http.errors import MEDIA_TYPE, FieldError, Problem, RequestTimeout, TooLarge, responses
 
@@ -14,22 +16,24 @@ _FRAMEWORKS_OWN = ("HTTPValidationError", "ValidationError")  # bodies that no r
 _WITH_BODY = ("post", "put", "patch")
 
 
-def install(app: FastAPI) -> None:
-    """Makes `app.openapi()` give the document; it is built once."""
+def install(app: FastAPI, bodies: Sequence[type[BaseModel]] = ()) -> None:
+    """Makes `app.openapi()` give the document; it is built once. `bodies`: models that only descriptions of bodies name."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _build(app)
+            app.openapi_schema = _build(app, bodies)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents for extending it
 
 
-def _build(app: FastAPI) -> dict[str, Any]:
+def _build(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
     )
-    _, definitions = models_json_schema([(m, "serialization") for m in (Problem, FieldError)], ref_template=_REF)
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(m, "serialization") for m in (Problem, FieldError)]
+    models += [(m, "validation") for m in bodies]
+    _, definitions = models_json_schema(models, ref_template=_REF)
     schemas = document["components"]["schemas"]
     schemas.update(definitions["$defs"])
     for name in _FRAMEWORKS_OWN:

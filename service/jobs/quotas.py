@@ -34,6 +34,19 @@ def check(session: Session, principal: Principal, settings: LimitSettings, sampl
         _check_samples(session, principal.key_id, limits.samples_per_day, samples)
 
 
+def check_samples_of_started(session: Session, principal: Principal, settings: LimitSettings, samples: int) -> None:
+    """The quota of samples alone, for a job that waited for the rows that are counted now, and has been counted itself.
+
+    Raises:
+        QuotaExceeded: it is used up.
+    """
+    limit = quotas.limits_of(principal, settings).samples_per_day
+    quotas.lock(session, principal.key_id, "jobs")
+    used, _ = repository.samples_today(session, principal.key_id)
+    if limit and used > limit:
+        raise _too_many_samples(f"this key has used {used:,} of its {limit:,} per 24 hours with it.", samples, None)
+
+
 def _check_samples(session: Session, key_id: str, limit: int, samples: int) -> None:
     if samples > limit:
         raise _too_many_samples(f"a job of this key may have at most {limit:,}. Use a smaller pool.", samples, None)

@@ -150,7 +150,7 @@ def _samples_today() -> Select[Any]:
 def samples_leave_at(session: Session, key_id: str, room: int) -> datetime | None:
     """The time from which at most `room` of the samples of `samples_today` are within 24 hours; None if that is now."""
     pool, target = aliased(Dataset), aliased(Dataset)
-    samples = func.sum(pool.row_count + target.row_count)
+    samples = func.sum(func.coalesce(pool.row_count, 0) + func.coalesce(target.row_count, 0))
     jobs = (
         select(
             SelectionJob.created_at,

@@ -209,7 +209,7 @@ class SelectionJobOut(BaseModel):
     model: dict[str, Any] = Field(examples=[{"kind": "registered", "name": "smollm2-135m-instruct"}])
     pool: str
     target: str
-    budget: int
+    budget: int | None = Field(description="null: a share of a pool that is still being imported")
     parameters: StoredParameters
     metadata: dict[str, str]
     error: JobError | None

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from service import ledger
 from service.auth.principal import Principal
+from service.datasets import imports
 from service.datasets import service as datasets
 from service.datasets.tables import Dataset
 from service.http.errors import Conflict, Unprocessable
@@ -29,11 +30,12 @@ from service.storage.artifacts import ArtifactStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A job that can be written: validated, its model resolved, and planned."""
+    """A job that can be written: validated, its model resolved, and planned; or without a plan, which needs the rows, where a
+    dataset is being imported."""
 
     job: SelectionJob
     sample_count: int
-    plan: dict[str, Any]
+    plan: dict[str, Any] | None
 
 
 def draft(
@@ -49,18 +51,38 @@ def draft(
     """
     pool = datasets.require(session, principal.tenant_id, request.pool, "pool")
     target = datasets.require(session, principal.tenant_id, request.target, "target")
+    awaited = _awaited(session, pool=pool, target=target)
     session.close()
+    if awaited and request.dry_run:
+        raise Conflict(
+            f"A plan needs the rows of {' and '.join(awaited)}, whose import has not ended; ask again when it has.",
+            code="dataset_not_ready",
+        )
     job = new_job(
         principal,
         pool,
         target,
-        budget=_budget(request.budget, pool.row_count),
+        budget=_budget(request.budget, pool),
         model=registry.resolve(settings, request.model, request),
         parameters=request.parameters(),
         request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
         job_metadata=request.metadata,
     )
+    if awaited:
+        job.awaits_datasets, job.model = True, registry.with_fingerprints(settings, job.model)
+        known = sum(dataset.row_count for dataset in (pool, target) if dataset.is_ready)
+        return Draft(job=job, sample_count=known, plan=None)
     return plan(session, job, pool, target, settings, store)
+
+
+def _awaited(session: Session, **named: Dataset) -> list[str]:
+    """The ids of those that are being imported.
+
+    Raises:
+        Unprocessable: the import of one has failed; `param` names it.
+    """
+    imports.refuse_failed(session, **named)
+    return list(dict.fromkeys(dataset.id for dataset in named.values() if not dataset.is_ready))
 
 
 def new_job(principal: Principal, pool: Dataset, target: Dataset, **columns: Any) -> SelectionJob:
@@ -88,12 +110,17 @@ def create(session: Session, principal: Principal, draft: Draft, limits: LimitSe
         QuotaExceeded: a quota of the key does not allow it now.
     """
     job = draft.job
-    datasets.require(session, job.tenant_id, job.pool_id, "pool")  # from here on neither can be deleted
-    datasets.require(session, job.tenant_id, job.target_id, "target")
+    pool = datasets.require(session, job.tenant_id, job.pool_id, "pool")  # from here on neither can be deleted
+    target = datasets.require(session, job.tenant_id, job.target_id, "target")
     quotas.check(session, principal, limits, draft.sample_count)
     job.trace = traceparent()
-    ledger.create_job(session, job, [prepare_unit(job.id, draft.sample_count)])
-    ledger.add_event(session, job.id, "job.planned", **draft.plan)
+    if draft.plan is None:
+        ledger.create_job(session, job, [])
+        awaited = [found.id for found in (pool, target) if not found.is_ready]
+        ledger.add_event(session, job.id, "job.waiting", reason="A dataset is being imported.", datasets=awaited)
+    else:
+        ledger.create_job(session, job, [prepare_unit(job.id, draft.sample_count)])
+        ledger.add_event(session, job.id, "job.planned", **draft.plan)
     session.flush()
     session.refresh(job)
     return job
@@ -101,15 +128,28 @@ def create(session: Session, principal: Principal, draft: Draft, limits: LimitSe
 
 def describe_plan(draft: Draft) -> SelectionPlan:
     """What the job would do and cost. Quotas are not checked: a plan uses none."""
+    assert draft.plan is not None, "a dry run is drafted with a plan"
     job = draft.job
     chosen = {"model": job.model, "pool": job.pool_id, "target": job.target_id, "budget": job.budget}
     return SelectionPlan.model_validate({**chosen, "parameters": job.parameters, **draft.plan})
 
 
-def _budget(budget: int | float, row_count: int) -> int:
-    count = max(1, round(budget * row_count)) if isinstance(budget, float) else budget
-    if count > row_count:
-        raise Unprocessable(f"budget is {count}, but the pool has {row_count} samples.", param="budget")
+def _budget(budget: int | float, pool: Dataset) -> int | None:
+    """As `budget_of`; None for a share of a pool that is being imported."""
+    if pool.is_ready:
+        return budget_of(budget, pool)
+    return None if isinstance(budget, float) else budget
+
+
+def budget_of(budget: int | float, pool: Dataset) -> int:
+    """The number of samples to select of a pool that is ready.
+
+    Raises:
+        Unprocessable: the pool has fewer.
+    """
+    count = max(1, round(budget * pool.row_count)) if isinstance(budget, float) else budget
+    if count > pool.row_count:
+        raise Unprocessable(f"budget is {count}, but the pool has {pool.row_count} samples.", param="budget")
     return count
 
 

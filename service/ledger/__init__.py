@@ -8,10 +8,12 @@ from service.ledger.claims import beat, claim_unit, claimable_count, create_job,
 from service.ledger.lookup import find_job, require_job
 from service.ledger.outcomes import (
     fail_unit,
+    fail_waiting,
     finish_unit,
     release_unit,
     remake_artifact,
     request_cancel,
+    start_waiting,
     succeed_job,
 )
 from service.ledger.rows import (
@@ -46,6 +48,7 @@ __all__ = [
     "expire_cancels",
     "expire_leases",
     "fail_unit",
+    "fail_waiting",
     "find_job",
     "finish_unit",
     "last_result",
@@ -57,6 +60,7 @@ __all__ = [
     "request_cancel",
     "require_job",
     "start_stages",
+    "start_waiting",
     "succeed_job",
     "unit_results",
 ]

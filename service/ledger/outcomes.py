@@ -1,6 +1,6 @@
 """Units and jobs that end: finished, failed, given back, cancelled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -13,6 +13,7 @@ from service.ledger.rows import (
     add_event,
     cancel_units,
     claim_of,
+    create_units,
     end_unit,
     in_seconds,
     is_current_claim,
@@ -25,6 +26,7 @@ from service.ledger.rows import (
 from service.ledger.state import JobStatus, UnitState
 from service.ledger.tables import JobEvent, JobUnit, SelectionJob
 from service.plan.artifact_keys import result_key
+from service.plan.stages import UnitSpec
 
 
 def finish_unit(session: Session, job: SelectionJob, claim: Claim, result: Mapping[str, Any]) -> bool:
@@ -146,6 +148,26 @@ def _count_failure(session: Session, claim: Claim) -> int:
         .returning(JobUnit.failures)
     )
     return session.scalars(counted).one()
+
+
+def start_waiting(session: Session, job_id: str, budget: int, first: Sequence[UnitSpec]) -> bool:
+    """Gives its first units to a job that waited for datasets. False: it waits no longer, nothing was changed."""
+    job = lock_job(session, job_id)
+    if not job.awaits_datasets or job.status != JobStatus.QUEUED:
+        return False
+    job.budget, job.awaits_datasets = budget, False
+    create_units(session, job_id, first, None)
+    return True
+
+
+def fail_waiting(session: Session, job_id: str, error: Mapping[str, Any]) -> bool:
+    """Fails a job that waited for datasets. False: it waits no longer, nothing was changed."""
+    job = lock_job(session, job_id)
+    if not job.awaits_datasets or job.status != JobStatus.QUEUED:
+        return False
+    job.status, job.error, job.finished_at = JobStatus.FAILED, dict(error), func.clock_timestamp()
+    add_event(session, job_id, "job.failed", error=job.error)
+    return True
 
 
 def release_unit(session: Session, claim: Claim, *, reason: str) -> None:

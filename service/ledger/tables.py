@@ -43,6 +43,8 @@ class SelectionJob(CreatedAt, Base):
             *("tenant_id", "created_at", "id"),
             postgresql_where="status IN ('queued', 'running', 'cancelling')",
         ),
+        Index("ix_selection_jobs_awaiting", "id", postgresql_where="awaits_datasets AND status = 'queued'"),
+        CheckConstraint("budget IS NOT NULL OR awaits_datasets", name="budget_once_started"),
         CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_when_terminal"),
     )
 
@@ -53,7 +55,9 @@ class SelectionJob(CreatedAt, Base):
     pool_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
     target_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
     model: Mapped[dict[str, Any]]
-    budget: Mapped[int] = mapped_column(BigInteger)
+    budget: Mapped[int] = mapped_column(
+        BigInteger, nullable=True
+    )  # a share of a pool that is still being imported: null
     parameters: Mapped[dict[str, Any]]
     request: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, Any]]
@@ -63,6 +67,7 @@ class SelectionJob(CreatedAt, Base):
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
     trace: Mapped[str | None]  # of the request that posted it (W3C traceparent), for the spans of its units
+    awaits_datasets: Mapped[bool] = mapped_column(server_default="false")  # being imported; it has no units before
     retry_of: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
     reproduces: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
 

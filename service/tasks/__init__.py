@@ -15,6 +15,7 @@ from service.tasks.queue import (
     fail_task,
     finish_task,
     latest,
+    newest_of,
     release_task,
 )
 from service.tasks.tables import Task, TaskState
@@ -33,5 +34,6 @@ __all__ = [
     "fail_task",
     "finish_task",
     "latest",
+    "newest_of",
     "release_task",
 ]

@@ -65,6 +65,12 @@ def latest(session: Session, tenant_id: str, kind: str, subject: str) -> Task | 
     return session.scalar(newest.execution_options(populate_existing=True))
 
 
+def newest_of(session: Session, kind: str, subjects: Collection[str]) -> dict[str, Task]:
+    """The newest task of the kind for each subject that has one."""
+    found = select(Task).where(Task.subject.in_(subjects), Task.kind == kind).order_by(Task.id)
+    return {task.subject: task for task in session.scalars(found.execution_options(populate_existing=True))}
+
+
 def delete(session: Session, task_id: str) -> None:
     """Cancels the task, or forgets it; whatever its worker still writes takes no effect."""
     session.execute(delete_from(Task).where(Task.id == task_id))

@@ -40,9 +40,9 @@ PARAMETERS: Json = {
 
 
 @contextmanager
-def computing_world(servers: Servers, folder: Path, model: Path) -> Iterator[World]:
-    """With the model registered, and without a worker."""
-    with own_settings(servers, folder, ledger=LEDGER) as settings:
+def computing_world(servers: Servers, folder: Path, model: Path, **more: Any) -> Iterator[World]:
+    """With the model registered, and without a worker; `more` is for `make_settings`."""
+    with own_settings(servers, folder, **{"ledger": LEDGER, **more}) as settings:
         shutil.copytree(model, settings.models.folder / MODEL)
         with World.made(settings, runs=True) as world:
             until("the store is marked", Path(world.store.root, MARKER).is_file)

@@ -16,7 +16,7 @@ from service.observability import logs
 from service.settings import Settings
 from service.storage.artifacts import ArtifactStore
 from service.tasks import TaskClaim
-from worker.errors import NOT_HERE, ComputeDied, KernelKilled, ModelNotHere, NotHere
+from worker.errors import NOT_HERE, ComputeDied, KernelKilled, ModelNotHere, NotHere, UnitError
 from worker.fitness import Fitness
 from worker.metrics import Outcome, WorkerMetrics
 from worker.process.compute_process import ComputeProcess
@@ -112,6 +112,7 @@ class TaskRunner:
             if model is not None:
                 self._fitness.check(model)
             result = self._result(claim, kind)
+            self._fitness.check_store()  # what was written must be where others find it
             self._settle(claim, lambda session: self._finish(session, claim, kind, result))
             return Outcome("succeeded")
         except LeaseLost:
@@ -125,13 +126,15 @@ class TaskRunner:
             return self._fail(claim, failed.error, failed.retryable)
         except ComputeDied as died:
             return self._fail(claim, _death(died), True)
+        except UnitError as error:
+            return self._fail(claim, error.as_dict(), error.retryable)
         except Exception as error:
             log.exception("%s", claim.task_id)
             return self._fail(claim, {"code": "internal_error", "detail": f"{type(error).__name__}: {error}"}, True)
 
     def _finish(self, session: Session, claim: TaskClaim, kind: Kind, result: Mapping[str, Any]) -> None:
         tasks.finish_task(session, claim, result)
-        kind.finish(session, claim, result)
+        kind.finish(session, self._store, claim, result)
 
     def _fail(self, claim: TaskClaim, error: Mapping[str, Any], retryable: bool) -> Outcome:
         if error["code"] in NOT_HERE:

@@ -35,18 +35,18 @@ class Meter:
         self._limits = limits
         self._file_bytes = os.fstat(file.fileno()).st_size
         self._most = max(limits.free_expansion_bytes, int(limits.max_expansion * self._file_bytes))
-        self._bytes = 0
+        self.bytes = 0  # read or decoded so far
         self._started = time.thread_time()
 
     def spend(self, n: int) -> None:
-        self._bytes += n
-        if self._bytes > self._most:
+        self.bytes += n
+        if self.bytes > self._most:
             raise TooLarge(
                 f"The upload of {self._file_bytes:,} bytes is larger than {self._most:,} bytes after decompression, more than any"
                 " ordinary file; send it less compressed, or as JSONL",
                 code="upload_too_large",
             )
-        if self._bytes > self._limits.max_bytes:
+        if self.bytes > self._limits.max_bytes:
             raise TooLarge(
                 f"The upload is larger than {self._limits.max_bytes:,} bytes after decompression; split it",
                 code="upload_too_large",
@@ -54,10 +54,7 @@ class Meter:
 
     def check_time(self) -> None:
         seconds = time.thread_time() - self._started
-        if (
-            seconds
-            > self._limits.base_seconds + self._limits.seconds_per_mib * (self._file_bytes + self._bytes) / 2**20
-        ):
+        if seconds > self._limits.base_seconds + self._limits.seconds_per_mib * (self._file_bytes + self.bytes) / 2**20:
             raise too_costly()
 
     def check_rows(self, rows: int, unit: str) -> None:

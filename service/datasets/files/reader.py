@@ -35,6 +35,7 @@ class Upload:
     container: Container
     compression: Compression | None
     parts: Generator[NumberedRow | Batch]
+    meter: Meter
     names: list[str] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)
 
@@ -57,29 +58,35 @@ def open_upload(
     names: list[str] = []
     beside: list[str] = []
     parts: Generator[NumberedRow | Batch]
+    meter = Meter(file, limits)
     if found.container in _TABLES:
-        parts = _batches(file, found, wanted, names, limits)
+        parts = _batches(file, found, wanted, names, meter, limits)
     else:
-        parts = _rows(file, found, names, beside, limits)
+        parts = _rows(file, found, names, beside, meter, limits)
     by_line = found.container not in _TABLES and found.container is not Container.JSON
-    return Upload("line" if by_line else "row", found.container, found.compression, parts, names, beside)
+    return Upload("line" if by_line else "row", found.container, found.compression, parts, meter, names, beside)
 
 
 def _batches(
-    file: IO[bytes], found: Recognised, wanted: Collection[str] | None, names: list[str], limits: UploadSettings
+    file: IO[bytes],
+    found: Recognised,
+    wanted: Collection[str] | None,
+    names: list[str],
+    meter: Meter,
+    limits: UploadSettings,
 ) -> Generator[Batch]:
-    meter, columns = Meter(file, limits), None if wanted is None else list(wanted)
+    columns = None if wanted is None else list(wanted)
     with unpacked(file, found.compression, meter, limits) as table:
         kind = _TABLES[found.container]
         yield from table_batches(table, found.container, kind, columns, names, meter, limits)
 
 
 def _rows(
-    file: IO[bytes], found: Recognised, names: list[str], beside: list[str], limits: UploadSettings
+    file: IO[bytes], found: Recognised, names: list[str], beside: list[str], meter: Meter, limits: UploadSettings
 ) -> Generator[NumberedRow]:
     number = 0
     try:
-        with opened(file, found.compression, Meter(file, limits), limits) as source:
+        with opened(file, found.compression, meter, limits) as source:
             for number, row in _rows_of(source, found, names, beside, limits):
                 yield number, row
     except Damaged as damage:
