@@ -4,6 +4,7 @@ It imports nothing of `service` and `worker`, and needs none of their dependenci
 """
 
 from winnow.client import AsyncWinnow, JobFailed, Unreachable, Winnow, WinnowError
+from winnow.importing import ImportFailed
 from winnow.uploading import UploadProgress
 
-__all__ = ["AsyncWinnow", "JobFailed", "Unreachable", "UploadProgress", "Winnow", "WinnowError"]
+__all__ = ["AsyncWinnow", "ImportFailed", "JobFailed", "Unreachable", "UploadProgress", "Winnow", "WinnowError"]

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import httpx
 
+from winnow.importing import Importing
 from winnow.transport import Json, call
 from winnow.uploading import OnProgress, Uploading
 
@@ -16,8 +17,8 @@ _MOST_ROWS = 100  # of a page
 _HELD_SECONDS = 20.0  # for which the service is asked to hold a request
 
 
-class DatasetCalls(Uploading):
-    """Uploads, and what became of them."""
+class DatasetCalls(Uploading, Importing):
+    """Uploads and imports, and what became of them."""
 
     @call
     async def upload_dataset(

@@ -63,7 +63,12 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str], *, key: str
 
 def dataset(console: Console, uploaded: Json) -> None:
     """Prints a dataset: its rows, what was taken of the upload, what was left alone, and what was left out."""
+    if uploaded.get("status", "ready") != "ready":
+        console.print(f"{uploaded['id']}: {uploaded['status']}", soft_wrap=True, markup=False, highlight=False)
+        return
     lines = [f"{uploaded['id']}: {rows(uploaded['row_count'])}"]
+    if (hub := uploaded.get("hub")) is not None:
+        lines.append(f"  of {hub['id']} at {hub['commit']}")
     if (detected := uploaded.get("detected")) is not None:  # a service of an earlier version does not tell
         lines += detection(detected)
     if skipped := uploaded.get("skipped"):

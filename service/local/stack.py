@@ -57,7 +57,11 @@ def _environment(home: Path, database_url: str, broker_url: str, workers: int) -
     """The settings of API and workers; those that are set in our own environment stay."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # The whole hub: the user who starts the stack is the one who posts jobs to it.
-    defaults = {"WINNOW_WORKER__THREADS": str(max(1, cores // workers)), "WINNOW_MODELS__HUB": '["*/*"]'}
+    defaults = {
+        "WINNOW_WORKER__THREADS": str(max(1, cores // workers)),
+        "WINNOW_MODELS__HUB": '["*/*"]',
+        "WINNOW_DATASETS__HUB": '["*/*"]',
+    }
     return {
         **{name: value for name, value in defaults.items() if name not in os.environ},
         "WINNOW_DATABASE__URL": database_url,

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from winnow.cli import audit, datasets, jobs
+from winnow.cli import audit, datasets, importing, jobs
 from winnow.cli.console import AsJson, Home, Key, Url, fail, options
 
 _SHARED = ("home", "url", "api_key", "as_json")
@@ -99,6 +99,7 @@ def _share_options(command: Any, shared: list[TyperOption]) -> None:
 
 app = typer.Typer(cls=Program, no_args_is_help=True)
 datasets.register(app)
+importing.register(app)
 jobs.register(app)
 audit.register(app)
 

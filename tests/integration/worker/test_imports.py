@@ -19,9 +19,12 @@ from support.processes import Process
 from support.servers import Servers
 from support.tiny import pool_rows, target_rows
 from support.worker_jobs import computing_world, post
-from support.world import DATASETS, Json, World
+from support.world import DATASETS, Json, World, serving
+from typer.testing import CliRunner
 
 from service.auth.tables import ApiKey
+from winnow import ImportFailed, Winnow
+from winnow.cli.main import app as program
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}", "source": f"s{i % 3}"} for i in range(60)]
 UPLOADS = {"max_rows": 500, "max_bytes": 2**20}
@@ -405,3 +408,23 @@ def test_a_key_that_may_store_no_more_imports_no_more(world: World, hub: Dataset
     finally:
         with world.sessions.begin() as session:
             session.execute(update(ApiKey).where(ApiKey.prefix == prefix).values(limits={}))
+
+
+def test_client_and_command_line_import_and_wait(world: World, hub: DatasetHub, worker: Process) -> None:
+    hub.put("org/client", {"a.jsonl": lines([{"frage": f"f{i}", "antwort": "a"} for i in range(9)])})
+    seen: list[Json] = []
+    with serving(world.app) as url, Winnow(url, world.key) as client:
+        asked = client.import_dataset("org/client", columns="prompt:frage,completion:antwort", limit=5, name="mine")
+        dataset = client.imported(asked["id"], on_update=seen.append)
+        assert (dataset["name"], dataset["row_count"], seen[-1]) == ("mine", 5, dataset)
+        broken = client.import_dataset("org/client")
+        with pytest.raises(ImportFailed) as caught:
+            client.imported(broken["id"])
+        assert (caught.value.code, caught.value.errors[0]["param"]) == ("invalid_rows", "row 1")
+        command = ["import", "org/client", "--columns", "prompt:frage,completion:antwort", "--json"]
+        told = CliRunner().invoke(program, ["--url", url, "--api-key", world.key, *command])
+        assert told.exit_code == 0, told.output
+        assert json.loads(told.stdout)["row_count"] == 9
+        refused = CliRunner().invoke(program, ["--url", url, "--api-key", world.key, "import", "org/client"])
+        assert refused.exit_code == 1
+        assert "row 1" in refused.stderr
