@@ -18,6 +18,7 @@ WAVES = ((Stage.PREPARE, Stage.WARMUP), (Stage.LANDMARK_GRADIENTS, Stage.EMBED),
 JOB_TRANSITIONS = {
     (JobStatus.QUEUED, JobStatus.RUNNING),
     (JobStatus.QUEUED, JobStatus.CANCELLED),
+    (JobStatus.QUEUED, JobStatus.FAILED),  # with the import of a dataset that it waited for
     (JobStatus.RUNNING, JobStatus.CANCELLING),
     (JobStatus.RUNNING, JobStatus.CANCELLED),
     (JobStatus.RUNNING, JobStatus.SUCCEEDED),
