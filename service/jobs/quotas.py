@@ -42,8 +42,7 @@ def check_samples_of_started(session: Session, principal: Principal, settings: L
     """
     limit = quotas.limits_of(principal, settings).samples_per_day
     quotas.lock(session, principal.key_id, "jobs")
-    used, _ = repository.samples_today(session, principal.key_id)
-    if limit and used > limit:
+    if limit and (used := repository.samples_today(session, principal.key_id)) > limit:
         raise _too_many_samples(f"this key has used {used:,} of its {limit:,} per 24 hours with it.", samples, None)
 
 

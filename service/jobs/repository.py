@@ -144,7 +144,7 @@ def _samples_today() -> Select[Any]:
         select(Dataset.row_count).where(Dataset.id == dataset_id).scalar_subquery()
         for dataset_id in (jobs.c.pool_id, jobs.c.target_id)
     )
-    return select(func.sum(jobs.c.jobs * (pool_rows + target_rows)))
+    return select(func.sum(jobs.c.jobs * (func.coalesce(pool_rows, 0) + func.coalesce(target_rows, 0))))
 
 
 def samples_leave_at(session: Session, key_id: str, room: int) -> datetime | None:

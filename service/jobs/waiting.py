@@ -64,15 +64,15 @@ def _start(sessions: Sessions, store: ArtifactStore, settings: ApiSettings, job_
     Raises:
         ApiError: it cannot start: an import failed, its budget or a quota does not allow for the rows that there are.
     """
-    with sessions() as session:
+    with sessions() as session:  # which a plan ends before it asks anyone
         job = session.get_one(SelectionJob, job_id)
         pool, target = session.get_one(Dataset, job.pool_id), session.get_one(Dataset, job.target_id)
         imports.refuse_failed(session, pool=pool, target=target)
         key = session.get_one(ApiKey, job.key_id)
         session.expunge(job)
-    budget = budget_of(job.request["budget"], pool)
-    job.budget = budget
-    planned = planning.plan(sessions, store, settings.models, job, pool, target)
+        budget = budget_of(job.request["budget"], pool)
+        job.budget = budget
+        planned = planning.plan(session, store, settings.models, job, pool, target)
     samples = pool.row_count + target.row_count
     with sessions.begin() as session:
         principal = Principal(tenant_id=job.tenant_id, key_id=key.id, limits=key.limits)

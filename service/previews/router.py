@@ -13,6 +13,7 @@ from service.auth.principal import Principal
 from service.datasets import service as datasets
 from service.db.engine import SessionDep, Sessions, release_connection, run_with_connection
 from service.http.errors import (
+    Conflict,
     Forbidden,
     Gone,
     NotFound,
@@ -49,7 +50,7 @@ router = APIRouter(prefix="/datasets", tags=["datasets"], responses=responses(Un
             "model": PendingRows,
             "description": "With `model`: a worker is yet to render the rows; repeat the request after `Retry-After`",
         },
-        **responses(NotFound, Gone, Unprocessable, Unavailable),
+        **responses(NotFound, Conflict, Gone, Unprocessable, Unavailable),
     },
 )
 async def list_rows(
@@ -75,7 +76,7 @@ async def list_rows(
             datasets.rows, session, state.store, principal.tenant_id, dataset_id, start, limit
         )
         return RowPage.of([Row.model_validate(sample) for sample in samples], has_more, "index")
-    dataset = await run_in_threadpool(datasets.find, session, principal.tenant_id, dataset_id)
+    dataset = await run_in_threadpool(datasets.find_ready, session, principal.tenant_id, dataset_id)
     if start >= dataset.row_count:
         return RowPage.of([], False, "index")
     session.expunge(dataset)
