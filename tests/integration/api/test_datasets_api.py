@@ -89,6 +89,10 @@ def test_an_upload_becomes_a_dataset(api: "World") -> None:
     assert response.headers["location"] == f"/v1/datasets/{dataset['id']}"
     assert dataset | {"id": "", "created_at": "", "fingerprint": "", "byte_count": 0} == {
         "object": "dataset",
+        "status": "ready",
+        "hub": None,
+        "progress": None,
+        "error": None,
         "id": "",
         "name": "pool",
         "fingerprint": "",
