@@ -99,6 +99,9 @@ def targets(console: Console, found: Sequence[Json]) -> None:
         texts = (escape(text) for text in (each["name"], each["title"], _on_hub(each["hub"]), each["licence"]))
         table.add_row(*texts, f"{each['samples']:,}", str(each["count"]))
     console.print(table)
+    if closed := [each["name"] for each in found if not each["allowed"]]:
+        sentence = f"This server does not import {', '.join(closed)}: its operator can allow it (WINNOW_DATASETS__HUB)."
+        console.print(sentence, soft_wrap=True, markup=False)
 
 
 def target(console: Console, found: Json) -> None:
@@ -110,6 +113,10 @@ def target(console: Console, found: Json) -> None:
         f"  {found['why']}",
         f"  {found['count']} of {found['samples']:,} samples are taken{spread}; preset:{found['name']}:N takes N.",
     ]
+    if not found["allowed"]:
+        lines.append(
+            f"  This server does not import it: its operator can allow {found['hub']['id']} (WINNOW_DATASETS__HUB)."
+        )
     for part, template in found["template"].items():
         lines += [f"  {part}:", *(f"    {line}" for line in template.splitlines())]
     for line in lines:

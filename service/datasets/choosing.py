@@ -1,14 +1,18 @@
 """Chooses the samples of a ready-made target among the rows of its split."""
 
 import heapq
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
 
-from service.datasets.files.batches import NumberedRow
-from service.datasets.presets import Preset
+from service.datasets.files.batches import NumberedRow, each_row
+from service.datasets.files.reader import Upload
+from service.datasets.import_schemas import Choice
+from service.datasets.presets import PRESETS, Preset
+from service.datasets.rows.options import RowOptions
 from service.datasets.values import InvalidRow
 from service.http.errors import Unprocessable
 
@@ -16,6 +20,7 @@ from service.http.errors import Unprocessable
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     place: int
+    number: int
     id: str
     row: dict[str, Any]
 
@@ -23,7 +28,29 @@ class _Candidate:
         return (self.place, self.id) > (other.place, other.id)
 
 
-def chosen(rows: Iterable[NumberedRow], preset: Preset, count: int, seed: int) -> Iterator[dict[str, Any]]:
+def wanted(options: RowOptions, choice: Choice) -> list[str] | None:
+    """The columns that are looked at, that by which the samples are spread among them."""
+    spread = PRESETS[choice.name].spread
+    if options.wanted is None or spread is None:
+        return None if options.wanted is None else list(options.wanted)
+    return list(dict.fromkeys([*options.wanted, spread.column]))
+
+
+def only_chosen(upload: Upload, choice: Choice, max_row_bytes: int) -> Upload:
+    """The upload with the chosen rows in place of all, each under its number.
+
+    Raises (while the rows are read): as the upload, and as `chosen`.
+    """
+
+    def parts() -> Generator[NumberedRow]:
+        with closing(upload.parts):
+            rows = each_row(upload.parts, max_row_bytes)
+            yield from chosen(rows, PRESETS[choice.name], choice.count, choice.seed)
+
+    return replace(upload, parts=parts())
+
+
+def chosen(rows: Iterable[NumberedRow], preset: Preset, count: int, seed: int) -> list[tuple[int, dict[str, Any]]]:
     """So many rows, fewer where there are not as many, each with an `id`, and with what it was spread over as its `source`.
 
     Which ones depends on the numbers of the rows, what they are spread over and the seed, on nothing else. The first samples of a
@@ -41,7 +68,7 @@ def chosen(rows: Iterable[NumberedRow], preset: Preset, count: int, seed: int) -
         for copy in range(1, preset.copies + 1):
             name = f"{preset.name}-{number}" + (f"-{copy}" if preset.copies > 1 else "")
             place = xxhash.xxh64_intdigest(name.encode(), seed)
-            candidate = _Candidate(place, name, {"id": name, **row, "source": source, "copy": copy})
+            candidate = _Candidate(place, number, name, {"id": name, **row, "source": source, "copy": copy})
             if len(group) < count:
                 heapq.heappush(group, candidate)
             else:
@@ -50,7 +77,7 @@ def chosen(rows: Iterable[NumberedRow], preset: Preset, count: int, seed: int) -
         (rank, candidate) for group in groups.values() for rank, candidate in enumerate(sorted(group, reverse=True))
     ]
     ranked.sort(key=lambda each: (each[0], each[1].place, each[1].id))
-    return (candidate.row for _, candidate in ranked[:count])
+    return [(candidate.number, candidate.row) for _, candidate in ranked[:count]]
 
 
 def _source(row: dict[str, Any], number: int, preset: Preset) -> str:

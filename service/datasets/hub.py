@@ -14,6 +14,11 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 _TIMEOUT_SECONDS = 10
 
 
+def is_allowed(id: str, settings: DatasetSettings) -> bool:
+    """Whether the operator lists the dataset."""
+    return any(fnmatchcase(id, pattern) for pattern in settings.hub)
+
+
 def commit_of(source: HubSource, settings: DatasetSettings) -> str:
     """The commit of the source's revision. Asks the hub: call it while no transaction is open.
 
@@ -21,7 +26,7 @@ def commit_of(source: HubSource, settings: DatasetSettings) -> str:
         Unprocessable: it is not allowed, or the hub has none; `param` names the field.
         Unavailable: the hub does not answer.
     """
-    if not any(fnmatchcase(source.id, pattern) for pattern in settings.hub):
+    if not is_allowed(source.id, settings):
         allowed = "some datasets of the hub, but not this one" if settings.hub else "no datasets of the hub"
         raise Unprocessable(
             f"{source.id!r} is not allowed: this server imports {allowed}. Its operator can allow it with the setting"

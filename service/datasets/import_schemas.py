@@ -75,6 +75,14 @@ class Read(BaseModel):
     files: list[ImportedFile] = Field(description="Those that rows were taken of, in order")
 
 
+class Choice(BaseModel):
+    """Of a ready-made target, how many samples were to be taken, and which."""
+
+    name: str = Field(examples=["gsm8k"])
+    count: int
+    seed: int
+
+
 class Origin(BaseModel):
     """Where an imported dataset comes from: what was asked, and the commit."""
 
@@ -90,6 +98,7 @@ class Origin(BaseModel):
     template: dict[str, str] | None = None
     on_bad_row: OnBadRow = OnBadRow.REFUSE
     limit: int | None = None
+    preset: Choice | None = Field(default=None, description="Of a ready-made target: only chosen rows were taken")
     read: Read | None = Field(default=None, description="null before it is ready")
 
 

@@ -56,16 +56,19 @@ def create(
     return dataset
 
 
+def find(session: Session, principal: Principal, source: HubSource, commit: str) -> Dataset | None:
+    """The key's newest dataset of the same source and commit whose import has not failed."""
+    same = repository.of_origin(session, principal.key_id, {**source.model_dump(mode="json"), "commit": commit})
+    return next((dataset for dataset in same if status_of(session, dataset) != "failed"), None)
+
+
 def find_or_create(
     session: Session, principal: Principal, settings: ApiSettings, source: HubSource, commit: str, name: str | None
 ) -> Dataset:
-    """The key's newest dataset of the same source and commit that has not failed, or a new one."""
-    origin = {**source.model_dump(mode="json"), "commit": commit}
+    """What `find` finds, or a new one."""
     advisory_lock(session, f"imports/{principal.key_id}")
-    for dataset in repository.of_origin(session, principal.key_id, origin):
-        if status_of(session, dataset) != "failed":
-            return dataset
-    return create(session, principal, settings, source, commit, name)
+    found = find(session, principal, source, commit)
+    return found or create(session, principal, settings, source, commit, name)
 
 
 def status_of(session: Session, dataset: Dataset) -> str:

@@ -4,9 +4,11 @@ A preset takes the part of a benchmark that is there to learn from (train, valid
 are reported on: a selection that has seen the test questions could not be judged by them.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+
+MAX_COUNT = 1_000  # of samples that a job may ask for: so many of each group are in memory while they are chosen
 
 _READ = (
     "Read the passage below and answer the question with a short phrase copied from the passage.\n\n"
@@ -166,8 +168,3 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
-
-
-def unknown(name: Any) -> str:
-    """What to say of a name that is none of a preset's, for the end of a sentence."""
-    return f"{str(name)[:100]!r} is no ready-made target; there are {', '.join(PRESETS)} (GET /v1/targets)"

@@ -40,12 +40,11 @@ def create_job(
 ) -> JSONResponse:
     """Returns immediately; workers compute the job. Poll `Location` until `status` is succeeded, failed or cancelled."""
     state = request.app.state
-    draft = service.draft(session, principal, body, state.settings.models, state.store)
+    draft = service.draft(session, principal, body, state.settings, state.store)
     if body.dry_run:
         idempotent.begin(session)
         return idempotent.keep(session, service.describe_plan(draft), status.HTTP_200_OK)
-    named = {"pool": draft.job.pool_id, "target": draft.job.target_id}
-    return _create(request, session, principal, idempotent, draft, "selection_job.created", **named)
+    return _create(request, session, principal, idempotent, draft, "selection_job.created")
 
 
 def _create(
@@ -59,8 +58,10 @@ def _create(
 ) -> JSONResponse:
     """Writes the job, its audit entry and the answer in one transaction, which is committed when the route returns."""
     idempotent.begin(session)
-    job = service.create(session, principal, draft, request.app.state.settings.limits)
-    audit.record(session, principal, action, job.id, **detail)
+    job = service.create(session, principal, draft, request.app.state.settings)
+    if (new := draft.new_target) is not None:
+        audit.record(session, principal, "dataset.imported", job.target_id, hub=new.source.id, commit=new.commit)
+    audit.record(session, principal, action, job.id, **(detail or {"pool": job.pool_id, "target": job.target_id}))
     headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": RETRY_AFTER_SECONDS}
     return idempotent.keep(session, service.describe(session, [job])[0], status.HTTP_202_ACCEPTED, headers)
 

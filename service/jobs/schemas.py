@@ -12,11 +12,13 @@ from pydantic import (
     StrictInt,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
 )
 
+from service.datasets.presets import MAX_COUNT, PRESETS
 from service.http.pagination import NumberedPage
 from service.ledger.state import JobStatus
 from service.models.registry import HubModel
@@ -45,10 +47,59 @@ def _check_model(value: Any, check: ValidatorFunctionWrapHandler) -> str | HubMo
     return model
 
 
+class PresetTarget(BaseModel):
+    """A ready-made target (GET /v1/targets), imported from the hub."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    preset: str = Field(json_schema_extra={"enum": list(PRESETS)})
+    count: StrictInt | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="How many samples; null: as many as the list says",
+        examples=[48],
+    )
+    seed: StrictInt = Field(default=0, ge=0, lt=2**32, description="Which samples: the same ones for the same seed")
+    revision: str = Field(
+        default="main",
+        min_length=1,
+        max_length=200,
+        description="Of the dataset on the hub; it is resolved to a commit",
+    )
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PRESETS:
+            raise ValueError(f"there is none of this name; the ready-made targets are {', '.join(PRESETS)}")
+        return name
+
+    @field_validator("count")
+    @classmethod
+    def _enough(cls, count: int | None, found: ValidationInfo) -> int | None:
+        preset = PRESETS.get(found.data.get("preset", ""))
+        if count is not None and preset is not None and count > preset.samples:
+            raise ValueError(f"{preset.name} has {preset.samples} samples; take at most as many")
+        return count
+
+
+def _check_target(value: Any, check: ValidatorFunctionWrapHandler) -> str | PresetTarget:
+    """Errors in {preset, count} under their own names (`target.count`)."""
+    if isinstance(value, dict):
+        return PresetTarget.model_validate(value)
+    try:
+        target: str | PresetTarget = check(value)
+    except ValidationError as error:
+        raise ValueError("the id of a dataset (ds_...), or a ready-made target: {preset, count}") from error
+    return target
+
+
 Budget = Annotated[
     Annotated[StrictInt, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1, strict=True)], WrapValidator(_check_budget)
 ]
 ModelName = Annotated[str | HubModel, WrapValidator(_check_model)]
+Target = Annotated[str | PresetTarget, WrapValidator(_check_target)]
 MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
 
 
@@ -73,7 +124,9 @@ class JobRequest(Parameters):
         description="A registered name (GET /v1/models), or a hub id owner/name, or {id, revision}"
     )
     pool: str = Field(description="The dataset to select from")
-    target: str = Field(description="The dataset of examples of the desired behaviour (usually 32 to 500)")
+    target: Target = Field(
+        description="The dataset of examples of the desired behaviour (usually 32 to 500), or a ready-made target"
+    )
     budget: Budget = Field(
         description="How many samples to select: a number, or a fraction of the pool between 0 and 1"
     )

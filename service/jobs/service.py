@@ -10,8 +10,9 @@ from sqlalchemy.orm import Session
 
 from service import ledger
 from service.auth.principal import Principal
-from service.datasets import imports
+from service.datasets import imports, preset_imports
 from service.datasets import service as datasets
+from service.datasets.preset_imports import PresetImport
 from service.datasets.tables import Dataset
 from service.http.errors import Conflict, Unprocessable
 from service.ids import new_id
@@ -24,7 +25,7 @@ from service.observability.traces import traceparent
 from service.plan.parameters import JobParameters
 from service.plan.preparing import prepare_unit
 from service.results import repository as results
-from service.settings import LimitSettings, ModelSettings
+from service.settings import ApiSettings, ModelSettings
 from service.storage.artifacts import ArtifactStore
 
 
@@ -36,10 +37,12 @@ class Draft:
     job: SelectionJob
     sample_count: int
     plan: dict[str, Any] | None
+    new_target: PresetImport | None = None
+    """The import that begins with the job, where its target is none of the key's datasets yet."""
 
 
 def draft(
-    session: Session, principal: Principal, request: JobRequest, settings: ModelSettings, store: ArtifactStore
+    session: Session, principal: Principal, request: JobRequest, settings: ApiSettings, store: ArtifactStore
 ) -> Draft:
     """Validates, resolves and plans a job, and writes nothing.
 
@@ -49,8 +52,12 @@ def draft(
         Unprocessable: a field is not acceptable; `param` names it.
         Unavailable: the hub does not answer.
     """
+    asked, preset = request.target, None
+    if not isinstance(asked, str):
+        session.close()  # no transaction is open while the hub is asked
+        preset = preset_imports.resolve(**asked.model_dump(), settings=settings.datasets)
     pool = datasets.require(session, principal.tenant_id, request.pool, "pool")
-    target = datasets.require(session, principal.tenant_id, request.target, "target")
+    target, new_target = _target(session, principal, request, preset)
     awaited = _awaited(session, pool=pool, target=target)
     session.close()
     if awaited and request.dry_run:
@@ -63,16 +70,28 @@ def draft(
         pool,
         target,
         budget=_budget(request.budget, pool),
-        model=registry.resolve(settings, request.model, request),
+        model=registry.resolve(settings.models, request.model, request),
         parameters=request.parameters(),
         request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
         job_metadata=request.metadata,
     )
-    if awaited:
-        job.awaits_datasets, job.model = True, registry.with_fingerprints(settings, job.model)
+    if awaited or (new_target is not None and not request.dry_run):
+        job.awaits_datasets, job.model = True, registry.with_fingerprints(settings.models, job.model)
         known = sum(dataset.row_count for dataset in (pool, target) if dataset.is_ready)
-        return Draft(job=job, sample_count=known, plan=None)
-    return plan(session, job, pool, target, settings, store)
+        return Draft(job=job, sample_count=known, plan=None, new_target=new_target)
+    return plan(session, job, pool, target, settings.models, store)
+
+
+def _target(
+    session: Session, principal: Principal, request: JobRequest, preset: PresetImport | None
+) -> tuple[Dataset, PresetImport | None]:
+    """The target; or, of a preset that the key has not imported, what it may become, and its import."""
+    if isinstance(request.target, str) or preset is None:
+        return datasets.require(session, principal.tenant_id, str(request.target), "target"), None
+    found = imports.find(session, principal, preset.source, preset.commit)
+    if found is None or (request.dry_run and not found.is_ready):  # a plan waits for no import
+        return preset.expected(), preset
+    return found, None
 
 
 def _awaited(session: Session, **named: Dataset) -> list[str]:
@@ -101,7 +120,7 @@ def plan(
     return Draft(job=job, sample_count=pool.row_count + target.row_count, plan=planned)
 
 
-def create(session: Session, principal: Principal, draft: Draft, limits: LimitSettings) -> SelectionJob:
+def create(session: Session, principal: Principal, draft: Draft, settings: ApiSettings) -> SelectionJob:
     """Writes the job, its first unit, and its first events: `job.queued` and, with its plan, `job.planned`. Every new job goes
     through here. The broker is not used: the dispatcher is notified of the unit.
 
@@ -110,9 +129,12 @@ def create(session: Session, principal: Principal, draft: Draft, limits: LimitSe
         QuotaExceeded: a quota of the key does not allow it now.
     """
     job = draft.job
+    if (new := draft.new_target) is not None:
+        datasets.check_quota(session, principal, settings.limits, 1)
+        job.target_id = imports.find_or_create(session, principal, settings, new.source, new.commit, new.title).id
     pool = datasets.require(session, job.tenant_id, job.pool_id, "pool")  # from here on neither can be deleted
     target = datasets.require(session, job.tenant_id, job.target_id, "target")
-    quotas.check(session, principal, limits, draft.sample_count)
+    quotas.check(session, principal, settings.limits, draft.sample_count)
     job.trace = traceparent()
     if draft.plan is None:
         ledger.create_job(session, job, [])

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support import preset_rows
+from support.preset_rows import SHOTS
 
 from service.datasets.choosing import chosen
 from service.datasets.presets import PRESETS, Preset, Spread
@@ -15,63 +17,9 @@ from service.datasets.values import InvalidRow
 from service.http.errors import Unprocessable
 from service.settings import UploadSettings
 
-SHOTS = """Sort the words.
-
-More on that.
-
-Q: pear fig
-A: Let's think step by step.
-f is before p.
-
-So the answer is fig pear.
-
-Q: List: b a
-Options:
-(A) a b
-A: Let's think step by step.
-a: first. So the answer is (A).
-
-Q: ö o
-A: Let's think step by step.
-So the answer is o ö."""
 NOTICE = "SOME NOTICE. GUID 1-2-3\n-----\n"
-CODE = (
-    "import math\r\ndef half(n):\r\n\treturn n / 2 \r\ndef area(r): # of a circle\r\n  x = half(2 * r)\r\n\r\n"
-    "  return x ** 2 \r\n"
-)
 SCORED = {("rajpurkar/squad", "validation"), ("google-research-datasets/tydiqa", "validation")}
-ROWS: dict[str, dict[str, Any]] = {
-    "gsm8k": {"question": "Two boxes of 3?\n", "answer": "It is 2*3 = <<2*3=6>>6.\nAnd <<6+0=6>>6 € more.\n#### 12"},
-    "squad": {
-        "id": "5733be284776f41900661182",
-        "title": "Main_Street",
-        "context": " A golden statue stands on the dome. ",
-        "question": " What stands there?",
-        "answers": {"text": ["a golden statue"], "answer_start": [1]},
-    },
-    "mmlu": {
-        "question": "Which is prime?",
-        "subject": "elementary_mathematics",
-        "choices": ["4", "7 ", "8", "9"],
-        "answer": 1,
-    },
-    "bbh": {"dataset_name": "word_sorting", "answer_only_prompt": "-", "chain_of_thought_prompt": SHOTS, "copy": 1},
-    "tydiqa": {
-        "id": "bengali--2387335860751143628-1",
-        "title": "ঢাকা",
-        "context": "ঢাকা বাংলাদেশের রাজধানী।",
-        "question": "বাংলাদেশের রাজধানী কোনটি?",
-        "answers": {"text": ["ঢাকা", "ঢাকা শহর"], "answer_start": [0, 0]},
-    },
-    "codex": {
-        "task_id": 511,
-        "text": "Write a function to find an area.",
-        "code": CODE,
-        "test_list": ["assert area(2) == 4", "assert area(0) == 0"],
-        "test_setup_code": "",
-        "challenge_test_list": [],
-    },
-}
+ROWS = {**preset_rows.ROWS, "bbh": {**preset_rows.ROWS["bbh"], "copy": 1}}
 READ = "Read the passage below and answer the question with a short phrase copied from the passage.\n\nPassage: "
 EXPECTED = {
     "gsm8k": ("Two boxes of 3?", "It is 2*3 = 6.\nAnd 6 € more.\n#### 12"),
@@ -186,7 +134,7 @@ SIZES = {"arabic": 500, "bengali": 30, "finnish": 2, "telugu": 300}
 
 
 def taken(count: int, seed: int = 0, sizes: dict[str, int] = SIZES, name: str = "tydiqa") -> list[dict[str, Any]]:
-    return list(chosen(table(sizes), PRESETS[name], count, seed))
+    return [row for _, row in chosen(table(sizes), PRESETS[name], count, seed)]
 
 
 def test_samples_are_spread_over_what_the_preset_says() -> None:
@@ -194,7 +142,7 @@ def test_samples_are_spread_over_what_the_preset_says() -> None:
     assert Counter(row["source"] for row in taken(41)) == {"arabic": 13, "bengali": 13, "finnish": 2, "telugu": 13}
     assert all(row["id"].startswith(row["source"]) and row["question"] == "ß" for row in taken(41))
     assert sum(SIZES.values()) == len(taken(10_000)) == len({row["id"] for row in taken(10_000)})
-    drawn = list(chosen(table(SIZES), PRESETS["squad"], 200, 0))
+    drawn = taken(200, name="squad")
     assert {row["source"] for row in drawn} == {"squad"}
     assert 80 < sum(row["id"].startswith("arabic") for row in drawn) < 160  # 120 on average
 
@@ -208,10 +156,10 @@ def test_the_same_are_taken_again_and_others_with_another_seed() -> None:
 
 def test_rows_without_an_id_get_their_number_and_copies_are_told_apart() -> None:
     rows = [(number, {"dataset_name": task}) for number, task in enumerate("abc", 1)]
-    found = list(chosen(rows, PRESETS["bbh"], 6, 0))
+    found = [row for _, row in chosen(rows, PRESETS["bbh"], 6, 0)]
     assert Counter(row["source"] for row in found) == {"a": 2, "b": 2, "c": 2}
     assert all(row["id"] == f"bbh-{'abc'.index(row['source']) + 1}-{row['copy']}" for row in found)
-    assert {row["id"] for row in chosen(rows, PRESETS["bbh"], 100, 0)} == {
+    assert {row["id"] for _, row in chosen(rows, PRESETS["bbh"], 100, 0)} == {
         f"bbh-{n}-{c}" for n in (1, 2, 3) for c in (1, 2, 3)
     }
 
@@ -225,4 +173,4 @@ def test_a_split_of_another_form_is_named(row: Any) -> None:
 
 def test_the_value_before_a_mark_is_what_samples_are_spread_over() -> None:
     whole = PRESETS["tydiqa"].model_copy(update={"spread": Spread(over="row", column="id")})
-    assert {row["source"] for row in chosen(table({"thai": 3}), whole, 3, 0)} == {"thai-0", "thai-1", "thai-2"}
+    assert {row["source"] for _, row in chosen(table({"thai": 3}), whole, 3, 0)} == {"thai-0", "thai-1", "thai-2"}

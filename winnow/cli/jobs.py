@@ -21,6 +21,7 @@ from winnow.cli.datasets import (
 )
 from winnow.client import Winnow
 from winnow.options import Reading, assigned, read_budget
+from winnow.sources import SPELLINGS, Dataset, File, HubSplit, Preset, Source, read_source
 from winnow.upload_bar import uploading
 
 Wait = Annotated[bool, typer.Option(help="Show the progress until the job has ended")]
@@ -42,8 +43,10 @@ def follow(client: Winnow, job_id: str) -> dict[str, Any]:
 
 
 def submit(
-    pool: Annotated[str, typer.Argument(help="A file to upload, or the id of a dataset")],
-    target: Annotated[str, typer.Argument(help="A file to upload, or the id of a dataset")],
+    pool: Annotated[str, typer.Argument(help=f"{SPELLINGS[0].upper()}{SPELLINGS[1:]}")],
+    target: Annotated[
+        str, typer.Argument(help="The same, or preset:NAME[:COUNT], of which `winnow targets` has a list")
+    ],
     model: Annotated[str, typer.Option(help="The name of a registered model, or owner/name on the hub")],
     budget: Annotated[str, typer.Option(help="Samples to select: a number or a fraction")],
     settings: Settings = None,
@@ -61,8 +64,12 @@ def submit(
     reading = Reading(format=format, columns=columns, template=template, on_bad_row=on_bad_row)
     of_target = reading.of_target(target_format, target_columns, target_template)
     with connected() as client:
-        ids = {"pool": _dataset(client, pool, reading), "target": _dataset(client, target, of_target)}
-        request = assigned(settings or [], {"model": model, "budget": read_budget(budget), **ids})
+        fields: dict[str, Any] = {"model": model, "budget": read_budget(budget)}
+        sources = read_source(pool, of_target=False), read_source(target, of_target=True)
+        _check_used(sources, reading, of_target)
+        fields["pool"] = _named(client, sources[0], reading)
+        fields["target"] = _named(client, sources[1], of_target)
+        request = assigned(settings or [], fields)
         if dry_run or request.get("dry_run"):
             plan = client.plan(**request)
             print_json(plan) if options.as_json else render.plan(out, plan)
@@ -78,11 +85,29 @@ def submit(
             render.results(out, client.results(job["id"]), list(client.selected(job["id"])))
 
 
-def _dataset(client: Winnow, value: str, reading: Reading) -> str:
-    if value.startswith("ds_") and not Path(value).exists():
-        return value
-    with uploading(err, Path(value).name) as on_progress:
-        dataset = client.upload_dataset(value, on_progress=on_progress, **asdict(reading))
+def _check_used(sources: tuple[Source, Source], reading: Reading, of_target: Reading) -> None:
+    """Whether what is said of how rows are read is of any use: the rows of a dataset and of a preset are read already."""
+    reads_pool, reads_target = (isinstance(source, File | HubSplit) for source in sources)
+    if of_target != reading and not reads_target:
+        raise ValueError(
+            "--target-format, --target-columns, --target-template: they are for a file or a dataset of the hub"
+        )
+    if reading != Reading() and not reads_pool and not reads_target:
+        raise ValueError("--format, --columns, --template, --on-bad-row: they are for files and datasets of the hub")
+
+
+def _named(client: Winnow, source: Source, reading: Reading) -> str | dict[str, Any]:
+    """What the request has for a pool or target; a file is uploaded, and a dataset of the hub imported."""
+    match source:
+        case Dataset(id):
+            return id
+        case Preset(name, count):
+            return {"preset": name} if count is None else {"preset": name, "count": count}
+        case File(path):
+            with uploading(err, path.name) as on_progress:
+                dataset = client.upload_dataset(path, on_progress=on_progress, **asdict(reading))
+        case HubSplit(id):
+            dataset = client.import_dataset(id, source.split, source.config, source.revision, **asdict(reading))
     render.dataset(err if options.as_json else out, dataset)
     return str(dataset["id"])
 

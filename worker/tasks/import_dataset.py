@@ -3,7 +3,7 @@ their rows as those of an upload. What it makes is the same whoever makes it, an
 
 import errno
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -13,10 +13,10 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from huggingface_hub.hf_api import RepoSibling
 from tqdm.auto import tqdm
 
-from service.datasets import storage
+from service.datasets import choosing, storage
 from service.datasets.convert import convert_rows
 from service.datasets.files.several import open_several
-from service.datasets.import_schemas import HubSource
+from service.datasets.import_schemas import Choice, HubSource
 from service.datasets.rows.forms import Form
 from service.http.errors import ApiError
 from service.settings import UploadSettings
@@ -40,19 +40,32 @@ def run(context: TaskContext, input: dict[str, Any]) -> dict[str, Any]:
     limits = UploadSettings.model_validate(input["limits"])
     try:
         with temporary_directory() as folder:
-            return _import(context, source, commit, limits, input["dataset_id"], folder)
+            return _import(context, source, _choice(asked), commit, limits, input["dataset_id"], folder)
     except ApiError as error:  # what an upload would be answered
         raise ImportFailed(error.problem_code, error.detail, errors=error.errors) from error
 
 
+def _choice(asked: Mapping[str, Any]) -> Choice | None:
+    return Choice.model_validate(asked["preset"]) if "preset" in asked else None
+
+
 def _import(
-    context: TaskContext, source: HubSource, commit: str, limits: UploadSettings, dataset_id: str, folder: Path
+    context: TaskContext,
+    source: HubSource,
+    choice: Choice | None,
+    commit: str,
+    limits: UploadSettings,
+    dataset_id: str,
+    folder: Path,
 ) -> dict[str, Any]:
     hub = _Repository(context, source.id, commit, limits, folder)
     split = hub.split(source.config, source.split)
     options = source.row_options()
     with hub.files(split) as files:
-        upload = open_several(files, options.wanted, limits, text=options.form is Form.TEXT, most=source.limit)
+        wanted = options.wanted if choice is None else choosing.wanted(options, choice)
+        upload = open_several(files, wanted, limits, text=options.form is Form.TEXT, most=source.limit)
+        if choice is not None:
+            upload = choosing.only_chosen(upload, choice, limits.max_row_bytes)
         made = folder / "made"
         made.mkdir()
         content = convert_rows(upload, options, limits, made, source.on_bad_row, hub.report_rows)

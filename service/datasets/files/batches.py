@@ -1,7 +1,7 @@
 """The rows of an upload as its readers give them: one by one with their numbers, or in batches of columns."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,15 @@ class Batch:
                 else:
                     row = found[0]
                     yield self.first + start + i, _without_nan(row) if has_floats else row
+
+
+def each_row(parts: Iterable[NumberedRow | Batch], max_row_bytes: int) -> Iterator[NumberedRow]:
+    """The rows one by one, those of batches too."""
+    for part in parts:
+        if isinstance(part, Batch):
+            yield from part.rows(max_row_bytes)
+        else:
+            yield part
 
 
 def _fields(rows: pa.RecordBatch, max_row_bytes: int) -> list[dict[str, Any]] | InvalidRow:

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-from service.datasets.files.batches import Batch, NumberedRow
+from service.datasets.files.batches import Batch, NumberedRow, each_row
 from service.datasets.rows.template import PARTS, Rendered, RowTemplate
 from service.datasets.values import InvalidRow, is_absent
 from service.http.errors import TooLarge, Unprocessable
@@ -40,18 +40,10 @@ def rendered(
         TooLarge: it takes too much time or memory.
     """
     with _renderer(template, limits) as renderer:
-        rows = _rows(parts, limits.max_row_bytes)
+        rows = each_row(parts, limits.max_row_bytes)
         while chunk := list(_chunk(rows, template)):
             with renderer.ended_if_late(chunk):
                 yield from renderer.rendered(chunk)
-
-
-def _rows(parts: Iterable[NumberedRow | Batch], max_row_bytes: int) -> Iterator[NumberedRow]:
-    for part in parts:
-        if isinstance(part, Batch):
-            yield from part.rows(max_row_bytes)
-        else:
-            yield part
 
 
 def _chunk(rows: Iterator[NumberedRow], template: RowTemplate) -> Iterator[tuple[NumberedRow, bytes | None]]:
