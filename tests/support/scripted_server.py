@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -10,6 +10,7 @@ import httpx
 from winnow import AsyncWinnow
 
 Step = httpx.Response | Exception
+Connect = Callable[..., Any]  # the fixture `connect`: a context manager with a client of the server that it is given
 
 PROBLEM = {
     "type": "about:blank",

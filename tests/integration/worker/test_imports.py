@@ -1,7 +1,6 @@
 """Imports from a hub on loopback, by real workers: the same rows as an upload of the files, from a commit that is pinned."""
 
 import gzip
-import io
 import json
 import threading
 from collections.abc import Iterator
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import update
 from support.dataset_hub import DatasetHub
+from support.imports import ask, card, ended, get, lines, parquet
 from support.processes import Process
 from support.servers import Servers
 from support.tiny import pool_rows, target_rows
@@ -28,20 +26,6 @@ from winnow.cli.main import app as program
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}", "source": f"s{i % 3}"} for i in range(60)]
 UPLOADS = {"max_rows": 500, "max_bytes": 2**20}
-
-
-def lines(rows: list[Json]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def parquet(rows: list[Json]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=7)
-    return buffer.getvalue()
-
-
-def card(**front: Any) -> bytes:
-    return f"---\n{json.dumps(front)}\n---\n# A dataset\n".encode()
 
 
 @pytest.fixture(scope="module")
@@ -90,25 +74,6 @@ def running() -> list[Process]:
 def _no_worker(importers: ExitStack, running: list[Process]) -> None:
     importers.close()
     running.clear()
-
-
-def ask(world: World, status: int = 202, /, **source: Any) -> Json:
-    answer = world.client.post(DATASETS, json={"hub": source})
-    assert answer.status_code == status, answer.text
-    return dict(answer.json())
-
-
-def get(world: World, dataset_id: str, **params: Any) -> Json:
-    return dict(world.call("GET", f"{DATASETS}/{dataset_id}", params=params).json())
-
-
-def ended(world: World, dataset_id: str) -> Json:
-    return dict(
-        world.until(
-            f"{dataset_id} is imported",
-            lambda: found if (found := get(world, dataset_id, wait=5))["status"] != "importing" else None,
-        )
-    )
 
 
 def imported(world: World, **source: Any) -> Json:

@@ -8,6 +8,7 @@ import huggingface_hub.constants
 import pytest
 from support import preset_rows
 from support.dataset_hub import DatasetHub
+from support.imports import ended
 from support.servers import Servers
 from support.tiny import pool_rows
 from support.worker_jobs import BUDGET, MODEL, PARAMETERS, computing_world
@@ -54,13 +55,9 @@ def asked(world: World, pool: str, status: int = 202, **changes: Any) -> Json:
 
 
 def ready(world: World, dataset_id: str) -> Json:
-    def found() -> Json | None:
-        dataset = world.call("GET", f"{DATASETS}/{dataset_id}", params={"wait": 5}).json()
-        return None if dataset["status"] == "importing" else dict(dataset)
-
-    dataset = world.until(f"{dataset_id} is imported", found)
+    dataset = ended(world, dataset_id)
     assert dataset["status"] == "ready", dataset["error"]
-    return dict(dataset)
+    return dataset
 
 
 def test_a_job_waits_for_its_target_and_its_record_names_preset_dataset_and_commit(
@@ -71,8 +68,8 @@ def test_a_job_waits_for_its_target_and_its_record_names_preset_dataset_and_comm
     again = asked(world, pool, target=target)
     assert first["target"] == again["target"]  # whether its import has ended or not
     for job in (first, again):
-        ended = world.client.get(f"/v1/selection-jobs/{job['id']}", params={"wait": 60}).json()
-        assert world.until("the job ends", lambda job=job: _ended(world, job["id"]))["status"] == "succeeded", ended
+        now = world.client.get(f"/v1/selection-jobs/{job['id']}", params={"wait": 60}).json()
+        assert world.until("the job ends", lambda job=job: _ended(world, job["id"]))["status"] == "succeeded", now
     record = world.client.get(f"/v1/selection-jobs/{first['id']}/provenance").json()["record"]["target"]
     commit = hub.branches["openai/gsm8k", "main"]
     assert (record["id"], record["rows"]) == (first["target"], COUNT)

@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from rich.console import Console
-from support.scripted_server import Server, problem
-from test_client import Connect, connect, pauses  # noqa: F401  # fixtures
+from support.scripted_server import Connect, Server, problem
 
 from winnow import Unreachable, UploadProgress, WinnowError
 from winnow.upload_bar import uploading
@@ -39,7 +38,7 @@ def sent(server: Server) -> list[str]:
     return [f"{request.method} {request.url.path.removeprefix('/v1/')}" for request in server.requests]
 
 
-def test_a_large_file_is_sent_in_parts(connect: Connect, tmp_path: Path) -> None:  # noqa: F811
+def test_a_large_file_is_sent_in_parts(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
     path.write_bytes(CONTENT)
     server = Server(ok(0), ok(1), ok(2), ok(3), dataset())
@@ -65,7 +64,7 @@ def test_a_large_file_is_sent_in_parts(connect: Connect, tmp_path: Path) -> None
     assert {at.total for at in seen} == {250}
 
 
-def test_what_had_come_before_is_not_sent_again(connect: Connect) -> None:  # noqa: F811
+def test_what_had_come_before_is_not_sent_again(connect: Connect) -> None:
     server = Server(ok(2), ok(3), dataset())
     with connect(server) as winnow:
         winnow.upload_dataset(CONTENT, "pool")
@@ -76,7 +75,7 @@ def test_what_had_come_before_is_not_sent_again(connect: Connect) -> None:  # no
     assert sent(server) == ["POST uploads", "POST datasets"]
 
 
-def test_a_part_whose_answer_was_lost_is_looked_up(connect: Connect) -> None:  # noqa: F811
+def test_a_part_whose_answer_was_lost_is_looked_up(connect: Connect) -> None:
     lost = httpx.ReadError("reset"), problem(409, code="part_not_next")
     server = Server(ok(0), *lost, ok(1), ok(2), ok(3), dataset())
     with connect(server) as winnow:
@@ -87,14 +86,14 @@ def test_a_part_whose_answer_was_lost_is_looked_up(connect: Connect) -> None:  #
     assert sent(server)[3] == "GET uploads/up_1"
 
 
-def test_a_part_is_retried_twice_as_often_and_then_its_error_says_how_to_go_on(connect: Connect) -> None:  # noqa: F811
+def test_a_part_is_retried_twice_as_often_and_then_its_error_says_how_to_go_on(connect: Connect) -> None:
     server = Server(ok(0), ok(1), *[httpx.ConnectError("refused")] * 5)
     with connect(server, retries=2) as winnow, pytest.raises(Unreachable, match="100 of 250 bytes"):
         winnow.upload_dataset(CONTENT, "pool")
     assert server.script == []
 
 
-def test_a_refusal_of_a_part_is_an_error(connect: Connect) -> None:  # noqa: F811
+def test_a_refusal_of_a_part_is_an_error(connect: Connect) -> None:
     server = Server(ok(0), problem(404, code="upload_not_found"))
     with connect(server) as winnow, pytest.raises(WinnowError) as caught:
         winnow.upload_dataset(CONTENT, "pool")
@@ -102,8 +101,8 @@ def test_a_refusal_of_a_part_is_an_error(connect: Connect) -> None:  # noqa: F81
 
 
 def test_a_dataset_that_an_interrupted_request_still_makes_is_waited_for(
-    connect: Connect,  # noqa: F811
-    pauses: list[float],  # noqa: F811
+    connect: Connect,
+    pauses: list[float],
 ) -> None:
     in_use = {"code": "upload_in_use", "headers": {"x-should-retry": "true"}}
     steps = httpx.Response(504, text="gateway"), *(problem(409, **in_use) for _ in range(9))
@@ -114,7 +113,7 @@ def test_a_dataset_that_an_interrupted_request_still_makes_is_waited_for(
     assert len(pauses) == 10
 
 
-def test_a_file_that_shrinks_is_refused(connect: Connect, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_that_shrinks_is_refused(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
     path.write_bytes(CONTENT)
 
