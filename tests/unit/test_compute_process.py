@@ -34,7 +34,7 @@ from service.storage.artifacts import ArtifactStore
 from worker.errors import ArtifactMissing, ComputeDied, OutOfMemory, ParameterError, StorageFull
 from worker.influence import UnusableInput
 from worker.loading import folders
-from worker.process.compute_process import ComputeProcess, _environment, _oom_kills
+from worker.process.compute_process import ComputeProcess, _environment
 from worker.process.machine import limit_memory
 from worker.process.main import Compute
 from worker.process.memory import available_memory
@@ -275,13 +275,6 @@ def test_a_kill_by_the_kernel_is_told_apart_from_one_by_a_person(
         answer(child)
     assert caught.value.code == code
     child.close(grace_seconds=5)
-
-
-def test_the_kernels_count_is_read_where_there_is_one() -> None:
-    places = [Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")]
-    texts = [place.read_text() for place in places if place.exists()]
-    lines = [line for text in texts for line in text.splitlines() if "oom_kill " in line]
-    assert _oom_kills() == (int(lines[0].split()[1]) if lines else 0)
 
 
 def test_a_child_without_its_device_says_so_and_that_it_exits_is_reported_as_such(settings: Settings) -> None:

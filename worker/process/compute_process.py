@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,30 @@ def _environment(store: str, from_hub: bool) -> dict[str, str]:
     return {name: value for name, value in kept.items() if name not in _HUB_CREDENTIALS} | {"HF_HUB_OFFLINE": "1"}
 
 
-def _oom_kills() -> int:
-    """How many processes the kernel has killed for lack of memory: of this container, or else of this machine."""
-    for file in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+def _oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed for lack of memory: of our own memory group, or where that cannot be seen of this
+    machine. With another group's a killed process of ours would look like one without memory, and get smaller batches."""
+    for file in _oom_counters(root):
         with contextlib.suppress(OSError):
-            counts = dict(line.split() for line in Path(file).read_text().splitlines())
+            counts = dict(line.split() for line in file.read_text().splitlines())
             if "oom_kill" in counts:
                 return int(counts["oom_kill"])
     return 0
+
+
+def _oom_counters(root: Path) -> Iterator[Path]:
+    """Of cgroup 1 and 2; a container may see its own group as the topmost one."""
+    v1, v2 = root / "sys/fs/cgroup/memory", root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                yield v1 / group.lstrip("/") / "memory.oom_control"
+                yield v1 / "memory.oom_control"
+            elif not controllers:
+                yield v2 / group.lstrip("/") / "memory.events"
+    yield v2 / "memory.events"
+    yield root / "proc/vmstat"
 
 
 def _cause(code: int) -> str:
