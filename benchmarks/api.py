@@ -156,13 +156,16 @@ def is_held(found: Json, rate: int) -> bool:
     return bool(call["p99"] < 1000 * HOLDS_SECONDS and call["per_second"] > 0.9 * rate and not found["errors"])
 
 
-def measure(worlds: dict[str, World], codes: dict[str, Path], small: bool) -> dict[str, list[Json]]:
+def measure(worlds: dict[str, World], codes: dict[str, Path], options: argparse.Namespace) -> dict[str, list[Json]]:
     """Each scenario on each code in turn; the rate of submissions is raised until none sustains it."""
     found: dict[str, list[Json]] = {name: [] for name in codes}
     requests: dict[str, Json] = {name: {} for name in codes}
+    small = options.small
     for scenario in scenarios(small):
-        for name, code in codes.items():
+        for name, code in list(codes.items()) * options.pairs if scenario.name in (options.only or [scenario.name]) else ():
             found[name].append(drive(worlds[name], scenario, code, requests[name]))
+    if options.only:
+        return found
     for rate in (10,) if small else (10, 20, 40, 100, 200):
         for name, code in codes.items():
             found[name].append(drive(worlds[name], submissions(rate, 2.0 if small else 10.0), code, requests[name]))
@@ -192,6 +195,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--before", type=Path, help="another checkout, measured before this one in each scenario")
+    parser.add_argument("--only", nargs="+", help="scenarios by name; without it, all, and submissions")
+    parser.add_argument("--pairs", type=int, default=1, help="how often each scenario is run on both, in turns")
+    parser.add_argument("--name", default="api", help="of the files of results")
     parser.add_argument("--small", action="store_true", help="half a minute, to check that it runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the record")
@@ -202,10 +208,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="winnow-load-") as name:
         folder = Path(name)
         with make_worlds(folder, jobs, min(jobs // 4, 6_000), ProcessGroup(folder), codes) as worlds:
-            found = measure(worlds, codes, options.small)
+            found = measure(worlds, codes, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "api.json", {**head, "jobs": jobs, **found})
-    (options.out / "api.md").write_text("\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items()))
+    write_json(options.out / f"{options.name}.json", {**head, "jobs": jobs, **found})
+    (options.out / f"{options.name}.md").write_text("\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items()))
 
 
 if __name__ == "__main__":
