@@ -22,10 +22,11 @@ from service.datasets.convert import convert
 from service.datasets.rows.options import RowOptions
 from service.models.registry import resolve
 from service.plan import operations
+from service.plan.job_counts import JobCounts
 from service.plan.limits import default_token_budget
 from service.plan.operations import Shape, TokenCounts
 from service.plan.parameters import Parameters
-from service.plan.stage_costs import JobCounts, StageCosts
+from service.plan.stage_costs import StageCosts
 from service.plan.stages import Done, JobInputs, Stage
 from service.settings import ModelSettings, UploadSettings, WorkerSettings
 from service.storage.artifacts import ArtifactStore

@@ -13,9 +13,9 @@ from service.ledger import Claim, Lack
 from service.ledger.tables import JobUnit, SelectionJob
 from service.plan import estimate
 from service.plan.artifact_keys import result_key
+from service.plan.job_counts import JobCounts
 from service.plan.operations import Shape
 from service.plan.preparing import is_prepared, is_shard
-from service.plan.stage_costs import JobCounts
 from service.plan.stages import Done, JobInputs, Stage, UnitSpec
 from service.plan.versions import worker_version
 from service.plan.waves import is_last, next_units

@@ -13,12 +13,13 @@ from service.datasets.tables import Dataset
 from service.jobs import repository
 from service.ledger.tables import SelectionJob
 from service.ledger.workers import newest_measured_worker
-from service.models.configs import ADAPTER_CONFIG, CONFIG, entries, read_adapter_config, read_config
+from service.models.configs import CONFIG
+from service.models.shapes import shape_in
 from service.plan import estimate
 from service.plan.artifact_keys import rendering, result_key
 from service.plan.estimate import Rates
+from service.plan.job_counts import JobCounts
 from service.plan.operations import Shape, TokenCounts
-from service.plan.stage_costs import JobCounts
 from service.plan.stages import JobInputs, Stage
 from service.plan.waves import rehearse
 from service.settings import ModelSettings
@@ -120,17 +121,10 @@ def shape_of(settings: ModelSettings, model: Mapping[str, Any]) -> Shape | str:
     """The shape of a job's resolved model, or why it is unknown."""
     try:
         if "base" in model:
-            base = shape_of(settings, model["base"])
-            adapter = read_adapter_config(settings.folder / model["name"] / ADAPTER_CONFIG)
-            if adapter.target_modules is None:
-                raise ValueError(f"its {ADAPTER_CONFIG} has no target_modules")
-            return base if isinstance(base, str) else base.with_adapters(adapter.r, adapter.target_modules)
+            return shape_in(settings.folder / model["name"], shape_of(settings, model["base"]))
         if model["kind"] == "registered":
-            path = settings.folder / model["name"] / CONFIG
-        else:
-            path = Path(hf_hub_download(model["id"], CONFIG, revision=model["commit"], etag_timeout=10))
-        return Shape.of_config(entries(read_config(path)))
-    except ValueError as error:
-        return f"of the model, {error}"
+            return shape_in(settings.folder / model["name"])
+        config = hf_hub_download(model["id"], CONFIG, revision=model["commit"], etag_timeout=10)
+        return shape_in(Path(config).parent)
     except Exception as error:  # whatever the hub client's HTTP library raises
         return f"the model's config.json could not be read ({type(error).__name__})"

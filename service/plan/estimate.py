@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.plan.job_counts import JobCounts
 from service.plan.limits import default_token_budget
 from service.plan.operations import Shape
-from service.plan.stage_costs import JobCounts, Parameters, StageCost, StageCosts, stages_of
+from service.plan.passes import Parameters
+from service.plan.stage_costs import StageCost, StageCosts, stages_of
 from service.plan.stages import Stage
 
 # Assumed share of a machine's matrix product rate until a unit of the stage has been measured.

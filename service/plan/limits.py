@@ -18,6 +18,9 @@ VALIDATION_SAMPLES = 16
 KERNEL_ROWS = 4096
 """Samples predicted at a time: bounds the kernel block to so many rows, one column a landmark."""
 
+UNKNOWN_COST_REFINE = 2.4
+"""Times the budget that are refined where the cost of a model cannot be counted, so that no cap follows from it."""
+
 
 def default_token_budget(device: str) -> int:
     """Tokens of a padded batch on `cpu` or another type of device, where the worker's settings name none.

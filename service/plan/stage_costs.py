@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.plan import operations
+from service.plan import operations, passes
+from service.plan.job_counts import JobCounts
 from service.plan.limits import (
     COMPARED_LANDMARKS,
     HELD_OUT_FROM,
@@ -17,48 +18,16 @@ from service.plan.limits import (
     VALIDATION_SAMPLES,
 )
 from service.plan.operations import Shape, TokenCounts
+from service.plan.passes import Parameters
 from service.plan.shards import EMBED_SHARD_TOKENS, GRADIENT_SHARD_TOKENS, MAX_SHARDS
 from service.plan.stages import JobInputs, Stage
 from service.plan.waves import rehearse
-
-Parameters = Mapping[str, Any]
 
 _PROCESS_BYTES = 600 * 2**20  # of a compute process without a model
 _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
 _RIDGES = 5  # of which one is chosen where none is given
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobCounts:
-    """The size of a job. `estimated`: token counts are estimated from bytes."""
-
-    pool: TokenCounts
-    target: TokenCounts
-    budget: int
-    estimated: bool
-    usable: int | None = None
-    candidates: Sequence[Mapping[str, Any]] | None = None
-    dtype: str | None = None
-
-    @property
-    def selectable(self) -> float:
-        """Usable samples of the pool; before that is known, all of them."""
-        return self.pool.samples if self.usable is None else self.usable
-
-    @classmethod
-    def of_prepared(cls, prepared: Mapping[str, Any], budget: int) -> "JobCounts":
-        """Counted: from the result of the prepare stage."""
-        return cls(
-            pool=TokenCounts.of_summary(prepared["pool_counts"]),
-            target=TokenCounts.of_summary(prepared["target_counts"]),
-            budget=budget,
-            estimated=False,
-            usable=prepared.get("usable"),
-            candidates=prepared.get("candidates"),
-            dtype=prepared["dtype"],
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,21 +59,18 @@ class StageCosts:
     """
 
     def __init__(self, shape: Shape, parameters: Parameters, counts: JobCounts, dtype: str, token_budget: int) -> None:
-        warmup = parameters["warmup"]
-        if warmup is not None and warmup["lora"] is not None:
-            shape = shape.with_adapters(warmup["lora"]["rank"], warmup["lora"]["modules"])
+        shape = passes.measured_shape(shape, parameters)
         self._shape, self._parameters, self._counts = shape, parameters, counts
         self._token_budget = token_budget
         self._bytes = 4 if dtype == "float32" else 2
         self._stages = stages_of(parameters, counts)
         self._n, self._t = counts.pool.samples, counts.target.samples
-        self._is_exact = parameters["method"] == "exact_influence"
-        self._l = counts.selectable if self._is_exact else min(counts.selectable, parameters["landmarks"]["count"])
+        self._l = passes.landmarks_of(parameters, counts)
         self._modules = parameters["gradient"]["modules"]
         self._layers = shape.measured(self._modules)
         self._k = operations.gradient_size(self._layers, parameters["gradient"]["projection_dim"])
         self._r = parameters["curvature"]["rank"] if parameters["curvature"]["type"] in ("ggn", "hessian") else 0
-        self._embedding = self._dearest_embedding()
+        self._embedding = passes.pool_embedding(shape, parameters, counts)
         self._e = operations.embedding_width(shape, self._embedding)
 
     def all(self) -> dict[Stage, StageCost]:
@@ -112,38 +78,24 @@ class StageCosts:
         costs: dict[Stage, Callable[[], StageCost]] = {
             Stage.PREPARE: self._prepare,
             Stage.WARMUP: self._warmup,
-            Stage.LANDMARK_GRADIENTS: lambda: self._gradients(self._counts.pool.scaled(self._l), is_scaled=True),
+            Stage.LANDMARK_GRADIENTS: lambda: self._gradients(self._counts.drawn(self._l), is_scaled=True),
             Stage.TARGET_GRADIENTS: lambda: self._gradients(self._counts.target, is_scaled=False),
             Stage.CANDIDATES: lambda: self._embed(
-                self._counts.pool.scaled(min(self._l, COMPARED_LANDMARKS)), self._offered()
+                self._counts.drawn(min(self._l, COMPARED_LANDMARKS)), self._offered()
             ),
             Stage.CHOOSE_EMBEDDING: self._choose,
             Stage.CURVATURE: self._curvature,
             Stage.EMBED: lambda: self._embed(self._counts.pool, [self._embedding]),
             Stage.EMBED_TARGET: lambda: self._embed(self._counts.target, [self._embedding]),
             Stage.PROPAGATE: self._propagate,
-            Stage.REFINE: lambda: self._gradients(self._counts.pool.scaled(self._shortlist()), is_scaled=True),
+            Stage.REFINE: lambda: self._gradients(self._counts.drawn(self._shortlist()), is_scaled=True),
             Stage.SELECT: self._select,
             Stage.VALIDATE: self._validate,
         }
         return {stage: costs[stage]() for stage in self._stages}
 
     def _offered(self) -> Sequence[Mapping[str, Any]]:
-        if self._counts.candidates is not None:
-            return self._counts.candidates
-        embedding = self._parameters["embedding"]
-        blocks = min(embedding["blocks"], self._shape.blocks)
-        poolings = [embedding["pooling"]] if embedding["pooling"] is not None else ["response", "last"]
-        return [{**embedding, "kind": "hidden", "pooling": pooling, "blocks": blocks} for pooling in poolings]
-
-    def _dearest_embedding(self) -> Mapping[str, Any]:
-        """What the pool is embedded with; of `auto`, the candidate that would cost most."""
-        embedding: Mapping[str, Any] = self._parameters["embedding"]
-        if self._parameters["method"] == "rds_plus":
-            return {**embedding, "kind": "rds"}
-        if embedding["kind"] != "auto":
-            return embedding
-        return max(self._offered(), key=lambda o: operations.embedding(self._shape, self._counts.pool, o))
+        return passes.offered_embeddings(self._shape, self._parameters, self._counts)
 
     def _memory(self, activations: float, tokens: float, extra: float = 0.0) -> float:
         """Bytes of a process with the model, the activations (values per token) of a batch of these tokens, and `extra` bytes. A
@@ -168,39 +120,30 @@ class StageCosts:
         return [out for name, (out, _) in layers if name.startswith("mlp.") and out != self._shape.hidden]
 
     def _prepare(self) -> StageCost:
-        tokens = self._counts.pool.scaled(self._n + self._l).tokens + self._counts.target.tokens
+        tokens = self._counts.pool.tokens + self._counts.drawn(self._l).tokens + self._counts.target.tokens
         return StageCost(operations=0, samples=self._n + self._t, artifact_bytes=5 * tokens)
 
     def _warmup(self) -> StageCost:
         warmup = self._parameters["warmup"]
-        counts = self._counts.pool.scaled(min(warmup["samples"], self._n))
-        passes = operations.forward(self._shape, counts) + operations.backward(self._shape, counts)
+        counts = self._counts.drawn(min(warmup["samples"], self._counts.selectable))
+        each = operations.forward(self._shape, counts) + operations.backward(self._shape, counts)
         trained = self._shape.weights
         if warmup["lora"] is None:
-            passes += operations.forward(self._shape, counts)  # the weights' own gradients
+            each += operations.forward(self._shape, counts)  # the weights' own gradients
         else:
             trained = sum(out * into for _, (out, into) in self._layers)
-            passes += sum(2 * counts.tokens * out * into for _, (out, into) in self._layers)
+            each += sum(2 * counts.tokens * out * into for _, (out, into) in self._layers)
         batch = counts.scaled(min(warmup["batch_size"], counts.samples))
         return StageCost(
-            operations=warmup["epochs"] * passes,
+            operations=warmup["epochs"] * each,
             samples=warmup["epochs"] * counts.samples,
             artifact_bytes=12 * trained,
             memory_bytes=self._memory(self._activations(self._shape.blocks), batch.tokens, 16 * trained),
         )
 
     def _gradients(self, counts: TokenCounts, *, is_scaled: bool) -> StageCost:
-        optimizer = self._parameters["optimizer"]
         return StageCost(
-            operations=operations.gradients(
-                self._shape,
-                counts,
-                modules=self._modules,
-                projection_dim=self._parameters["gradient"]["projection_dim"],
-                is_scaled_exactly=is_scaled
-                and optimizer["type"] in ("adam", "adamw")
-                and optimizer["scaling"] == "exact",
-            ),
+            operations=passes.gradients(self._shape, self._parameters, counts, is_scaled=is_scaled),
             samples=counts.samples,
             artifact_bytes=4 * counts.samples * self._k,
             memory_bytes=self._memory(
@@ -254,12 +197,14 @@ class StageCosts:
             )
         once, each = self._curvature_passes(targets)
         at_once = min(self._r, max(1, _DIRECTION_BYTES // (16 * weights)))
-        landmarks = self._counts.pool.scaled(min(self._l, LANDMARKS_PER_DIRECTION * self._r))
+        landmarks = self._counts.drawn(min(self._l, LANDMARKS_PER_DIRECTION * self._r))
         gradients = operations.full_gradients(shape, landmarks, modules=self._modules, directions=at_once)
-        passes = (2 if self._t < HELD_OUT_FROM else 3) * gradients  # one more where one half has a curvature of its own
+        directed = (
+            2 if self._t < HELD_OUT_FROM else 3
+        ) * gradients  # one more where one half has a curvature of its own
         chunks = math.ceil(self._r / at_once)
         return StageCost(
-            operations=chunks * (passes + once) + self._r * each + 24 * self._l * self._k * self._r,
+            operations=chunks * (directed + once) + self._r * each + 24 * self._l * self._k * self._r,
             samples=self._t,
             artifact_bytes=4 * self._r * self._k,
             memory_bytes=self._memory(1.3 * self._activations(shape.blocks), targets.tokens, 16 * weights * at_once),
@@ -302,7 +247,7 @@ class StageCosts:
         """A step each on the selection and on as many random samples; a step on the choice from half of the targets, where
         half were held out. Each step's loss before and after, and the change that was predicted."""
         arms, sets = (3, 3) if self._t >= HELD_OUT_FROM else (2, 2)
-        chosen, targets = self._counts.pool.scaled(min(self._counts.budget, VALIDATION_SAMPLES)), self._counts.target
+        chosen, targets = self._counts.drawn(min(self._counts.budget, VALIDATION_SAMPLES)), self._counts.target
         steps = arms * operations.full_gradients(self._shape, chosen, modules=self._modules)
         linear = operations.full_gradients(self._shape, targets, modules=self._modules)
         second = {"none": 0.0, "fisher": linear}.get(self._parameters["curvature"]["type"])

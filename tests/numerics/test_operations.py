@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.plan import operations
+from service.plan.job_counts import JobCounts
 from service.plan.operations import Shape, TokenCounts
 from service.plan.parameters import Parameters
-from service.plan.stage_costs import JobCounts, StageCosts
+from service.plan.stage_costs import StageCosts
 from service.plan.stages import Stage
 from worker.influence import (
     EmbeddingOptions,

@@ -11,16 +11,19 @@ from service.jobs import planning
 from service.plan import estimate, operations, stage_costs
 from service.plan.artifact_keys import result_key
 from service.plan.estimate import Rates
+from service.plan.job_counts import JobCounts
 from service.plan.limits import VALIDATION_SAMPLES, default_token_budget
 from service.plan.operations import Shape, TokenCounts
 from service.plan.parameters import Parameters
-from service.plan.stage_costs import JobCounts, StageCosts, stages_of
+from service.plan.stage_costs import StageCosts, stages_of
 from service.plan.stages import JobInputs, Stage, UnitSpec
 from service.plan.waves import rehearse
 from service.settings import ModelSettings
 from service.storage.artifacts import ArtifactStore
 from worker import influence
 from worker.influence import EmbeddingOptions, GradientProjection, embedding_candidates, kernel_ridge, second_order
+from worker.loading.folders import ModelFolder
+from worker.loading.model_shape import shape_in_files
 from worker.units import FirstWave
 
 LLAMA = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
@@ -368,6 +371,8 @@ def test_the_shape_is_read_from_the_registered_folder(folder: Path, monkeypatch:
     assert base.attention_width == 24
     assert isinstance(adapted, Shape)
     assert (adapted.rank, adapted.adapters) == (4, {"self_attn.q_proj", "mlp.up_proj"})
+    assert shape_in_files(ModelFolder(folder / "base", {}, ())) == base
+    assert shape_in_files(ModelFolder(folder / "lora", {}, (), ModelFolder(folder / "base", {}, ()))) == adapted
     assert of("thin") == "of the model, its config.json has no hidden_size"
     assert of("gone") == "of the model, its config.json cannot be read (No such file or directory)"
     (folder / "thin" / "config.json").write_text("[]")

@@ -12,9 +12,10 @@ from rich.progress import Progress
 from support.tiny import make_tokenizer, pool_rows, target_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from service.plan.job_counts import JobCounts
 from service.plan.operations import Shape
 from service.plan.parameters import Parameters
-from service.plan.stage_costs import JobCounts, StageCosts
+from service.plan.stage_costs import StageCosts
 from service.plan.stages import JobInputs, Stage
 from service.settings import WorkerSettings
 from worker import local_run

@@ -1,12 +1,19 @@
-"""A loaded model and samples as the plan counts with them."""
+"""A model and samples as the plan counts with them."""
 
 from typing import Any
 
 import numpy as np
 
+from service.models.shapes import shape_in
 from service.plan.operations import Shape, Size, TokenCounts
 from worker.influence import Samples
 from worker.influence.causal_lm import block_list, linear_size
+from worker.loading.folders import ModelFolder
+
+
+def shape_in_files(folder: ModelFolder) -> Shape | str:
+    """The sizes by its configuration, before any weights are loaded; or why they are unknown."""
+    return shape_in(folder.path, None if folder.base is None else shape_in_files(folder.base))
 
 
 def shape_of(model: Any) -> Shape:

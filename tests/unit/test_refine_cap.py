@@ -1,0 +1,169 @@
+"""How many samples are refined: what a share of the cost of `rds_plus` allows, between one budget and the rest of the pool."""
+
+from typing import Any
+
+import pytest
+
+from service.plan import passes
+from service.plan.job_counts import JobCounts
+from service.plan.limits import UNKNOWN_COST_REFINE
+from service.plan.operations import Shape, TokenCounts
+from service.plan.parameters import Parameters
+from service.plan.refine_cap import RefineCap, refine_cap, shortlist_size
+from service.plan.stage_costs import StageCosts
+from service.plan.stages import Stage
+
+# Llama2-7B and 200,000 samples of 300 tokens, half of them reply: the size that the paper states its costs at.
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
+SHAPE = Shape.of_config(LLAMA | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32_000})
+POOL = TokenCounts(200_000, 6e7, 2e10, 3e7)
+COUNTS = JobCounts(pool=POOL, target=TokenCounts(48, 14_400, 4.6e6, 7_200), budget=10_000, estimated=False)
+REFINE = {"size": "auto", "share": None, "rounds": 8, "min_captured": 0.95, "max_cost": 1 / 3.5}
+
+
+def parameters(max_cost: float = 1 / 3.5, landmarks: int = 4096, **given: Any) -> dict[str, Any]:
+    found = Parameters.model_validate({"embedding": {"kind": "hidden"}, **given}).model_dump(mode="json")
+    return {
+        **found,
+        "landmarks": {**found["landmarks"], "count": landmarks},
+        "refine": {**REFINE, "max_cost": max_cost},
+    }
+
+
+def cap(counts: JobCounts = COUNTS, **given: Any) -> RefineCap:
+    return refine_cap(SHAPE, parameters(**given), counts)
+
+
+def total(found: RefineCap, samples: int) -> float:
+    assert found.fixed_operations is not None
+    assert found.operations_per_sample is not None
+    return found.fixed_operations + samples * found.operations_per_sample
+
+
+def test_the_cap_is_the_largest_number_that_costs_no_more_than_allowed() -> None:
+    found = cap(max_cost=0.5)
+    assert found.allowed_operations is not None
+    assert total(found, found.samples) <= found.allowed_operations < total(found, found.samples + 1)
+    assert (found.is_floor, found.unknown, found.note) == (False, None, None)
+    assert found.times_budget == found.samples / 10_000
+    assert 3 < found.times_budget < 3.5, "an eighth is embedding, a sample two forwards"
+
+
+def test_what_is_allowed_is_a_share_of_what_rds_plus_would_compute() -> None:
+    rival = {**parameters(), "method": "rds_plus", "refine": 0}
+    costs = StageCosts(SHAPE, rival, COUNTS, "bfloat16", 512).all()
+    embedded = costs[Stage.EMBED].operations + costs[Stage.EMBED_TARGET].operations
+    assert cap(max_cost=0.25).allowed_operations == pytest.approx(0.25 * embedded)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "jvp", "auto"])
+def test_what_is_spent_anyway_is_what_the_stages_before_cost(kind: str) -> None:
+    given = {**parameters(embedding={"kind": kind}), "refine": 0}
+    costs = StageCosts(SHAPE, given, COUNTS, "bfloat16", 512).all()
+    names = [Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS, Stage.CANDIDATES, Stage.EMBED]
+    expected = sum(costs[stage].operations for stage in names if stage in costs)
+    assert cap(embedding={"kind": kind}).fixed_operations == pytest.approx(expected)
+
+
+def test_a_cap_in_multiples_of_rds_plus_has_the_room_that_arithmetic_gives_it() -> None:
+    """A gradient is about two forwards at 7B."""
+    free = cap(embedding={"kind": "rds"}, max_cost=1.2)  # whose embedding is a whole one of rds_plus
+    assert free.operations_per_sample is not None
+    assert free.allowed_operations is not None
+    forwards = free.operations_per_sample / (free.allowed_operations / 1.2 / 200_000)
+    assert forwards == pytest.approx(2, rel=0.02)
+    left = 0.2 * 200_000 / forwards - 4096  # after one whole embedding of the pool, and the landmarks
+    assert free.samples == pytest.approx(left, rel=0.02)
+
+
+def test_one_budget_is_the_least_and_that_is_said() -> None:
+    found = cap(max_cost=0.01)
+    assert (found.samples, found.times_budget, found.is_floor) == (10_000, 1.0, True)
+    assert found.note is not None
+    assert "10000 samples are refined all the same" in found.note
+    assert found.allowed_operations is not None
+    assert total(found, found.samples) > found.allowed_operations
+
+
+def test_the_rest_of_the_pool_is_the_most() -> None:
+    found = cap(max_cost=10.0)
+    assert found.samples == 200_000 - 4096
+    assert not found.is_floor
+    few = JobCounts(pool=POOL, target=COUNTS.target, budget=150_000, estimated=False, usable=154_000)
+    assert cap(few, max_cost=0.01).samples == 154_000 - 4096
+    everything = cap(landmarks=300_000, max_cost=0.01)
+    assert (everything.samples, everything.is_floor, everything.note) == (0, False, None)
+
+
+def test_an_average_sample_is_one_of_the_usable() -> None:
+    half = JobCounts(pool=POOL, target=COUNTS.target, budget=10_000, estimated=False, usable=100_000)
+    each, of_half = cap().operations_per_sample, cap(half).operations_per_sample
+    assert each is not None
+    assert of_half == pytest.approx(2 * each, rel=0.01)  # as many tokens in half of the samples
+    assert half.drawn(100_000).tokens == POOL.tokens
+
+
+def test_the_warm_up_and_the_validation_do_not_count() -> None:
+    plain = cap(max_cost=0.5)
+    assert cap(max_cost=0.5, warmup={"samples": 10_000}, validate=False) == plain
+    adapted = cap(max_cost=0.5, warmup={"samples": 10_000, "lora": {"rank": 64}})
+    assert adapted.operations_per_sample != plain.operations_per_sample, "measured on the adapters"
+
+
+def test_exact_scaling_makes_a_sample_dearer_and_the_list_shorter() -> None:
+    adam = cap(max_cost=0.5, optimizer={"type": "adamw"}, warmup={})
+    assert adam.samples < cap(max_cost=0.5).samples
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "why"),
+    [
+        ("of the model, its config.json has no hidden_size", {}, "has no hidden_size"),
+        (SHAPE, {"gradient": {"modules": "experts"}}, "matches none of the block layers"),
+    ],
+)
+def test_without_a_cost_the_size_is_a_multiple_of_the_budget(
+    shape: Shape | str, given: dict[str, Any], why: str
+) -> None:
+    found = refine_cap(shape, parameters(**given), COUNTS)
+    assert found.samples == UNKNOWN_COST_REFINE * 10_000
+    assert (found.allowed_operations, found.fixed_operations, found.operations_per_sample) == (None, None, None)
+    assert not found.is_floor
+    assert found.note is not None
+    assert why in found.note
+    assert "2.4 times the budget" in found.note
+    small = JobCounts(pool=TokenCounts(12, 60, 600, 30), target=COUNTS.target, budget=5, estimated=False)
+    assert refine_cap(shape, parameters(landmarks=4, **given), small).samples == 8
+
+
+def test_a_cap_is_json() -> None:
+    found = cap(max_cost=0.5)
+    assert found.as_dict()["samples"] == found.samples
+    assert RefineCap(**found.as_dict()) == found
+
+
+@pytest.mark.parametrize(
+    ("refine", "expected"),
+    [
+        ({"size": "auto"}, 33),
+        ({"size": 2.4}, 24),
+        ({"size": 2.41}, 25),
+        ({"size": 0}, 0),
+        ({"size": 1000}, 900),
+        ({"share": 0.07}, 70),  # 0.07 * 1000 is a little more than 70 in binary
+        ({"share": 0.001}, 10),
+        ({"share": 1.0}, 900),
+    ],
+)
+def test_the_shortlist_is_as_large_as_its_parameters_say(refine: dict[str, Any], expected: int) -> None:
+    assert shortlist_size({**REFINE, **refine}, budget=10, usable=1000, landmarks=100, cap=33) == expected
+
+
+def test_nothing_is_left_where_every_sample_is_a_landmark() -> None:
+    assert shortlist_size({**REFINE, "size": 2.4}, budget=10, usable=100, landmarks=100, cap=0) == 0
+
+
+def test_rds_plus_costs_a_forward_of_the_pool_and_of_the_target() -> None:
+    linear = 2 * (POOL.tokens + COUNTS.target.tokens) * SHAPE.blocks * SHAPE.block_weights
+    attention = 2 * (POOL.squares + COUNTS.target.squares) * SHAPE.attention_width * SHAPE.blocks
+    assert passes.rds_plus(SHAPE, parameters(), COUNTS) == pytest.approx(linear + attention)
