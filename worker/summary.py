@@ -34,6 +34,7 @@ def of_method(results: Results) -> dict[str, Any]:
     found = {
         "landmark_count": _landmark_count(results),
         "refined_count": sum(result["rows"] for result in _all(results, Stage.REFINE)),
+        "refinement": _refinement(results),
         "fidelity": propagated.get("fidelity"),
         "kernel": {name: propagated.get(name) for name in ("sigma", "delta")},
         "embedding": {"chosen": chosen.get("chosen"), "candidates": chosen.get("candidates")},
@@ -83,6 +84,15 @@ def _landmark_count(results: Results) -> int:
     if prepared.get("all_exact"):  # gradient units then hold unusable samples too, which are no landmarks
         return int(prepared["landmark_count"])
     return sum(result["rows"] for result in _all(results, Stage.LANDMARK_GRADIENTS))
+
+
+def _refinement(results: Results) -> dict[str, Any] | None:
+    """How far the last round came, and the promise after each; None where nothing was refined."""
+    found = [result["refinement"] for result in _all(results, Stage.PROPAGATE) if result.get("refinement")]
+    if not found or not found[-1]["refined"]:
+        return None
+    rounds = [{name: each[name] for name in ("refined", "times_budget", "promise")} for each in found if each["refined"]]
+    return {**found[-1], "rounds": rounds}
 
 
 def _of_growth(results: Results) -> list[str]:
@@ -150,11 +160,33 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         )
     if found["scaling_error"] is not None:
         sentences.append(f"The optimiser's scaling is factored, with a relative error of {found['scaling_error']:.2f}.")
-    if found["refined_count"]:
-        sentences.append(f"Exact gradients were computed for a shortlist of another {found['refined_count']} samples.")
+    if found["refinement"]:
+        sentences.append(_of_refinement(found["refinement"]))
     if found["validation"]:
         sentences.append(found["validation"]["sentence"])
     return [sentence for sentence in sentences if sentence]
+
+
+_STOPPED = {
+    "promised": "",
+    "max_cost": " It ended there because refine.max_cost allows no more; a higher one refines further.",
+    "size": "",
+    "pool": " Every sample of the pool is exact by now.",
+}
+
+
+def _of_refinement(found: Mapping[str, Any]) -> str:
+    rounds = len(found["rounds"])
+    text = (
+        f"Exact gradients were computed for another {found['refined']} samples, {found['times_budget']:g} times the budget,"
+        f" in {rounds} round{'' if rounds == 1 else 's'}."
+    )
+    if found["promise"] is not None:
+        text += (
+            f" The selection is expected to have {found['promise']:.0%} of the influence, beyond the pool's mean, that the"
+            " selection from exact gradients of the whole pool would have."
+        )
+    return text + _STOPPED[found["stopped"]]
 
 
 def _of_fidelity(fidelity: Mapping[str, Any] | None, landmarks: int) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.plan.job_counts import JobCounts
+from service.plan.landmark_count import landmark_count
 from service.plan.limits import default_token_budget
 from service.plan.operations import Shape
 from service.plan.passes import Parameters
@@ -127,9 +128,10 @@ def _note(parameters: Parameters, total: float | None, exact: float | None) -> s
 
 def _caps(parameters: Parameters, counts: JobCounts) -> list[str]:
     n, wanted = int(counts.selectable), parameters["landmarks"]["count"]
-    if parameters["method"] != "influence_distillation" or wanted < n:
+    if parameters["method"] != "influence_distillation" or landmark_count(parameters, n) < n:
         return []
-    lowered = f"landmarks.count is {wanted}; lowered to the {n} usable samples of the pool. " if wanted > n else ""
+    is_lowered = wanted is not None and wanted > n
+    lowered = f"landmarks.count is {wanted}; lowered to the {n} usable samples of the pool. " if is_lowered else ""
     return [f"{lowered}Every sample is a landmark, so every influence is exact and no embedding is needed."]
 
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     StrictBool,
@@ -23,145 +22,18 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from service.names import Text
-
-
-class _Strict(BaseModel):
-    # Infinity and NaN are no JSON, so PostgreSQL would refuse the echo of them.
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def _write_out(model: BaseModel, **values: Any) -> None:
-    """Writes a default out without marking it as set: what the client sent is kept as it was sent."""
-    model.__dict__.update(values)
-
-
-class Landmarks(_Strict):
-    """The samples whose gradients are computed exactly."""
-
-    count: int = Field(default=4096, ge=2, le=16_384, description="Lowered to the number of usable samples of the pool")
-    choice: Literal["uniform", "stratified"] = Field(
-        default="uniform",
-        description="`uniform`: random by the seed; `stratified`: each source in proportion to its size",
-    )
-
-
-class Embedding(_Strict):
-    """The cheap embedding of every sample (docs/method.md, Embeddings)."""
-
-    kind: Literal["auto", "jvp", "hidden", "rds"] = Field(
-        default="auto", description="`auto`: `hidden`, with the pooling of higher fidelity on the landmarks"
-    )
-    pooling: Literal["last", "response"] | None = Field(
-        default=None,
-        description="`last` token, or mean over the `response`; null: `auto` tries both, the others use `response`",
-    )
-    blocks: int = Field(default=4, ge=1, le=256, description="Number of leading blocks that are run; not used by `rds`")
-    tangents: int = Field(default=2, ge=1, le=16, description="Random directions; `jvp` only")
-
-    @model_validator(mode="after")
-    def _settle(self) -> Self:
-        if self.pooling is None and self.kind in ("jvp", "hidden"):
-            _write_out(self, pooling="response")
-        return self
-
-
-class Gradient(_Strict):
-    """Exact per-sample gradients."""
-
-    modules: str = Field(
-        default="down_proj",
-        pattern=r"^[A-Za-z0-9_.]{1,100}$",
-        description="The layers that influence is measured on: `down_proj` is the MLPs' output projection, whatever its name;"
-        " anything else is the end of a layer's name. Ignored for LoRA models, which are measured on their adapters.",
-    )
-    projection_dim: int | None = Field(
-        default=16_384,
-        ge=64,
-        le=1_048_576,
-        description="Size for all layers together; null: no projection, for small models",
-    )
-    normalize: bool | None = Field(
-        default=None,
-        description="true: influence is a cosine; false: the plain inner product. null: false for `weighted`, otherwise true",
-    )
-
-
-class Kernel(_Strict):
-    """Kernel ridge regression that maps embeddings to influence."""
-
-    kind: Literal["rbf", "linear"] = "rbf"
-    ridge: float | None = Field(
-        default=None,
-        gt=0,
-        le=100,
-        description="As a share of the kernel's mean diagonal; null: the one of 0.01, 0.03, 0.1, 0.3 and 1 that predicts"
-        " left-out landmarks best",
-    )
-    bandwidth: float | None = Field(default=None, gt=0, description="null: the median distance between landmarks")
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Optimizer(_Strict):
-    """The optimiser whose step the selection optimises. Its state comes from the warm-up or is registered with the model."""
-
-    type: Literal["none", "sgd", "adam", "adamw"] = Field(
-        default="none", description="`none`: plain gradients, like `sgd`"
-    )
-    learning_rate: float | None = Field(
-        default=None, gt=0, le=100, description="null: 0.001 for `none` and `sgd`, 0.00002 for `adam` and `adamw`"
-    )
-    betas: tuple[Beta, Beta] = Field(
-        default=(0.9, 0.999), description="`adam` and `adamw` only, like `eps` and `scaling`"
-    )
-    eps: float = Field(default=1e-8, gt=0, le=1)
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="`sgd` only")
-    weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled for `adamw`; not for `none`")
-    scaling: Literal["exact", "factored"] = Field(
-        default="exact",
-        description="How `adam` and `adamw` scale gradients: by every entry of the state, or by its rank-one factors",
-    )
-
-    @model_validator(mode="after")
-    def _settle(self) -> Self:
-        if self.learning_rate is None:
-            _write_out(self, learning_rate=2e-5 if self.is_adam else 1e-3)
-        return self
-
-    @property
-    def is_adam(self) -> bool:
-        return self.type in ("adam", "adamw")
-
-    @property
-    def needs_state(self) -> bool:
-        return self.is_adam or self.momentum > 0
-
-
-class Lora(_Strict):
-    """Low-rank adapters (peft) instead of the whole model."""
-
-    rank: int = Field(default=16, ge=1, le=512)
-    alpha: float = Field(default=32.0, gt=0, le=4096)
-    modules: Literal["all-linear", "attention", "mlp"] = "all-linear"
-
-
-class Warmup(_Strict):
-    """Train the model on a random part of the pool first; influence is then measured on the trained model."""
-
-    samples: int = Field(default=1000, ge=1, le=1_000_000, description="Lowered to the number of usable samples")
-    epochs: int = Field(default=1, ge=1, le=20)
-    learning_rate: float = Field(default=2e-5, gt=0, le=1)
-    batch_size: int = Field(default=16, ge=1, le=1024)
-    lora: Lora | None = Field(default=None, description="null: the whole model is trained")
-
-
-class Curvature(_Strict):
-    """How the Hessian of the target loss is approximated for second-order weights; `selection: weighted` only."""
-
-    type: Literal["none", "fisher", "ggn", "hessian"] = "none"
-    rank: int = Field(default=32, ge=1, le=256, description="Directions; `ggn` and `hessian` only")
-
+from service.plan.parameter_objects import (
+    Curvature,
+    Embedding,
+    Gradient,
+    Kernel,
+    Landmarks,
+    Optimizer,
+    Refine,
+    Strict,
+    Warmup,
+    write_out,
+)
 
 _GIVEN = (
     *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "strftime_now"),
@@ -207,8 +79,9 @@ _UNUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 # What a choice cannot use: (the choice, the values that can, what only they can use).
 _ONLY_OF: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("embedding.kind", ("jvp",), ("embedding.tangents",)),
-    ("embedding.kind", ("auto", "jvp", "hidden"), ("embedding.blocks", "embedding.pooling")),
-    ("kernel.kind", ("rbf",), ("kernel.bandwidth",)),
+    ("embedding.kind", ("jvp", "hidden"), ("embedding.pooling",)),
+    ("embedding.kind", ("auto", "jvp", "hidden", "text_hidden"), ("embedding.blocks",)),
+    ("kernel.kind", ("laplacian", "rbf"), ("kernel.bandwidth",)),
     ("optimizer.type", ("sgd",), ("optimizer.momentum",)),
     ("optimizer.type", ("sgd", "adam", "adamw"), ("optimizer.weight_decay",)),
     ("optimizer.type", ("adam", "adamw"), ("optimizer.betas", "optimizer.eps", "optimizer.scaling")),
@@ -217,7 +90,7 @@ _ONLY_OF: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
-class Parameters(_Strict):
+class Parameters(Strict):
     """How to compute. All of it is echoed by the job and kept in its provenance."""
 
     method: Method = Field(
@@ -231,19 +104,15 @@ class Parameters(_Strict):
     kernel: Kernel = Kernel()
     optimizer: Optimizer = Optimizer()
     warmup: Warmup | None = Field(default=None, description="null: none")
-    refine: float = Field(
-        default=0.2,
-        ge=0,
-        le=1,
-        description="Share of the pool with the best propagated influence whose gradients are"
-        " computed exactly before the selection; 0: the propagated influence decides",
+    refine: Annotated[Refine, Field(description='Also `"auto"`, or a number: the share of the pool, in one round')] = (
+        Refine()
     )
     min_fidelity: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Landmarks are doubled until the leave-one-out Spearman correlation of the mean influence reaches this,"
-        " or exact gradients of the whole pool are cheaper",
+        description="Before anything is refined, landmarks are doubled until the leave-one-out Spearman correlation of the mean"
+        " influence reaches this, or exact gradients of the whole pool are cheaper",
     )
     curvature: Curvature = Curvature()
     selection: Literal["round_robin", "top_k", "weighted"] = Field(
@@ -296,8 +165,8 @@ class Parameters(_Strict):
                 raise ValidationError.from_exception_data("Parameters", [_error(*one) for one in refused])
         if "gradient" not in unused and self.gradient.normalize is None:
             gradient = self.gradient.model_copy()
-            _write_out(gradient, normalize=self.selection != "weighted")
-            _write_out(self, gradient=gradient)
+            write_out(gradient, normalize=self.selection != "weighted")
+            write_out(self, gradient=gradient)
         return self
 
     def _unused(self) -> Iterator[tuple[str, str]]:
@@ -316,6 +185,12 @@ class Parameters(_Strict):
                     yield path, f"is only used with {choice} {' or '.join(able)}, not {value}; omit it"
 
     def _misfits(self) -> Iterator[tuple[str, str]]:
+        if self.refine.share is not None and self.refine.size != "auto":
+            yield "refine.share", "takes the place of refine.size; omit one of them"
+        if not self.refine.is_auto:
+            for name in ("min_captured", "max_cost"):
+                if getattr(self.refine, name) != _default(f"refine.{name}"):
+                    yield f"refine.{name}", "is only used with refine.size auto; omit it"
         if self.curvature.type != "none" and self.optimizer.type == "none":
             yield "curvature.type", "requires an optimizer.type other than none: its effect depends on the step's size"
         if self.curvature.type != "none" and self.gradient.normalize:

@@ -5,6 +5,7 @@ from typing import Any
 
 from service.plan import operations
 from service.plan.job_counts import JobCounts
+from service.plan.landmark_count import landmark_count
 from service.plan.operations import Shape, TokenCounts
 
 Parameters = Mapping[str, Any]
@@ -22,7 +23,7 @@ def landmarks_of(parameters: Parameters, counts: JobCounts) -> float:
     """Number of landmarks; for `exact_influence` the whole of the pool."""
     if parameters["method"] == "exact_influence":
         return counts.selectable
-    return float(min(counts.selectable, parameters["landmarks"]["count"]))
+    return float(landmark_count(parameters, int(counts.selectable)))
 
 
 def gradients(shape: Shape, parameters: Parameters, counts: TokenCounts, *, is_scaled: bool) -> float:
@@ -54,8 +55,7 @@ def offered_embeddings(shape: Shape, parameters: Parameters, counts: JobCounts) 
         return counts.candidates
     embedding = parameters["embedding"]
     blocks = min(embedding["blocks"], shape.blocks)
-    poolings = [embedding["pooling"]] if embedding["pooling"] is not None else ["response", "last"]
-    return [{**embedding, "kind": "hidden", "pooling": pooling, "blocks": blocks} for pooling in poolings]
+    return [{**embedding, "kind": "hidden", "blocks": blocks}]
 
 
 def pool_embedding(shape: Shape, parameters: Parameters, counts: JobCounts) -> Mapping[str, Any]:

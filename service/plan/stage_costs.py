@@ -19,6 +19,7 @@ from service.plan.limits import (
 )
 from service.plan.operations import Shape, TokenCounts
 from service.plan.passes import Parameters
+from service.plan.refine_cap import refine_cap, shortlist_size
 from service.plan.shards import EMBED_SHARD_TOKENS, GRADIENT_SHARD_TOKENS, MAX_SHARDS
 from service.plan.stages import JobInputs, Stage
 from service.plan.waves import rehearse
@@ -230,7 +231,10 @@ class StageCosts:
 
     def _shortlist(self) -> float:
         """Samples of the shortlist; it holds no landmarks."""
-        return float(min(max(self._parameters["refine"] * self._n, self._counts.budget), self._n - self._l))
+        refine, counts = self._parameters["refine"], self._counts
+        cap = refine_cap(self._shape, self._parameters, counts).samples
+        usable, landmarks = int(counts.selectable), int(self._l)
+        return shortlist_size(refine, budget=counts.budget, usable=usable, landmarks=landmarks, cap=cap)
 
     def _select(self) -> StageCost:
         chosen = self._l + self._shortlist() if Stage.REFINE in self._stages else self._n

@@ -1,7 +1,7 @@
 """Which units a job has: one function from what is finished to what comes next.
 
-    prepare -> warmup -> landmark_gradients, target_gradients, candidates -> choose_embedding, curvature -> embed
-            -> propagate (which may ask for more landmarks) -> refine -> select -> validate
+    prepare -> warmup -> landmark_gradients, target_gradients, text_statistics -> candidates -> choose_embedding, curvature
+            -> embed -> propagate (asks for more landmarks, or to refine, and follows again) -> select -> validate
 
 A job goes through the stages that its parameters need. The units of a wave are independent of each other; the next wave is
 planned from the results of those before, by the service and by `winnow select` alike. A unit's spec says all that it needs.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from service.plan.artifact_keys import artifact_key, content_key, rendering
+from service.plan.landmark_count import landmark_count
 from service.plan.limits import HELD_OUT_FROM, LANDMARKS_PER_DIRECTION, VALIDATION_SAMPLES
 from service.plan.preparing import remaining_units
 from service.plan.stages import Done, History, JobInputs, Stage, UnitSpec
@@ -38,7 +39,7 @@ def rehearse(job: JobInputs, selectable: float) -> dict[Stage, list[str]]:
     text = f"{rendering(parameters) or ''} cut to {parameters['max_length']}"
     pool, target = (f"{dataset} {text}" for dataset in (job.pool, job.target))
     is_exact = parameters["method"] == "exact_influence"
-    all_exact = is_exact or parameters["landmarks"]["count"] >= selectable
+    all_exact = is_exact or landmark_count(parameters, int(selectable)) >= selectable
     propagates = parameters["method"] == "influence_distillation" and not all_exact
     landmarks = pool if is_exact else f"{parameters['landmarks']} of {pool}"
     prepared = {
@@ -67,9 +68,8 @@ def rehearse(job: JobInputs, selectable: float) -> dict[Stage, list[str]]:
                     }
                 case Stage.CHOOSE_EMBEDDING:
                     result = {"chosen": {"kind": name}}
-                case Stage.PROPAGATE:
-                    refines = propagates and parameters["refine"] > 0
-                    result = {"shortlist": {"tokens": f"best of {name}", "shards": one} if refines else None}
+                case Stage.PROPAGATE if propagates and parameters["refine"]["size"] and Stage.REFINE not in done:
+                    result = {"shortlist": {"tokens": f"best of {name}", "shards": one}}
             done.setdefault(unit.stage, []).append(Done(artifact_key=name, spec=unit.spec, result=result))
     return {stage: [unit.artifact_key for unit in done[stage]] for stage in Stage if stage in done}
 
@@ -77,8 +77,8 @@ def rehearse(job: JobInputs, selectable: float) -> dict[Stage, list[str]]:
 def _next_units(job: JobInputs, done: History, name: Callable[..., str]) -> list[UnitSpec]:
     planner = _Planner(job, done, name)
     for wave in (
-        *(planner.warmup, planner.measure, planner.decide, planner.embed, planner.propagate),
-        *(planner.refine, planner.select, planner.validate),
+        *(planner.warmup, planner.measure, planner.offer, planner.decide, planner.embed),
+        *(planner.propagate, planner.select, planner.validate),
     ):
         if units := wave():
             return units
@@ -167,17 +167,39 @@ class _Planner:
         if self._has_gradients and not self._of(Stage.LANDMARK_GRADIENTS):
             units += self._gradients(Stage.LANDMARK_GRADIENTS, prepared["landmarks"], prepared["landmark_shards"])
             units += self._gradients(Stage.TARGET_GRADIENTS, prepared["target_tokens"], prepared["target_shards"])
-            if self._propagates and embedding["kind"] == "auto":
-                shards = prepared["candidate_shards"]
-                for number, options in enumerate(prepared["candidates"]):
-                    first = number * len(shards)
-                    units += self._embeddings(Stage.CANDIDATES, prepared["candidate_tokens"], shards, options, first)
+            if self._needs_statistics():
+                units.append(self._text_statistics())
             elif self._propagates:
                 units += self._pool_embeddings(embedding)
         if self._method == "rds_plus" and not self._of(Stage.EMBED):
             options = {**embedding, "kind": "rds"}
             units += self._pool_embeddings(options)
             units += self._embeddings(Stage.EMBED_TARGET, prepared["target_tokens"], prepared["target_shards"], options)
+        return units
+
+    def _needs_statistics(self) -> bool:
+        return self._propagates and self._parameters["embedding"]["kind"] in ("auto", "text", "text_hidden")
+
+    def _text_statistics(self) -> UnitSpec:
+        """What embeddings from text need to know of the whole pool."""
+        spec = {
+            "tokens": self._prepared["pool_tokens"],
+            "scaled_on": self._prepared["candidate_tokens"],
+            **self._model(),
+        }
+        depends_on = {**spec, **self._model_dependence()}
+        total = self._prepared["n"]
+        return self._unit(Stage.TEXT_STATISTICS, "text_statistics", ".safetensors", spec, depends_on, total)
+
+    def offer(self) -> list[UnitSpec]:
+        """The candidates of `auto`, embedded for the landmarks."""
+        if not self._propagates or self._parameters["embedding"]["kind"] != "auto" or self._of(Stage.CANDIDATES):
+            return []
+        prepared = self._prepared
+        units: list[UnitSpec] = []
+        for options in prepared["candidates"]:
+            tokens, shards = prepared["candidate_tokens"], prepared["candidate_shards"]
+            units += self._embeddings(Stage.CANDIDATES, tokens, shards, options, len(units))
         return units
 
     def _gradients(self, stage: Stage, tokens: str, bounds: Bounds) -> list[UnitSpec]:
@@ -199,7 +221,9 @@ class _Planner:
     def _embeddings(
         self, stage: Stage, tokens: str, bounds: Bounds, options: Mapping[str, Any], first: int = 0
     ) -> list[UnitSpec]:
-        chosen = {"options": dict(options)}
+        chosen: dict[str, Any] = {"options": dict(options)}
+        if options["kind"] in ("text", "text_hidden"):
+            chosen["statistics"] = self._keys(Stage.TEXT_STATISTICS)[0]
         return self._shards(stage, "embeddings", tokens, bounds, chosen, chosen, first)
 
     def _shards(
@@ -266,18 +290,26 @@ class _Planner:
         return self._unit(Stage.CURVATURE, "curvatures", ".safetensors", spec, depends_on, self._prepared["t"])
 
     def _measured(self) -> dict[str, Any]:
-        """The gradients that there are: of each round's landmarks, and of the targets."""
+        """The gradients that there are: of each round's landmarks, of what was refined in each round, and of the targets."""
+        return {
+            "landmarks": self._rounds(Stage.LANDMARK_GRADIENTS),
+            "refined": self._rounds(Stage.REFINE),
+            "target_gradients": self._keys(Stage.TARGET_GRADIENTS),
+        }
+
+    def _rounds(self, stage: Stage) -> list[dict[str, Any]]:
         rounds: list[dict[str, Any]] = []
-        for unit in self._of(Stage.LANDMARK_GRADIENTS):
+        for unit in self._of(stage):
             if unit.spec["start"] == 0:
                 rounds.append({"tokens": unit.spec["tokens"], "gradients": []})
             rounds[-1]["gradients"].append(unit.artifact_key)
-        return {"landmarks": rounds, "target_gradients": self._keys(Stage.TARGET_GRADIENTS)}
+        return rounds
 
     def embed(self) -> list[UnitSpec]:
         if not self._propagates or self._of(Stage.EMBED):
             return []
-        return self._pool_embeddings(self._of(Stage.CHOOSE_EMBEDDING)[0].result["chosen"])
+        chosen = self._of(Stage.CHOOSE_EMBEDDING)
+        return self._pool_embeddings(chosen[0].result["chosen"] if chosen else self._parameters["embedding"])
 
     def _data(self) -> dict[str, Any]:
         """The data of a selection."""
@@ -285,14 +317,16 @@ class _Planner:
         return {"pool": prepared["pool_tokens"], "targets": prepared["target_tokens"], "budget": self._job.budget}
 
     def propagate(self) -> list[UnitSpec]:
-        """Every sample's influence; before it, where the last round asked for more landmarks, their gradients."""
+        """Every sample's influence; and then what the last round asked for: more landmarks, or a shortlist's gradients."""
         rounds = self._of(Stage.PROPAGATE)
-        grow = rounds[-1].result.get("grow") if rounds else None
-        if self._method == "random" or (rounds and grow is None):
+        asked = rounds[-1].result if rounds else {}
+        wanted = asked.get("grow") or asked.get("shortlist")
+        if self._method == "random" or (rounds and wanted is None):
             return []
         measured = self._measured()
-        if grow is not None and len(measured["landmarks"]) == len(rounds):
-            return self._gradients(Stage.LANDMARK_GRADIENTS, grow["tokens"], grow["shards"])
+        if wanted is not None and len(measured["landmarks"]) + len(measured["refined"]) == len(rounds):
+            stage = Stage.LANDMARK_GRADIENTS if asked.get("grow") else Stage.REFINE
+            return self._gradients(stage, wanted["tokens"], wanted["shards"])
         spec = {
             **measured,
             "embeddings": self._keys(Stage.EMBED),
@@ -301,7 +335,7 @@ class _Planner:
         }
         names = ("kernel", "selection", "refine", "min_fidelity", "seed", "gradient", "curvature")
         # The parameters apart: a name may be one of the spec's.
-        depends_on = {**spec, "parameters": self._only(*names), **self._data()}
+        depends_on = {**spec, "parameters": self._only(*names), "cap": self._prepared.get("refine_cap"), **self._data()}
         return [
             self._unit(Stage.PROPAGATE, "influence", ".npy", spec, depends_on, self._prepared["n"], shard=len(rounds))
         ]
@@ -310,22 +344,12 @@ class _Planner:
         keys = self._keys(Stage.CURVATURE)
         return keys[0] if keys else None
 
-    def refine(self) -> list[UnitSpec]:
-        """Exact gradients of the shortlist."""
-        if self._method == "random" or self._of(Stage.REFINE):
-            return []
-        shortlist = self._of(Stage.PROPAGATE)[-1].result["shortlist"]
-        return [] if shortlist is None else self._gradients(Stage.REFINE, shortlist["tokens"], shortlist["shards"])
-
     def select(self) -> list[UnitSpec]:
         if self._of(Stage.SELECT):
             return []
-        refined = self._of(Stage.REFINE)
         propagated = self._of(Stage.PROPAGATE)
-        shortlist = [{"tokens": refined[0].spec["tokens"], "gradients": self._keys(Stage.REFINE)}] if refined else []
         spec = {
             **self._measured(),
-            "refined": shortlist,
             "embeddings": self._keys(Stage.EMBED),
             "target_units": [*self._keys(Stage.TARGET_GRADIENTS), *self._keys(Stage.EMBED_TARGET)],
             "influence": propagated[-1].artifact_key if propagated else None,
@@ -333,7 +357,7 @@ class _Planner:
         }
         depends_on = {
             **spec,
-            "parameters": self._only("method", "selection", "curvature", "optimizer", "seed", "refine"),
+            "parameters": self._only("method", "selection", "curvature", "optimizer", "seed"),
             "normalize": self._parameters["gradient"]["normalize"],
             "held_out_from": HELD_OUT_FROM,
             **self._data(),

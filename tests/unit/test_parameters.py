@@ -20,6 +20,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"optimizer": {"type": "sgd", "momentum": 0.9, "weight_decay": 0.01}},
     {"selection": "weighted", "optimizer": ADAMW, "curvature": {"type": "hessian", "rank": 64}, "warmup": {}},
     {"selection": "weighted", "gradient": {"normalize": True}},
+    {"refine": {"size": 2.4, "rounds": 4}},
+    {"refine": {"max_cost": 0.5, "min_captured": 0.9}, "kernel": {"kind": "laplacian", "bandwidth": 1.5}},
+    {"refine": {"share": 0.3, "rounds": 2}, "embedding": {"kind": "text_hidden", "blocks": 2}},
     {"refine": 0, "min_fidelity": 0.9, "embedding": {"kind": "hidden", "blocks": 2, "pooling": "last"}},
     {"embedding": {"kind": "rds"}, "kernel": {"kind": "linear"}, "quantization": "int8"},
     {"gradient": {"modules": "self_attn.o_proj", "projection_dim": None}, "landmarks": {"choice": "stratified"}},
@@ -55,9 +58,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "random", "warmup": {}}, "warmup", "seed alone"),
     ({"method": "random", "optimizer": {"type": "sgd", "momentum": 0.9}}, "optimizer", "seed alone"),
     ({"embedding": {"kind": "hidden", "tangents": 3}}, "embedding.tangents", "embedding.kind jvp, not hidden"),
+    ({"embedding": {"kind": "text", "blocks": 3}}, "embedding.blocks", "not text"),
+    ({"refine": {"share": 0.2, "size": 2}}, "refine.share", "takes the place"),
+    ({"refine": {"size": 2, "max_cost": 0.5}}, "refine.max_cost", "size auto"),
+    ({"refine": {"share": 0.2, "min_captured": 0.5}}, "refine.min_captured", "size auto"),
     ({"embedding": {"kind": "rds", "blocks": 3}}, "embedding.blocks", "not rds"),
     ({"embedding": {"kind": "rds", "pooling": "last"}}, "embedding.pooling", "not rds"),
-    ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "kernel.kind rbf, not linear"),
+    ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "laplacian or rbf, not linear"),
     ({"optimizer": {**ADAMW, "momentum": 0.9}}, "optimizer.momentum", "optimizer.type sgd, not adamw"),
     ({"optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay", "not none"),
     ({"optimizer": {"type": "sgd", "betas": [0.8, 0.9]}}, "optimizer.betas", "adam or adamw, not"),
@@ -156,6 +163,20 @@ def test_what_an_older_version_accepted_stays_readable(given: dict[str, Any], pa
 )
 def test_normalize_follows_the_selection(given: dict[str, Any], normalize: bool | None) -> None:
     assert Parameters.model_validate(given).gradient.normalize is normalize
+
+
+@pytest.mark.parametrize(("short", "full"), [
+    ("auto", {}), (0, {"size": 0}), (0.2, {"share": 0.2, "rounds": 1}), (1.0, {"share": 1.0, "rounds": 1}),
+])  # fmt: skip
+def test_refine_has_short_forms(short: Any, full: dict[str, Any]) -> None:
+    assert Parameters.model_validate({"refine": short}) == Parameters.model_validate({"refine": full})
+
+
+@pytest.mark.parametrize("refine", [2.4, -0.1, "some", True, None, {"size": -1}, {"rounds": 0}])
+def test_refine_is_refused_where_it_says_nothing(refine: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Parameters.model_validate({"refine": refine})
+    assert {error["loc"][0] for error in refused.value.errors()} == {"refine"}
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("none", 1e-3), ("sgd", 1e-3), ("adam", 2e-5), ("adamw", 2e-5)])

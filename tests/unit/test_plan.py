@@ -31,10 +31,11 @@ PREPARED: dict[str, Any] = {
     "candidates": [HIDDEN, JVP],
     "target_shards": [[0, 5]],
     "warmup_total": 30,
+    "refine_cap": {"samples": 24},
     "n": 100,
     "t": 5,
 }
-SHORTLIST = {"tokens": "tokens/shortlist", "shards": [[0, 9], [9, 18]]}
+SHORTLIST = {"tokens": "tokens/shortlist"}
 ADAM = {"optimizer": {"type": "adamw"}, "warmup": {"samples": 30}}
 
 
@@ -43,7 +44,7 @@ def job(**parameters: Any) -> JobInputs:
     return JobInputs(model={"kind": "registered", "name": "m"}, pool="p", target="t", budget=10, parameters=values)
 
 
-def result_of(unit: UnitSpec, inputs: JobInputs, grow: int, results: dict[Stage, Any]) -> dict[str, Any]:
+def result_of(unit: UnitSpec, inputs: JobInputs, grow: int, refine: int, results: dict[Stage, Any]) -> dict[str, Any]:
     propagates = inputs.parameters["method"] == "influence_distillation" and "all_exact" not in results
     match unit.stage:
         case stage if stage in results:
@@ -54,13 +55,21 @@ def result_of(unit: UnitSpec, inputs: JobInputs, grow: int, results: dict[Stage,
             return {"chosen": JVP}
         case Stage.PROPAGATE if unit.shard < grow:
             return {"grow": {"tokens": f"tokens/more-{unit.shard}", "shards": [[0, 20]]}}
+        case Stage.PROPAGATE if unit.shard < grow + refine and propagates:
+            tokens = f"{SHORTLIST['tokens']}-{unit.shard}"
+            return {"shortlist": {"tokens": tokens, "shards": [[0, 9], [9, 18]]}}
         case Stage.PROPAGATE:
-            return {"shortlist": SHORTLIST if inputs.parameters["refine"] and propagates else None}
+            return {"shortlist": None}
     return {}
 
 
 def waves(
-    inputs: JobInputs, *, grow: int = 0, prepared: dict[str, Any] | None = None, results: dict[Stage, Any] | None = None
+    inputs: JobInputs,
+    *,
+    grow: int = 0,
+    refine: int = 1,
+    prepared: dict[str, Any] | None = None,
+    results: dict[Stage, Any] | None = None,
 ) -> list[list[UnitSpec]]:
     """All waves of the job, each unit finishing with a plausible result."""
     done = {Stage.PREPARE: [Done(artifact_key="prepare", spec={}, result={**PREPARED, **(prepared or {})})]}
@@ -69,7 +78,7 @@ def waves(
         found.append(units)
         assert len(found) < 30, "the plan does not end"
         for unit in units:
-            result = result_of(unit, inputs, grow, results or {})
+            result = result_of(unit, inputs, grow, refine, results or {})
             done.setdefault(unit.stage, []).append(Done(artifact_key=unit.artifact_key, spec=unit.spec, result=result))
     numbers = [(unit.stage, unit.shard) for wave in found for unit in wave]
     assert len(set(numbers)) == len(numbers), "the ledger knows a unit by its stage and shard"
@@ -87,23 +96,27 @@ EXACT = ["landmark_gradients target_gradients", "propagate", "select"]
 
 class TestWaves:
     @pytest.mark.parametrize(("parameters", "prepared", "expected"), [
-        ({}, {}, [
-            "candidates landmark_gradients target_gradients", "choose_embedding", "embed", "propagate", "refine", "select",
+        ({"embedding": {"kind": "text"}}, {}, [
+            "landmark_gradients target_gradients text_statistics", "embed", "propagate", "refine", "propagate", "select",
             "validate",
         ]),
+        ({"embedding": {"kind": "auto"}, "validate": False}, {}, [
+            "landmark_gradients target_gradients text_statistics", "candidates", "choose_embedding", "embed", "propagate",
+            "refine", "propagate", "select",
+        ]),
         # A named embedding is computed beside the gradients.
-        (NAMED | {"refine": 0, "validate": False}, {}, [
-            "embed landmark_gradients target_gradients", "propagate", "select",
+        (NAMED | {"validate": False}, {}, [
+            "embed landmark_gradients target_gradients", "propagate", "refine", "propagate", "select",
         ]),
         ({"method": "exact_influence", "validate": False}, {"all_exact": True}, EXACT),
         ({"validate": False, "refine": 0}, {"all_exact": True}, EXACT),
         ({"method": "rds_plus", "validate": False}, {}, ["embed embed_target", "propagate", "select"]),
         ({"method": "random"}, {}, ["select", "validate"]),
-    ], ids=["default", "hidden", "exact", "all landmarks", "rds_plus", "random"])  # fmt: skip
+    ], ids=["text", "auto", "hidden", "exact", "all landmarks", "rds_plus", "random"])  # fmt: skip
     def test_a_job_has_the_waves_that_its_parameters_need(
         self, parameters: dict[str, Any], prepared: dict[str, Any], expected: list[str]
     ) -> None:
-        found = waves(job(**parameters), prepared=prepared)
+        found = waves(job(**parameters), prepared=prepared, refine=0 if prepared else 1)
         assert names(found) == expected
         if parameters.get("method") == "rds_plus":
             assert {unit.spec["options"]["kind"] for unit in found[0]} == {"rds"}
@@ -127,11 +140,32 @@ class TestWaves:
         assert waves(job(optimizer={"type": "adam"}))[0][0].spec["state"] == "registered"
 
     def test_landmarks_grow_round_by_round(self) -> None:
-        found = waves(job(**NAMED, min_fidelity=0.9, refine=0, validate=False), grow=2)
+        found = waves(job(**NAMED, min_fidelity=0.9, validate=False), grow=2, refine=0)
         assert names(found)[1:] == [*["propagate", "landmark_gradients"] * 2, "propagate", "select"]
         rounds = found[-1][0].spec["landmarks"]
         assert [round_["tokens"] for round_ in rounds] == ["tokens/landmarks", "tokens/more-0", "tokens/more-1"]
         assert [len(round_["gradients"]) for round_ in rounds] == [2, 1, 1]
+
+    def test_each_round_is_propagated_from_all_that_is_exact_by_then(self) -> None:
+        found = waves(job(**NAMED, validate=False), refine=3)
+        assert names(found)[1:] == [*["propagate", "refine"] * 3, "propagate", "select"]
+        fits = [unit.spec for wave in found for unit in wave if unit.stage == Stage.PROPAGATE]
+        assert [len(spec["refined"]) for spec in fits] == [0, 1, 2, 3]
+        select = found[-1][0].spec
+        assert [len(round_["gradients"]) for round_ in select["refined"]] == [2, 2, 2]
+        assert select["refined"] == fits[-1]["refined"]
+
+    def test_landmarks_grow_before_anything_is_refined(self) -> None:
+        found = waves(job(**NAMED, min_fidelity=0.9, validate=False), grow=1, refine=2)
+        assert names(found)[1:] == [
+            *["propagate", "landmark_gradients"], *["propagate", "refine"] * 2, "propagate", "select",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("kind", ["text", "text_hidden"])
+    def test_embeddings_of_text_depend_on_the_statistics_of_the_pool(self, kind: str) -> None:
+        found = [unit for wave in waves(job(embedding={"kind": kind})) for unit in wave]
+        statistics = next(unit.artifact_key for unit in found if unit.stage == Stage.TEXT_STATISTICS)
+        assert {unit.spec["statistics"] for unit in found if unit.stage == Stage.EMBED} == {statistics}
 
     @pytest.mark.parametrize(("kind", "optimizer", "expected"), [
         ("fisher", {"type": "sgd"}, False),  # it is in the gradients already
@@ -184,6 +218,7 @@ def changed(before: JobInputs, after: JobInputs, **prepared: Any) -> set[str]:
 
 DECIDED = {"propagate", "refine", "select", "validate"}
 MEASURED = {"embed", "landmark_gradients", "target_gradients"}
+AUTO = {"embedding": {"kind": "auto"}}
 WARM = {"warmup": {"samples": 30, "lora": {}}}
 CURVED = {"optimizer": {"type": "adam"}, "selection": "weighted", "curvature": {"type": "ggn"}}
 
@@ -247,8 +282,8 @@ class TestKeys:
         (CURVED, {"optimizer": {"type": "adam", "weight_decay": 0.1}}, Stage.CURVATURE),
         (CURVED, {"curvature": {"type": "hessian"}}, Stage.CURVATURE),
         (CURVED, {"curvature": {"type": "ggn", "rank": 8}}, Stage.CURVATURE),
-        ({}, {"kernel": {"ridge": 1}}, Stage.CHOOSE_EMBEDDING),
-        ({}, {"gradient": {"normalize": False}}, Stage.CHOOSE_EMBEDDING),
+        (AUTO, {"kernel": {"ridge": 1}}, Stage.CHOOSE_EMBEDDING),
+        (AUTO, {"gradient": {"normalize": False}}, Stage.CHOOSE_EMBEDDING),
     ])  # fmt: skip
     def test_what_is_made_once_a_job_has_all_that_it_depends_on_in_its_name(
         self, job_of: dict[str, Any], change: dict[str, Any], stage: Stage

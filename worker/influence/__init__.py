@@ -45,6 +45,7 @@ from .optimizers import (
     step_offset,
 )
 from .projection import GradientProjection
+from .promise import Residuals, promise
 from .samples import Samples, token_batches
 from .second_order import SecondOrder, low_rank, offset_influence, quadratic_factors, second_order_terms
 from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, shortlist, top_k
@@ -61,6 +62,7 @@ __all__ = [
     "OptimizerOptions",
     "OptimizerState",
     "Progress",
+    "Residuals",
     "Samples",
     "Scaling",
     "SecondOrder",
@@ -85,6 +87,7 @@ __all__ = [
     "optimizer_step",
     "per_sample_gradients",
     "predicted_change",
+    "promise",
     "quadratic_factors",
     "round_robin",
     "sample_losses",

@@ -8,14 +8,18 @@ import numpy.typing as npt
 
 from service.datasets.storage import iter_ids
 from service.plan.artifact_keys import artifact_key
+from service.plan.job_counts import JobCounts
+from service.plan.landmark_count import landmark_count
 from service.plan.limits import COMPARED_LANDMARKS
 from service.plan.preparing import is_prepared, is_shard
+from service.plan.refine_cap import refine_cap, shortlist_size
 from service.plan.shards import embed_shards, gradient_shards
-from service.plan.stages import Stage
+from service.plan.stages import JobInputs, Stage
 from worker.errors import NAMED_IN_ERROR, DataError, ParameterError, TooManyUnusable, in_words, max_unusable
 from worker.influence import EmbeddingOptions, embedding_candidates, landmark_order
 from worker.loading import models
 from worker.loading.folders import ModelFolder
+from worker.loading.model_shape import shape_in_files
 from worker.loading.optimizer_state import check_optimizer_state
 from worker.loading.placement import choose_dtype, device_name
 from worker.stages import package_versions, tokenise
@@ -72,7 +76,7 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
         raise ParameterError(f"budget is {job.budget}, but only {len(usable)} samples of the pool can be used.")
     dtype = choose_dtype(job.parameters["dtype"], context.models.device)
     warmup = job.parameters["warmup"]
-    return {
+    prepared = {
         **found,
         "model_files": folder.files,
         "model_type": config.model_type,
@@ -97,6 +101,7 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
         **_candidates(job.parameters, config),
         **({} if warmup is None else {"warmup_total": min(warmup["samples"], len(usable)) * warmup["epochs"]}),
     }
+    return prepared | _refinement(job, folder, prepared)
 
 
 def _tokenise(
@@ -148,7 +153,8 @@ def _landmarks(
         shards = gradient_shards(pool.length)
         landmarks = {"landmarks": pool_key, "landmark_shards": shards, "landmark_count": len(usable), "all_exact": True}
         return {**landmarks, "notes": []}
-    wanted, choice, seed = parameters["landmarks"]["count"], parameters["landmarks"]["choice"], parameters["seed"]
+    named, choice, seed = parameters["landmarks"]["count"], parameters["landmarks"]["choice"], parameters["seed"]
+    wanted = landmark_count(parameters, len(usable))
     order_key = artifact_key(Stage.PREPARE, "orders", ".npy", pool=pool_key, choice=choice, seed=seed)
     if not context.store.is_whole(order_key):
         sources = None
@@ -159,9 +165,9 @@ def _landmarks(
             np.save(file, landmark_order(usable, choice=choice, seed=seed, sources=sources))
     with context.store.local(order_key) as path:
         order = np.load(path, mmap_mode="r")[:wanted].copy()
-    rows, compared = np.sort(order[:wanted]), np.sort(order[: min(wanted, COMPARED_LANDMARKS)])
-    if wanted > len(usable):
-        notes.append(f"landmarks.count is {wanted}: lowered to the {len(usable)} usable samples of the pool.")
+    rows, compared = np.sort(order), np.sort(order[:COMPARED_LANDMARKS])
+    if named is not None and named > len(usable):
+        notes.append(f"landmarks.count is {named}: lowered to the {len(usable)} usable samples of the pool.")
     if len(rows) == len(usable):
         notes.append("Every usable sample is a landmark, so every influence is exact and nothing was propagated.")
     return {
@@ -174,6 +180,24 @@ def _landmarks(
         "all_exact": len(rows) == len(usable),
         "notes": notes,
     }
+
+
+def _refinement(job: JobInputs, folder: ModelFolder, prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """How many samples may be refined, and what follows for `max_cost`."""
+    parameters = job.parameters
+    if parameters["method"] != "influence_distillation" or prepared["all_exact"]:
+        return {}
+    cap = refine_cap(shape_in_files(folder), parameters, JobCounts.of_prepared(prepared, job.budget))
+    samples = shortlist_size(
+        parameters["refine"],
+        budget=job.budget,
+        usable=prepared["usable"],
+        landmarks=prepared["landmark_count"],
+        cap=cap.samples,
+    )
+    is_auto = parameters["refine"]["size"] == "auto" and parameters["refine"]["share"] is None
+    notes = [cap.note] if is_auto and cap.note is not None else []
+    return {"refine_cap": {**cap.as_dict(), "samples": samples}, "notes": [*prepared["notes"], *notes]}
 
 
 def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Propagate: every sample's influence on every target, and the shortlist whose gradients are computed exactly.
+"""Propagate: every sample's influence on every target, and what is to be computed exactly next.
 
-What is exact stays exact: the rows of landmarks hold their own influence. Where `min_fidelity` is not met, nothing is
-propagated yet; the result asks for more landmarks instead.
+What is exact stays exact: the rows of landmarks and of what was refined hold their own influence. Where `min_fidelity` is not
+met, nothing is propagated yet; the result asks for more landmarks instead. Where a round of refining follows, the result asks for
+the gradients of its shortlist, and the influence is propagated again once they are there.
 """
 
-import math
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from safetensors.torch import save_file
 from service.plan.limits import KERNEL_ROWS, MAX_LANDMARKS
 from service.plan.shards import gradient_shards
 from service.storage.artifacts import ArtifactStore
-from worker.influence import Fidelity, KernelRidge, cosine_influence, fidelity, shortlist
+from service.storage.tempdirs import temporary_directory
+from worker.influence import Fidelity, KernelRidge, cosine_influence, fidelity
 from worker.stages.context import StageContext
 from worker.stages.exact_rows import (
     Measure,
@@ -29,6 +32,7 @@ from worker.stages.exact_rows import (
     nonfinite,
     valid_targets,
 )
+from worker.stages.rounds import Known, next_round
 from worker.text import token_files
 
 Blocks = Iterator[tuple[int, npt.NDArray[np.float32]]]
@@ -37,38 +41,76 @@ Blocks = Iterator[tuple[int, npt.NDArray[np.float32]]]
 
 def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Writes [P | curvature columns], float32 (n, x), as .npy; see `Measure.rows` for the columns. Where it propagates, writes
-    beside it what each landmark contributes, which the result names as `explanation`."""
+    beside it what each exact sample contributes, which the result names as `explanation`. Where the result asks for more
+    landmarks (`grow`) or exact gradients (`shortlist`), writes neither."""
+    store, job = context.store, context.job
     _check_all(context, spec)
-    if context.job.parameters["method"] == "rds_plus":
-        targets = torch.cat(list(_embedding_shards(context.store, spec["target_embeddings"]))).float()
-        _write(context, artifact_key, len(targets), _cosines(context.store, spec["embeddings"], targets))
-        return {"shortlist": None, "fidelity": None, "notes": []}
+    with temporary_directory(store.temporary_folder) as folder:
+        influence = folder / "influence.npy"
+        if job.parameters["method"] == "rds_plus":
+            targets = torch.cat(list(_embedding_shards(store, spec["target_embeddings"]))).float()
+            _write(context, influence, len(targets), _cosines(store, spec["embeddings"], targets))
+            found: dict[str, Any] = {"fidelity": None, "notes": []}
+        elif not spec["embeddings"] or _count(spec, context) == context.prepared["usable"]:
+            measure = Measure.load(context, spec)
+            _write(context, influence, measure.columns, _exact_blocks(store, measure, spec["landmarks"]))
+            found = {"fidelity": None, "notes": _notes_of_growth(context, spec, None)}
+        else:
+            found = _propagate(context, artifact_key, spec, influence)
+        if not (found.get("grow") or found.get("shortlist")):
+            with store.writing(artifact_key) as path:
+                shutil.move(influence, path)
+    return {"shortlist": None, **found}
+
+
+def _propagate(context: StageContext, artifact_key: str, spec: dict[str, Any], influence: Path) -> dict[str, Any]:
     measure = Measure.load(context, spec)
-    if not spec["embeddings"] or _count(spec, context) == context.prepared["usable"]:
-        _write(context, artifact_key, measure.columns, _exact_blocks(context.store, measure, spec["landmarks"]))
-        return {"shortlist": None, "fidelity": None, "notes": _notes_of_growth(context, spec, None)}
-    landmarks, P_lx = exact_rows(context.store, measure, spec["landmarks"])
-    ridge = _fit(context, spec, landmarks, P_lx)
+    exact, P_ex = exact_rows(context.store, measure, [*spec["landmarks"], *spec["refined"]])
+    landmarks = [token_files.read_indices(context.store, round_["tokens"]) for round_ in spec["landmarks"]]
+    is_landmark = np.isin(exact, np.concatenate(landmarks))
+    ridge = _fit(context, spec, exact, P_ex)
     valid = valid_targets(context, spec["target_gradients"])
-    found = fidelity(P_lx[:, valid], ridge.leave_one_out()[:, valid])
-    grow = _growth(context, _count(spec, context), found)
-    if grow is not None:
-        return {"grow": grow, "fidelity": _as_dict(found), "notes": []}
-    blocks = _predictions(context.store, spec["embeddings"], ridge, landmarks, P_lx)
-    _write(context, artifact_key, measure.columns, blocks)
+    left_out_et = ridge.leave_one_out()[:, valid]
+    found = fidelity(P_ex[is_landmark][:, valid], left_out_et[is_landmark])
+    if not spec["refined"]:
+        grow = _growth(context, _count(spec, context), found)
+        if grow is not None:
+            return {"grow": grow, "fidelity": _as_dict(found), "notes": []}
+    blocks = _predictions(context.store, spec["embeddings"], ridge, exact, P_ex)
+    _write(context, influence, measure.columns, blocks)
+    keys = [*spec["embeddings"], *gradient_keys(spec["landmarks"]), *gradient_keys(spec["refined"])]
+    known = Known(
+        P_nx=np.load(influence, mmap_mode="r"),
+        valid=valid,
+        eligible=eligible_samples(context, keys),
+        exact=exact,
+        is_landmark=is_landmark,
+        P_et=P_ex[:, valid].double().numpy(),
+        left_out_et=left_out_et.double().numpy(),
+        tried=_rows_of(context, spec["refined"]),
+    )
+    refinement, shortlist = next_round(context, known, influence.parent)
+    explanation = None
+    if shortlist is None:
+        explanation = _write_explanation(context, artifact_key, ridge, exact, valid)
     return {
-        "explanation": _write_explanation(context, artifact_key, ridge, landmarks, valid),
-        "shortlist": _shortlist(context, artifact_key, spec, landmarks, valid),
+        "shortlist": shortlist,
+        "refinement": refinement,
+        "explanation": explanation,
         "fidelity": _as_dict(found),
         "sigma": ridge.sigma,
         "delta": ridge.delta,
-        "operations": 2.0 * context.prepared["n"] * len(landmarks) * (ridge.E_le.shape[1] + measure.columns),
+        "operations": 2.0 * context.prepared["n"] * len(exact) * (ridge.E_le.shape[1] + measure.columns),
         "notes": _notes_of_growth(context, spec, found),
     }
 
 
+def _rows_of(context: StageContext, rounds: Sequence[dict[str, Any]]) -> int:
+    return sum(len(token_files.read_indices(context.store, round_["tokens"])) for round_ in rounds)
+
+
 def _count(spec: dict[str, Any], context: StageContext) -> int:
-    return sum(len(token_files.read_indices(context.store, round_["tokens"])) for round_ in spec["landmarks"])
+    return _rows_of(context, spec["landmarks"])
 
 
 def _check_all(context: StageContext, spec: dict[str, Any]) -> None:
@@ -78,6 +120,8 @@ def _check_all(context: StageContext, spec: dict[str, Any]) -> None:
     check_nonfinite(context, context.job.target, of_targets, prepared["t"], "target samples")
     of_landmarks = nonfinite(store, gradient_keys(spec["landmarks"]))
     check_nonfinite(context, context.job.pool, of_landmarks, _count(spec, context), "landmarks")
+    of_refined = nonfinite(store, gradient_keys(spec["refined"]))
+    check_nonfinite(context, context.job.pool, of_refined, _rows_of(context, spec["refined"]), "shortlisted samples")
     check_nonfinite(context, context.job.pool, nonfinite(store, spec["embeddings"]), prepared["n"], "samples")
 
 
@@ -148,10 +192,10 @@ def _exact_blocks(store: ArtifactStore, measure: Measure, rounds: Sequence[dict[
         yield int(rows[0]), block
 
 
-def _write(context: StageContext, artifact_key: str, columns: int, blocks: Blocks) -> None:
+def _write(context: StageContext, path: Path, columns: int, blocks: Blocks) -> None:
     """Writes the blocks one after the other; rows that no block has are 0."""
     total = context.prepared["n"]
-    with context.store.writing(artifact_key) as path, path.open("wb") as file:
+    with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (total, columns)}
         np.lib.format.write_array_header_1_0(file, header)
         first = file.tell()
@@ -196,7 +240,7 @@ def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any
         return None
     usable = prepared["usable"]
     count_after = min(2 * count, usable)
-    if count_after + context.job.parameters["refine"] * usable >= usable:
+    if count_after + prepared["refine_cap"]["samples"] >= usable:
         count_after = usable
     elif count_after > MAX_LANDMARKS:
         return None
@@ -224,55 +268,6 @@ def _notes_of_growth(context: StageContext, spec: dict[str, Any], found: Fidelit
         f"min_fidelity {wanted} is not reached with {count} landmarks (Spearman {found.mean_spearman:.3f}), and no more than"
         f" {MAX_LANDMARKS} are used; method exact_influence computes every sample."
     ]
-
-
-def _shortlist(
-    context: StageContext,
-    artifact_key: str,
-    spec: dict[str, Any],
-    landmarks: npt.NDArray[np.int64],
-    valid: npt.NDArray[np.int64],
-) -> dict[str, Any] | None:
-    """The best by propagated influence: their tokens as an artifact, cut into shards.
-
-    Landmarks are left out: exact influence spreads wider than the propagated one, so they would fill the list.
-    """
-    parameters = context.job.parameters
-    if parameters["refine"] == 0:
-        return None
-    eligible = eligible_samples(context, [*spec["embeddings"], *gradient_keys(spec["landmarks"])])
-    eligible[landmarks] = False
-    wanted = max(math.ceil(parameters["refine"] * context.prepared["usable"]), context.job.budget)
-    size = min(wanted, int(eligible.sum()))
-    if not size:
-        return None
-    with context.store.local(artifact_key) as path:
-        P_nx = np.load(path, mmap_mode="r")
-        rows = shortlist(
-            columns(P_nx, valid),
-            mean_influence(P_nx, valid),
-            size,
-            by_turns=parameters["selection"] == "round_robin",
-            seed=parameters["seed"],
-            eligible=eligible,
-        )
-    tokens = token_files.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
-    lengths = token_files.read_counts(context.store, tokens).length
-    return {"tokens": tokens, "count": len(rows), "shards": gradient_shards(lengths)}
-
-
-def columns(P_nx: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Those columns; a view, of a file that is mapped, where they are the first ones."""
-    if np.array_equal(chosen, np.arange(len(chosen))):
-        return P_nx[:, : len(chosen)]
-    return P_nx[:, chosen]
-
-
-def mean_influence(P_nx: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The mean over those targets, float64 (n,), a block of rows at a time."""
-    starts = range(0, len(P_nx), KERNEL_ROWS)
-    means = [columns(P_nx[start : start + KERNEL_ROWS], targets).mean(axis=1, dtype=np.float64) for start in starts]
-    return np.concatenate(means)
 
 
 def _as_dict(found: Fidelity) -> dict[str, Any]:

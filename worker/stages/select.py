@@ -24,17 +24,14 @@ from worker.influence import (
 )
 from worker.stages.context import StageContext
 from worker.stages.exact_rows import (
-    Measure,
     Rows,
-    check_nonfinite,
     eligible_samples,
-    exact_rows,
     gradient_keys,
     nonfinite,
     split_targets,
     valid_targets,
 )
-from worker.stages.propagate import columns, mean_influence
+from worker.stages.rounds import columns, mean_influence
 from worker.text import token_files
 
 NOT_FINITE = "not_finite"
@@ -63,11 +60,11 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
     """Writes `influence`, `weight` float32 (n,), `exact`, `eligible` bool (n,), `selected` int64 in rank order; and of the choice
     from half of the targets `held_out_selected`, `held_out_weight` and `held_out_targets`, empty where there are too few targets.
     The influence of samples that are not eligible is NaN, and `reason`, uint8 (n,), says why: the place in `reasons` of the
-    result, from 1 on. The shortlist's exact influence on each target stands beside it, named `explanation` by the result."""
+    result, from 1 on."""
     store, job, t = context.store, context.job, context.prepared["t"]
     measured = [*gradient_keys(spec["landmarks"]), *gradient_keys(spec["refined"]), *spec["embeddings"]]
     eligible = eligible_samples(context, measured)
-    solution, explanation, valid = None, None, np.arange(t)
+    solution, valid = None, np.arange(t)
     if job.parameters["method"] == "random":  # nothing is known of any sample's influence, which is given as 0
         generator = np.random.default_rng([job.parameters["seed"], 0x5EED])
         selected = generator.choice(np.flatnonzero(eligible), size=job.budget, replace=False)
@@ -77,17 +74,7 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
         valid = valid_targets(context, spec["target_units"])
         if not len(valid):
             raise DataError("No target sample has a finite gradient or embedding: there is nothing to select for.")
-        refined = None
-        if spec["refined"]:
-            total = sum(len(token_files.read_indices(store, round_["tokens"])) for round_ in spec["refined"])
-            wrong = nonfinite(store, gradient_keys(spec["refined"]))
-            check_nonfinite(context, job.pool, wrong, total, "shortlisted samples")
-            rows, exact_mx = exact_rows(store, Measure.load(context, spec), spec["refined"])
-            refined = rows, exact_mx.numpy()
-            explanation = f"{artifact_key}.refined.safetensors"
-            with store.writing(explanation) as path:
-                save_file({"index": rows, "influence": np.ascontiguousarray(refined[1][:, :t])}, path)
-        tensors, solution = _from_influence(context, spec, eligible, valid, refined)
+        tensors, solution = _from_influence(context, spec, eligible, valid)
     tensors["influence"][~eligible] = np.nan
     reason, reasons = _reasons(context, eligible)
     with store.writing(artifact_key) as path:
@@ -99,7 +86,6 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
         "nonfinite": nonfinite(store, measured),
         "nonfinite_targets": nonfinite(store, spec["target_units"]),
         "excluded_targets": np.setdiff1d(np.arange(t), valid).tolist(),
-        "explanation": explanation,
         "eligible": int(eligible.sum()),
     }
 
@@ -139,14 +125,11 @@ def _from_influence(
     spec: dict[str, Any],
     eligible: npt.NDArray[np.bool_],
     valid: Rows,
-    refined: tuple[Rows, npt.NDArray[np.float32]] | None,
 ) -> tuple[dict[str, npt.NDArray[Any]], WeightedSolution | None]:
     with context.store.local(spec["influence"]) as path:
         P_nx: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
-        candidates, exact = _candidates(context, spec, P_nx, eligible, refined)
+        candidates, exact = _candidates(context, spec, P_nx, eligible)
         influence = mean_influence(P_nx, valid)
-        if refined is not None:
-            influence[candidates.rows] = mean_influence(candidates.P_mx, valid)
         choice = _choose(context, spec, candidates, valid)
         held_in, held_out = split_targets(context, valid)
         half = _choose(context, spec, candidates, held_in, is_half=True) if len(held_out) else None
@@ -158,27 +141,22 @@ def _candidates(
     spec: dict[str, Any],
     P_nx: npt.NDArray[np.float32],
     eligible: npt.NDArray[np.bool_],
-    refined: tuple[Rows, npt.NDArray[np.float32]] | None,
 ) -> tuple[_Candidates, npt.NDArray[np.bool_]]:
     """Among what to choose, and which samples' influence is exact, bool (n,)."""
     n, exact = len(P_nx), np.zeros(len(P_nx), dtype=bool)
     if context.job.parameters["method"] == "rds_plus":
         return _Candidates(rows=np.arange(n), P_mx=P_nx, eligible=eligible), eligible
-    for round_ in spec["landmarks"]:
+    for round_ in (*spec["landmarks"], *spec["refined"]):
         exact[token_files.read_indices(context.store, round_["tokens"])] = True
     exact &= eligible
-    if refined is None:
+    if not spec["refined"]:
         return _Candidates(rows=np.arange(n), P_mx=P_nx, eligible=eligible), exact
-    rows, refined_mx = refined
-    exact[rows] = True
     chosen = np.flatnonzero(exact)
-    P_mx = P_nx[chosen]
-    P_mx[np.searchsorted(chosen, rows)] = refined_mx
     if len(chosen) < context.job.budget:
         raise DataError(
             f"budget is {context.job.budget}, but only {len(chosen)} samples have a finite exact influence; lower it."
         )
-    return _Candidates(rows=chosen, P_mx=P_mx, eligible=np.ones(len(chosen), dtype=bool)), exact
+    return _Candidates(rows=chosen, P_mx=P_nx[chosen], eligible=np.ones(len(chosen), dtype=bool)), exact
 
 
 def _choose(
