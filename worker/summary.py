@@ -49,7 +49,7 @@ def of_method(results: Results) -> dict[str, Any]:
             *_of_rendering(prepared.get("rendering", {})),
             *prepared.get("notes", ()),
             *_of_growth(results),
-            *propagated.get("notes", ()),
+            *(note for result in _all(results, Stage.PROPAGATE) for note in result.get("notes", ())),
             *_of_solver(selected.get("solution")),
             *_of_nonfinite(selected),
         ],
@@ -91,7 +91,9 @@ def _refinement(results: Results) -> dict[str, Any] | None:
     found = [result["refinement"] for result in _all(results, Stage.PROPAGATE) if result.get("refinement")]
     if not found or not found[-1]["refined"]:
         return None
-    rounds = [{name: each[name] for name in ("refined", "times_budget", "promise")} for each in found if each["refined"]]
+    rounds = [
+        {name: each[name] for name in ("refined", "times_budget", "promise")} for each in found if each["refined"]
+    ]
     return {**found[-1], "rounds": rounds}
 
 

@@ -78,7 +78,7 @@ class Kernel(Strict):
     """Kernel ridge regression that maps embeddings to influence."""
 
     kind: Literal["auto", "laplacian", "rbf", "linear"] = Field(
-        default="auto",
+        default="rbf",
         description="`laplacian`: exp(-d/σ); `rbf`: exp(-d²/2σ²); `auto`: the one of the two that predicts left-out landmarks"
         " best; `linear`",
     )

@@ -215,7 +215,7 @@ class _Sample:
 
     def _on_targets(self) -> Vector:
         """The sample's influence on every target, the refined one if there is one."""
-        refined = self._selected["explanation"]
+        refined = self._selected.get("explanation")  # of a job from before rounds; now it is among the propagated
         if refined is not None:
             with self._store.open(refined) as file:
                 tensors = Tensors(file)

@@ -112,7 +112,7 @@ class Truth:
         parts = [load_file(ran.path(Stage.EMBED, i))["embeddings"] for i in range(len(ran.done[Stage.EMBED]))]
         E = torch.cat(parts).double()
         self.rows = torch.tensor(indices(ran, exact=True))
-        P = torch.from_numpy(np.load(ran.path(Stage.PROPAGATE)))[:, :TARGET].double()
+        P = torch.from_numpy(np.load(ran.path(Stage.PROPAGATE, -1)))[:, :TARGET].double()
         result = ran.done[Stage.PROPAGATE][-1].result
         with store.local(result["explanation"]) as path:
             shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
@@ -200,8 +200,8 @@ def test_the_influence_on_the_targets_that_count_has_the_mean_that_is_shown(
 
 def test_the_shortlists_influence_is_that_of_its_own_gradients(jobs: Jobs) -> None:
     """Not what was propagated to it before."""
-    exact, refined = jobs.ran(EXACT), jobs.ran(REFINED)
-    truth, before = (np.load(ran.path(Stage.PROPAGATE)) for ran in (exact, refined))
+    exact, refined, propagated = jobs.ran(EXACT), jobs.ran(REFINED), jobs.ran({**REFINED, "refine": 0})
+    truth, before = (np.load(ran.path(Stage.PROPAGATE, -1)) for ran in (exact, propagated))
     rows = [i for i in indices(refined, exact=True) if not np.allclose(before[i], truth[i], atol=1e-4)]
     assert len(rows) == refined.summary["refined_count"] > 0
     for index in rows:
@@ -285,7 +285,7 @@ class TestMissing:
             jobs.explained(changes, index)
         jobs.explained(changes, index, target=0)  # whose row is as it was
         landmark = indices(ran, exact=True)[0]
-        P = np.load(ran.path(Stage.PROPAGATE))
+        P = np.load(ran.path(Stage.PROPAGATE, -1))
         P[landmark, 0] += 0.1
         with ran.compute.store.writing(ran.keys(Stage.PROPAGATE)[-1]) as path, path.open("wb") as file:
             np.save(file, P)

@@ -139,8 +139,8 @@ class TestRefine:
         assert refined["influence"] == pytest.approx(exact["influence"], rel=1e-4, abs=1e-7)
 
     def test_half_of_the_shortlist_is_chosen_by_turns_and_half_by_the_mean(self, job: Job) -> None:
-        ran = job(gradient=WHOLE, refine=0.3)
-        P = np.load(ran.path(Stage.PROPAGATE))
+        ran, before = job(gradient=WHOLE, refine=0.3), job(gradient=WHOLE, refine=0)
+        P = np.load(before.path(Stage.PROPAGATE))
         (round_,) = ran.done[Stage.PROPAGATE][0].spec["landmarks"]
         P[token_files.read_indices(ran.compute.store, round_["tokens"])] = -np.inf
         by_turns = in_turns(P, 6, seed=0)
@@ -148,6 +148,34 @@ class TestRefine:
         by_mean = np.argsort(-P.mean(axis=1), kind="stable")[:6].tolist()
         shortlist = ran.done[Stage.REFINE][0].spec["tokens"]
         assert token_files.read_indices(ran.compute.store, shortlist).tolist() == sorted(by_turns + by_mean)
+
+    def test_each_round_chooses_among_what_is_predicted_from_all_rounds_before(self, job: Job) -> None:
+        ran = job(gradient=WHOLE, refine={"size": 1.5, "rounds": 3})
+        indices = [
+            set(token_files.read_indices(ran.compute.store, unit.result["shortlist"]["tokens"]).tolist())
+            for unit in ran.done[Stage.PROPAGATE][:-1]
+        ]
+        assert [len(rows) for rows in indices] == [4, 4, 4]
+        assert len(set.union(*indices)) == 12
+        one = job(gradient=WHOLE, refine={"size": 1.5, "rounds": 1})
+        assert one.arrays["exact"].sum() == ran.arrays["exact"].sum() == 24
+        found = ran.summary["refinement"]
+        assert (found["refined"], found["times_budget"], found["stopped"]) == (12, 1.5, "size")
+        assert [round_["refined"] for round_ in found["rounds"]] == [4, 8, 12]
+
+    @pytest.mark.parametrize("selection", ["round_robin", "top_k", "weighted"])
+    def test_it_stops_once_enough_is_promised(self, job: Job, selection: str) -> None:
+        def refined(**refine: float) -> dict[str, Any]:
+            found = job(gradient=WHOLE, landmarks={"count": 6}, selection=selection, refine={"rounds": 4, **refine})
+            return dict(found.summary["refinement"])
+
+        easy, hard = refined(max_cost=10, min_captured=0.05), refined(max_cost=10, min_captured=0.9999)
+        assert easy["stopped"] == "promised"
+        assert BUDGET <= easy["refined"] < hard["refined"] == POOL - 6
+        assert (hard["stopped"], hard["promise"]) == ("pool", pytest.approx(1))
+        capped = refined(max_cost=0.01, min_captured=0.9999)
+        assert (capped["stopped"], capped["refined"]) == ("max_cost", BUDGET)
+        assert 0 < capped["promise"] < 1
 
     def test_without_it_landmarks_alone_are_exact(self, job: Job) -> None:
         ran = job(gradient=WHOLE, refine=0)
@@ -185,7 +213,7 @@ class TestMinFidelity:
     def test_where_it_is_met_nothing_grows(self, job: Job) -> None:
         uniform = {"count": 30, "choice": "uniform"}
         easy = job(gradient=WHOLE, landmarks=uniform, refine=0.1)
-        reached = easy.summary["fidelity"]["mean_spearman"]
+        reached = easy.done[Stage.PROPAGATE][0].result["fidelity"]["mean_spearman"]
         assert reached > 0.05, "choose another seed: this one shows nothing"
         ran = job(gradient=WHOLE, landmarks=uniform, refine=0.1, min_fidelity=reached - 0.01)
         assert ran.keys(Stage.LANDMARK_GRADIENTS) == easy.keys(Stage.LANDMARK_GRADIENTS)

@@ -26,9 +26,23 @@ def test_what_the_certificate_does_not_promise_is_said(solution: dict[str, Any] 
     assert set(found["notes"]) <= set(found["sentences"])
 
 
-def test_of_landmarks_that_grew_the_notes_of_the_last_round_are_given() -> None:
-    results = {Stage.PREPARE: [{"notes": ["first"]}], Stage.PROPAGATE: [{"notes": ["grown"]}, {"notes": ["second"]}]}
-    assert summary.of_method(results)["notes"] == ["first", "second"]
+def test_the_notes_of_all_rounds_are_given() -> None:
+    results = {Stage.PREPARE: [{"notes": ["first"]}], Stage.PROPAGATE: [{"notes": ["grown"]}, {"notes": []}]}
+    assert summary.of_method(results)["notes"] == ["first", "grown"]
+
+
+@pytest.mark.parametrize(("stopped", "promise", "said"), [
+    ("promised", 0.962, ["2 rounds", "96 %"]), ("max_cost", 0.9, ["90 %", "refine.max_cost"]), ("size", None, ["1.5 times"]),
+])  # fmt: skip
+def test_what_was_refined_and_is_expected_of_it_is_said(stopped: str, promise: float | None, said: list[str]) -> None:
+    first = {"refined": 0, "times_budget": 0.0, "most": 20, "promise": None, "stopped": None}
+    second = {**first, "refined": 8, "times_budget": 0.8, "promise": 0.7}
+    third = {**first, "refined": 15, "times_budget": 1.5, "promise": promise, "stopped": stopped}
+    rounds = [{"refinement": each, "notes": []} for each in (first, second, third)]
+    found = summary.of_method({Stage.PREPARE: [{"notes": []}], Stage.PROPAGATE: rounds})
+    assert [round_["refined"] for round_ in found["refinement"]["rounds"]] == [8, 15]
+    (sentence,) = (text for text in found["sentences"] if "15 samples" in text)
+    assert all(part.replace(" %", "%") in sentence for part in said)
 
 
 def test_rounds_of_landmarks_that_were_not_enough_state_their_fidelity() -> None:

@@ -101,7 +101,7 @@ def _propagate(context: StageContext, artifact_key: str, spec: dict[str, Any], i
         "sigma": ridge.sigma,
         "delta": ridge.delta,
         "operations": 2.0 * context.prepared["n"] * len(exact) * (ridge.E_le.shape[1] + measure.columns),
-        "notes": _notes_of_growth(context, spec, found),
+        "notes": [] if spec["refined"] else _notes_of_growth(context, spec, found),
     }
 
 

@@ -48,10 +48,12 @@ def next_round(
         return None, None
     promised = _promise(context, known, unknown, folder) if is_auto or left <= 0 else None
     stopped = None
-    if is_auto and promised is not None and promised >= refine["min_captured"]:
+    if not unknown.any():
+        stopped = "pool"
+    elif is_auto and promised is not None and promised >= refine["min_captured"]:
         stopped = "promised"
     elif left <= 0:
-        stopped = "pool" if not unknown.any() else "max_cost" if is_auto else "size"
+        stopped = "max_cost" if is_auto else "size"
     found = {
         "refined": known.tried,
         "times_budget": round(known.tried / context.job.budget, 2),
