@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload bench-large-pool
+.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload bench-large-pool
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -85,6 +85,9 @@ BENCH = $(BIN)/python benchmarks/$(@:bench-%=%).py --corpus $(CORPUS) --cache $(
 
 bench-fidelity: $(INSTALLED)  ## overlap with exact influence, and its cost, of every embedding and number of landmarks
 	@$(BENCH)
+
+bench-gemma: $(INSTALLED)  ## Gemma 3 270M, the benchmarks' second model: ARGS="--model BENCH_CACHE/models/gemma3-270m"
+	@$(BIN)/python benchmarks/gemma.py $(BENCH_CACHE)/models/gemma3-270m
 
 bench-projection: $(INSTALLED)  ## what projecting the gradients costs in faithfulness
 	@$(BENCH)
