@@ -22,6 +22,9 @@ class SelectionResult(BaseModel):
     * `influence`, `weight`: histogram (64 bins), quantiles, mean and std, of all samples and of the selected
     * `sources`: for each source, samples in the pool, samples selected, and the sum of their weights
     * `landmark_count`, `refined_count`: samples whose gradients were computed, as landmarks and as the shortlist
+    * `refinement`: of what was computed exactly besides landmarks: `refined` samples, `times_budget`, the `most` that were
+      allowed, the `promise` (share of the best selection's influence beyond the pool's mean that the selection is expected to
+      have), why it ended (`stopped`: promised, max_cost, size or pool), and the same of each of the `rounds`
     * `fidelity`: leave-one-out `mean_r2` and `mean_spearman`, and `r2` and `spearman` for each target
     * `embedding`: the one that was `chosen`, and the `candidates` of `auto` with their cost and fidelity
     * `kernel`: `sigma` (width) and `delta` (ridge) that were used
