@@ -221,7 +221,7 @@ def data_stages(model: Any, options: argparse.Namespace) -> Iterator[Stage]:
         dtype=torch.float64,
         operations=fit,
         rows=landmarks,
-        run=lambda _: KernelRidge.fit(E_le, P_lt, ridge=None).coefficients_lt,
+        run=lambda _: KernelRidge.fit(E_le, P_lt, ridge=None).coefficients_zt,
     )
     yield Stage(
         name="propagation",

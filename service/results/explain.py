@@ -271,7 +271,9 @@ class _Sample:
             if sigma is None:
                 parts.append(block @ own)
             else:
-                parts.append(np.exp(np.square(block - own).sum(axis=1) * (-0.5 / sigma**2)))
+                squared = np.square(block - own).sum(axis=1)
+                is_laplacian = self._propagated.get("kernel") == "laplacian"  # not there in results of earlier versions
+                parts.append(np.exp(np.sqrt(squared) / -sigma if is_laplacian else squared * (-0.5 / sigma**2)))
         return np.concatenate(parts)
 
 

@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 
 from worker.influence import KernelRidge, cosine_influence, fidelity
-from worker.influence.kernel_ridge import RIDGES, plain_kernel_ridge, plain_leave_one_out
+from worker.influence.kernel_ridge import RIDGES, ROWS, _spanned, plain_kernel_ridge, plain_leave_one_out, plain_spanned
+from worker.influence.kernels import kernel_matrix, plain_kernel
 
 
 def problem(n=60, e=16, t=3, seed=0):
@@ -34,18 +35,35 @@ def test_cosine_influence():
         cosine_influence(G, T[:, :4])
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "linear"])
+KERNELS = ["rbf", "laplacian", "linear"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_equals_its_formula(kernel):
+    E, _ = problem()
+    sigma = None if kernel == "linear" else 0.7
+    torch.testing.assert_close(
+        kernel_matrix(kernel, E[:5], E[5:], sigma), plain_kernel(kernel, E[:5], E[5:], sigma), rtol=1e-12, atol=1e-14
+    )
+    if kernel == "laplacian":
+        assert float(kernel_matrix(kernel, E[:1], E[1:2], sigma)) == pytest.approx(
+            np.exp(-np.sqrt(float((E[0] - E[1]).square().sum())) / 0.7)
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_prediction_equals_the_formula(kernel):
     E, P = problem()
     fitted = KernelRidge.fit(E[:40], P[:40], kernel=kernel, ridge=0.05)
-    if kernel == "rbf":
+    assert (fitted.kernel, fitted.ridge) == (kernel, 0.05)
+    if kernel != "linear":
         pairs = [float((E[i] - E[j]).norm()) for i in range(40) for j in range(i)]
         assert fitted.sigma == pytest.approx(float(np.median(pairs)))
         assert fitted.delta == pytest.approx(0.05)
     else:
         assert fitted.sigma is None
         assert fitted.delta == pytest.approx(0.05 * float(E[:40].square().sum(1).mean()))
-    expected = plain_kernel_ridge(E, E[:40], P[:40], sigma=fitted.sigma, delta=fitted.delta)
+    expected = plain_kernel_ridge(E, E[:40], P[:40], kernel=kernel, sigma=fitted.sigma, delta=fitted.delta)
     torch.testing.assert_close(fitted.predict(E), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(fitted.predict(E[50:51]), fitted.predict(E)[50:51])
 
@@ -57,12 +75,76 @@ def test_all_landmarks_and_no_ridge_give_exact_influence():
         torch.testing.assert_close(fitted.predict(E), P, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "linear"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_leave_one_out_by_formula_equals_refitting(kernel):
     E, P = problem(n=25)
     fitted = KernelRidge.fit(E, P, kernel=kernel, ridge=0.02)
-    expected = plain_leave_one_out(E, P, sigma=fitted.sigma, delta=fitted.delta)
+    expected = plain_leave_one_out(E, P, kernel=kernel, sigma=fitted.sigma, delta=fitted.delta)
     torch.testing.assert_close(fitted.leave_one_out(), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("ridge", [0.05, None])
+def test_a_fit_spanned_by_some_landmarks_equals_the_normal_equations(kernel, ridge, monkeypatch):
+    monkeypatch.setattr("worker.influence.kernel_ridge.ROWS", 7)  # the last block is another
+    E, P = problem(n=50, e=12)
+    fitted = KernelRidge.fit(E, P, kernel=kernel, ridge=ridge, centres=9)
+    assert fitted.centres.tolist() == [0, 5, 11, 16, 22, 27, 33, 38, 44]
+    assert torch.equal(fitted.E_ze, E[fitted.centres])
+    how = {"kernel": kernel, "sigma": fitted.sigma, "delta": fitted.delta}
+    new = problem(n=20, e=12, seed=3)[0]
+    expected = plain_spanned(new, E, P, fitted.E_ze, **how)
+    torch.testing.assert_close(fitted.predict(new), expected, rtol=1e-6, atol=1e-7)
+    own = kernel_matrix(kernel, new, fitted.E_ze, fitted.sigma)
+    torch.testing.assert_close(own @ fitted.coefficients_zt, fitted.predict(new))  # contributions add up
+    left_out = [
+        plain_spanned(E[i : i + 1], E[torch.arange(50) != i], P[torch.arange(50) != i], fitted.E_ze, **how)
+        for i in range(50)
+    ]
+    torch.testing.assert_close(fitted.leave_one_out(), torch.cat(left_out), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_a_fit_that_all_landmarks_span_is_the_plain_one(kernel):
+    E, P = problem(n=ROWS + 30, t=1)
+    plain = KernelRidge.fit(E, P, kernel=kernel, ridge=0.1)
+    for count in (ROWS + 30, ROWS + 31):
+        same = KernelRidge.fit(E, P, kernel=kernel, ridge=0.1, centres=count)
+        assert torch.equal(same.coefficients_zt, plain.coefficients_zt)
+        assert torch.equal(same.leave_one_out(), plain.leave_one_out())
+    for ridges in ((0.1,), (0.1, 1.0)):
+        spanned = next(_spanned(E, P, kernel, ridges, None, ROWS + 30))
+        torch.testing.assert_close(spanned.coefficients_zt, plain.coefficients_zt, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(spanned.leave_one_out(), plain.leave_one_out(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("centres", [None, 20])
+def test_the_kernel_and_the_ridge_are_chosen_together(centres):
+    """Of a function that has the Laplacian kernel as its covariance, and of a smooth one."""
+    E, smooth = problem(n=80, e=3)
+    factor = torch.linalg.cholesky(plain_kernel("laplacian", E, E, 1.0))
+    rough = factor @ torch.randn(80, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for P, best in ((rough, "laplacian"), (smooth, "rbf")):
+        chosen = KernelRidge.fit(E, P, kernel="auto", ridge=None, centres=centres)
+        fits = [
+            KernelRidge.fit(E, P, kernel=kernel, ridge=ridge, centres=centres)
+            for kernel in ("rbf", "laplacian")
+            for ridge in RIDGES
+        ]
+        errors = [float(((P - one.leave_one_out()).square().mean(0) / P.var(0, correction=0)).sum()) for one in fits]
+        least = fits[int(np.argmin(errors))]
+        assert (chosen.kernel, chosen.ridge) == (least.kernel, least.ridge)
+        torch.testing.assert_close(chosen.coefficients_zt, least.coefficients_zt, rtol=1e-4, atol=1e-6)
+        assert centres or chosen.kernel == best
+
+
+def test_centres_that_coincide():
+    E, P = problem(n=20)
+    E2, P2 = torch.cat([E, E, E]), torch.cat([P, P, P])
+    thrice, once = (KernelRidge.fit(E2, P2, centres=count, ridge=0.1) for count in (30, 10))  # every other one of E
+    assert sorted((once.centres % 20).tolist()) == sorted(set((thrice.centres % 20).tolist()))
+    torch.testing.assert_close(thrice.predict(E), once.predict(E), rtol=0, atol=1e-5)
+    torch.testing.assert_close(thrice.leave_one_out(), once.leave_one_out(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["rbf", "linear"])
@@ -76,7 +158,7 @@ def test_a_ridge_not_given_is_the_one_that_predicts_left_out_landmarks_best(kern
     score = {ridge: sum(fidelity(P, one.leave_one_out()).r2[:3]) for ridge, one in fits.items()}
     best = fits[max(score, key=score.get)]
     assert chosen.delta == best.delta
-    assert torch.equal(chosen.coefficients_lt, best.coefficients_lt)
+    assert torch.equal(chosen.coefficients_zt, best.coefficients_zt)
     assert noise < 3 or chosen.delta == pytest.approx(RIDGES[-1])
 
 
@@ -130,6 +212,7 @@ def test_one_landmark_and_float32_input():
         ({"kernel": "cosine"}, "kernel"),
         ({"ridge": -1.0}, "ridge"),
         ({"bandwidth": 0.0}, "bandwidth"),
+        ({"centres": 0}, "centres must be at least 1"),
         ({"E_le": torch.zeros(3, 2)}, "landmarks must have"),
         (
             {"P_lt": torch.full((4, 2), torch.nan)},

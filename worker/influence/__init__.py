@@ -3,7 +3,7 @@
 A suffix on a name gives its axes, one letter each, the same in every file: `grad_BTD` is (batch, tokens, hidden size).
 
     n  samples         m  of them, those of one block or shard
-    t  targets         l  landmarks
+    t  targets         l  landmarks      z  of them, those that span a fit
     k  values of a gradient as it is kept: projected, or all weights of the chosen layers
     e  values of an embedding          E  before it is reduced
     c  directions, tangents or weightings that are computed together
@@ -30,9 +30,10 @@ from .embedding_selection import embedding_candidates, select_embedding
 from .embeddings import EmbeddingOptions, embed
 from .errors import UnusableInput
 from .exact_gradients import Gradients, directional_derivatives, per_sample_gradients, sample_losses, weighted_gradients
+from .fidelity import Fidelity, fidelity
 from .first_order import cosine_influence
 from .hessian_vector_products import curvature_products, stepped
-from .kernel_ridge import Fidelity, KernelRidge, fidelity
+from .kernel_ridge import KernelRidge
 from .landmarks import landmark_order
 from .optimizers import (
     OptimizerOptions,

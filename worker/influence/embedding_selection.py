@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .embeddings import EmbeddingOptions
-from .kernel_ridge import Kernel, KernelRidge, fidelity
+from .fidelity import fidelity
+from .kernel_ridge import KernelChoice, KernelRidge
 
 CLOSE = 0.01
 """How far below the best Spearman correlation a cheaper embedding may lie and still be taken."""
@@ -39,7 +40,7 @@ def select_embedding(
     *,
     options: Sequence[Mapping[str, Any]],
     costs: Sequence[float],
-    kernel: Kernel = "rbf",
+    kernel: KernelChoice = "rbf",
     ridge: float | None = 0.01,
     bandwidth: float | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:

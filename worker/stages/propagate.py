@@ -98,9 +98,10 @@ def _propagate(context: StageContext, artifact_key: str, spec: dict[str, Any], i
         "refinement": refinement,
         "explanation": explanation,
         "fidelity": _as_dict(found),
+        "kernel": ridge.kernel,
         "sigma": ridge.sigma,
         "delta": ridge.delta,
-        "operations": 2.0 * context.prepared["n"] * len(exact) * (ridge.E_le.shape[1] + measure.columns),
+        "operations": 2.0 * context.prepared["n"] * len(ridge.centres) * (ridge.E_ze.shape[1] + measure.columns),
         "notes": [] if spec["refined"] else _notes_of_growth(context, spec, found),
     }
 
@@ -213,19 +214,19 @@ def _write_explanation(
     landmarks: npt.NDArray[np.int64],
     valid: npt.NDArray[np.int64],
 ) -> str:
-    """What a sample's influence is taken apart with: `index` (l,) of the landmarks, their `embeddings`, float16 (l, e); and in
-    rows, of the mean over the valid targets and then of every target, `coefficients`, float64, and `influence`, float32
-    (1 + t, l)."""
+    """What a sample's influence is taken apart with: `index` (z,) of the landmarks that span the fit, their `embeddings`, float16
+    (z, e); and in rows, of the mean over the valid targets and then of every target, `coefficients`, float64, and `influence`,
+    float32 (1 + t, z)."""
 
     def by_target(values_lx: torch.Tensor) -> torch.Tensor:
         values_tl = values_lx[:, : context.prepared["t"]].T
         return torch.cat([values_tl[valid].mean(dim=0, keepdim=True), values_tl])
 
     tensors = {
-        "index": torch.from_numpy(landmarks),
-        "embeddings": ridge.E_le.to(torch.float16),  # what they were kept in: nothing is lost
-        "coefficients": by_target(ridge.coefficients_lt),
-        "influence": by_target(ridge.P_lt).float(),
+        "index": torch.from_numpy(landmarks)[ridge.centres],
+        "embeddings": ridge.E_ze.to(torch.float16),  # what they were kept in: nothing is lost
+        "coefficients": by_target(ridge.coefficients_zt),
+        "influence": by_target(ridge.P_lt[ridge.centres]).float(),
     }
     key = f"{artifact_key}.landmarks.safetensors"  # used and collected together with the artifact
     with context.store.writing(key) as path:
