@@ -21,6 +21,7 @@ _MLP_OUTPUTS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")
 _POSITIONWISE = ("mlp.", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj", "attention.dense")
 MAX_EMBEDDING = 4096  # values; what is longer is projected
 INPUT_DIRECTIONS = 128  # of a gradient's projection
+TEXT_DIRECTIONS, TEXT_SCALARS = 256, 6  # of the reply and the prompt each, and beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +213,13 @@ def curvature(shape: Shape, targets: TokenCounts, *, kind: str, modules: str) ->
 
 
 def embedding(shape: Shape, counts: TokenCounts, options: Mapping[str, Any]) -> float:
-    """Of one pass of the first blocks, and two for each tangent of `jvp`; all blocks for `rds`.
+    """Of one pass of the first blocks, and two for each tangent of `jvp`; all blocks for `rds`; none for `text`.
 
-    What is positionwise in the last block is counted at pooled positions only.
+    What is positionwise in the last block is counted at pooled positions only; what `text` adds up is no product.
     """
     kind = options["kind"]
+    if kind == "text":
+        return 0.0
     blocks = shape.blocks if kind == "rds" else min(options["blocks"], shape.blocks)
     passes = 1 + 2 * options["tangents"] if kind == "jvp" else 1
     pooled = counts.tokens
@@ -228,5 +231,8 @@ def embedding(shape: Shape, counts: TokenCounts, options: Mapping[str, Any]) -> 
 
 
 def embedding_width(shape: Shape, options: Mapping[str, Any]) -> int:
+    if options["kind"] in ("text", "text_hidden"):
+        text = 2 * min(shape.hidden, TEXT_DIRECTIONS) + TEXT_SCALARS
+        return text if options["kind"] == "text" else text + shape.hidden
     vectors = int(options["tangents"]) if options["kind"] == "jvp" else 1
     return min(vectors * shape.hidden, MAX_EMBEDDING) if vectors > 1 else shape.hidden

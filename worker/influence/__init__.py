@@ -52,6 +52,7 @@ from .second_order import SecondOrder, low_rank, offset_influence, quadratic_fac
 from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, shortlist, top_k
 from .solver import WeightedSolution, weighted_selection
 from .step import StepMeasure, measure_step, optimizer_step, predicted_change
+from .text_embedding import TextStatistics, Vocabulary, text_embeddings, with_tokens_of
 
 __all__ = [
     "EmbeddingOptions",
@@ -68,7 +69,9 @@ __all__ = [
     "Scaling",
     "SecondOrder",
     "StepMeasure",
+    "TextStatistics",
     "UnusableInput",
+    "Vocabulary",
     "WeightedSolution",
     "cosine_influence",
     "curvature_products",
@@ -99,8 +102,10 @@ __all__ = [
     "state_of",
     "step_offset",
     "stepped",
+    "text_embeddings",
     "token_batches",
     "top_k",
     "weighted_gradients",
     "weighted_selection",
+    "with_tokens_of",
 ]
