@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload bench-large-pool
+.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload bench-large-pool bench-text-embedding
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -113,6 +113,9 @@ bench-upload: $(INSTALLED)  ## uploads of a million rows: rows a second of one c
 
 bench-large-pool: $(INSTALLED)  ## a pool of 5,800,000 rows on two workers: time, memory and bytes of prepare; hours, ARGS="--rows 200000" fewer
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/large_pool.py --corpus $(CORPUS) --cache $(BENCH_CACHE) --out $(BENCH_OUT) $(ARGS)
+
+bench-text-embedding: $(INSTALLED)  ## a million rows embedded from their text: time, rows a second, memory
+	@$(BIN)/python benchmarks/text_embedding.py --cache $(BENCH_CACHE)/text_embedding --out $(BENCH_OUT) $(ARGS)
 
 clean:  ## remove the environment and the embedded stack's state
 	rm -rf $(VENV) .winnow

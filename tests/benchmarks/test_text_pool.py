@@ -1,0 +1,40 @@
+"""The small form of the benchmark of embeddings from text: both stages, and a second run that measures nothing again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.small_form import REPOSITORY
+
+OPTIONS = ("--rows", "300", "--length", "20", "--vocabulary", "500", "--hidden", "16")
+
+
+def run(folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "benchmarks/text_embedding.py", *OPTIONS, "--cache", str(folder / "cache")]
+    done = subprocess.run(
+        [*command, "--out", str(folder / "out")],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads((folder / "out" / "text_embedding.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_both_stages_see_every_token_and_a_second_run_measures_nothing(tmp_path: Path) -> None:
+    found = run(tmp_path)
+    assert found["rows"] == 300
+    assert found["statistics"]["tokens"] == found["generated"]["tokens"] > 4000
+    assert found["statistics"]["scaled_on"] == 300
+    assert found["embedding"]["width"] == 2 * 16 + 6
+    assert all(found[name]["peak_mib"] > 50 for name in ("statistics", "embedding"))
+    assert run(tmp_path)["embedding"] == found["embedding"]
+    assert "| embedding |" in (tmp_path / "out" / "text_embedding.md").read_text()
