@@ -162,7 +162,9 @@ def measure(worlds: dict[str, World], codes: dict[str, Path], options: argparse.
     requests: dict[str, Json] = {name: {} for name in codes}
     small = options.small
     for scenario in scenarios(small):
-        for name, code in list(codes.items()) * options.pairs if scenario.name in (options.only or [scenario.name]) else ():
+        for name, code in (
+            list(codes.items()) * options.pairs if scenario.name in (options.only or [scenario.name]) else ()
+        ):
             found[name].append(drive(worlds[name], scenario, code, requests[name]))
     if options.only:
         return found
@@ -211,7 +213,9 @@ def main() -> None:
             found = measure(worlds, codes, options)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / f"{options.name}.json", {**head, "jobs": jobs, **found})
-    (options.out / f"{options.name}.md").write_text("\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items()))
+    (options.out / f"{options.name}.md").write_text(
+        "\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items())
+    )
 
 
 if __name__ == "__main__":

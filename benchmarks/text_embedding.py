@@ -56,7 +56,7 @@ def save_model(folder: Path, vocabulary: int, hidden: int) -> None:
         num_key_value_heads=1,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def drawn(rows: int, length: int, vocabulary: int, seed: int) -> Iterator[Tokenised]:

@@ -117,9 +117,13 @@ class Truth:
         with store.local(result["explanation"]) as path:
             shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
         assert shapes["coefficients"] == shapes["influence"] == (1 + TARGET, LANDMARKS)
-        self.kernel = E @ E[self.rows].T
-        if result["sigma"] is not None:
-            self.kernel = torch.exp(-torch.cdist(E, E[self.rows]).square() / (2 * result["sigma"] ** 2))
+        distance = torch.cdist(E, E[self.rows], compute_mode="donot_use_mm_for_euclid_dist")
+        sigma = result["sigma"] or 1.0
+        self.kernel = {
+            "linear": E @ E[self.rows].T,
+            "rbf": torch.exp(-distance.square() / (2 * sigma**2)),
+            "laplacian": torch.exp(-distance / sigma),
+        }[result["kernel"]]
         K_ll = self.kernel[self.rows] + result["delta"] * torch.eye(len(self.rows), dtype=torch.float64)
         self.own = P[self.rows]
         self.coefficients = torch.linalg.solve(K_ll, self.own)

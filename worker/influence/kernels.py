@@ -34,7 +34,8 @@ def squared_distances(X_me: Tensor, Y_le: Tensor) -> Tensor:
     # Below this a difference is the rounding of |x|² + |y|² - 2 x·y, not a distance; its root would be one.
     noise = 64 * torch.finfo(Y_le.dtype).eps * float(squared_l.max())
     squared_ml = X_me.square().sum(dim=1)[:, None] + squared_l
-    return nn.functional.threshold_(squared_ml.addmm_(X_me, Y_le.T, alpha=-2.0), noise, 0.0)
+    squared_ml = squared_ml.addmm_(X_me, Y_le.T, alpha=-2.0)
+    return nn.functional.threshold(squared_ml, noise, 0.0, inplace=True)
 
 
 def median_distance(squared_ll: Tensor) -> float:

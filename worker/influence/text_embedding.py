@@ -121,7 +121,8 @@ class _Side:
 
     def sums(self, values: npt.NDArray[np.generic]) -> FloatArray:
         """Of a value for each token the sum over each sample, float64 (n,)."""
-        return np.bincount(self.rows, weights=values, minlength=self.offsets.size - 1)
+        summed: FloatArray = np.bincount(self.rows, weights=values, minlength=self.offsets.size - 1).astype(np.float64)
+        return summed
 
 
 def _mean_row(side: _Side, vocabulary: Vocabulary) -> Tensor:
@@ -292,8 +293,8 @@ def plain_text_parts(one: Samples, vocabulary: Vocabulary) -> dict[str, Tensor]:
     def unit(side: list[int]) -> Tensor:
         if not side:
             return torch.zeros(vocabulary.W_Vq.shape[1], dtype=torch.float64)
-        mean_q = torch.stack([vocabulary.W_Vq[token].double() for token in side]).mean(dim=0)
-        return mean_q / mean_q.norm()
+        mean_q: Tensor = torch.stack([vocabulary.W_Vq[token].double() for token in side]).mean(dim=0)
+        return mean_q.div(mean_q.norm())
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values) if values else 0.0
