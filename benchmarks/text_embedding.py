@@ -1,10 +1,9 @@
-"""The embedding of a large pool from its text: time and memory of the pool's statistics and of its rows, without a model.
+"""The embedding of a large pool from its text: time and memory, without a model.
 
     python benchmarks/text_embedding.py --cache DIR --out benchmarks/results [--rows 1000000] [--length 300]
 
-The stages run as a worker runs them, on tokens in an artifact store: random ones, as frequent as words in a language are (Zipf),
-half of each row reply. The matrix of input embeddings has the size of SmolLM2-135M's and random values. So it measures time and
-memory, and says nothing about quality. Each phase has a process of its own, whose peak is its memory; one that is done is not
+The stage runs as a worker runs it, on tokens in an artifact store: random ones, as frequent as words in a language are (Zipf),
+half of each row reply. So it measures time and memory, and says nothing about quality. Each phase has a process of its own, whose peak is its memory; one that is done is not
 repeated.
 """
 
@@ -22,41 +21,20 @@ import torch
 from measuring import heading
 from reporting import table, write_json
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from service.plan.limits import COMPARED_LANDMARKS
+from service.plan.limits import SCALED_ON
 from service.plan.shards import embed_shards
 from service.plan.stages import JobInputs
 from service.settings import WorkerSettings
 from service.storage.artifacts import ArtifactStore
-from worker.stages import embed, text_statistics
+from worker.stages import embed
 from worker.stages.context import ModelCache, StageContext
 from worker.text import token_files
 from worker.text.tokenization import Tokenised
 
 console = Console(stderr=True)
 Found = dict[str, Any]
-MODEL, POOL, LANDMARKS, STATISTICS = (
-    "embeddings",
-    "tokens/pool.parquet",
-    "tokens/landmarks.parquet",
-    "statistics.safetensors",
-)
-
-
-def save_model(folder: Path, vocabulary: int, hidden: int) -> None:
-    """A model with an embedding matrix of this size and hardly anything else."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+POOL, SCALED = "tokens/pool.parquet", "tokens/scaled_on.parquet"
 
 
 def drawn(rows: int, length: int, vocabulary: int, seed: int) -> Iterator[Tokenised]:
@@ -72,12 +50,11 @@ def drawn(rows: int, length: int, vocabulary: int, seed: int) -> Iterator[Tokeni
 
 
 def context(options: argparse.Namespace) -> StageContext:
-    models, model = ModelCache(options.cache, torch.device("cpu")), {"kind": "registered", "name": MODEL}
     return StageContext(
         store=ArtifactStore(str(options.cache / "store")),
-        job=JobInputs(model=model, pool="pool", target="target", budget=1, parameters={"seed": 0}),
-        prepared={"model_fingerprint": models.folder(model).fingerprint},
-        models=models,
+        job=JobInputs(model={}, pool="pool", target="target", budget=1, parameters={"seed": 0}),
+        prepared={},
+        models=ModelCache(options.cache, torch.device("cpu")),
         settings=WorkerSettings(),
         token_budget=0,
         report=lambda _: None,
@@ -86,33 +63,27 @@ def context(options: argparse.Namespace) -> StageContext:
 
 
 def generated(options: argparse.Namespace) -> Found:
-    save_model(options.cache / MODEL, options.vocabulary, options.hidden)
     store = context(options).store
     token_files.write_tokens(store, POOL, drawn(options.rows, options.length, options.vocabulary, options.seed))
     order = np.random.default_rng(options.seed).permutation(options.rows)
-    token_files.copy_rows(store, POOL, LANDMARKS, np.sort(order[:COMPARED_LANDMARKS]))
+    token_files.copy_rows(store, POOL, SCALED, np.sort(order[:SCALED_ON]))
     return {"tokens": int(token_files.read_counts(store, POOL).length.sum())}
-
-
-def statistics(options: argparse.Namespace) -> Found:
-    spec = {"tokens": POOL, "scaled_on": LANDMARKS, "checkpoint": None, "hidden_blocks": None}
-    return text_statistics.run(context(options), STATISTICS, spec)
 
 
 def embedding(options: argparse.Namespace) -> Found:
     ran = context(options)
     shards = embed_shards(token_files.read_counts(ran.store, POOL).length)
-    spec = {"tokens": POOL, "of": options.rows, "checkpoint": None, "statistics": STATISTICS}
-    width = 0
+    spec = {"tokens": POOL, "of": options.rows, "checkpoint": None, "scaled_on": SCALED}
+    width = tokens = 0
     for number, (start, stop) in enumerate(shards):
         own = {**spec, "options": {"kind": "text"}, "start": start, "stop": stop}
-        width = embed.run(ran, f"embeddings/{number}.safetensors", own, dataset="pool")["width"]
-    return {"shards": len(shards), "width": width}
+        found = embed.run(ran, f"embeddings/{number}.safetensors", own, dataset="pool")
+        width, tokens = found["width"], tokens + found["tokens"]
+    return {"shards": len(shards), "width": width, "tokens": tokens}
 
 
 PHASES: dict[str, Callable[[argparse.Namespace], Found]] = {
     "generated": generated,
-    "statistics": statistics,
     "embedding": embedding,
 }
 
@@ -132,9 +103,7 @@ def measured(name: str, options: argparse.Namespace) -> Found:
 
 def in_its_own_process(name: str, options: argparse.Namespace) -> Found:
     """Of a phase that was measured before with the same options, what was found then."""
-    asked = {
-        key: value for key, value in vars(options).items() if key in ("rows", "length", "vocabulary", "hidden", "seed")
-    }
+    asked = {key: value for key, value in vars(options).items() if key in ("rows", "length", "vocabulary", "seed")}
     kept = options.cache / f"{name}.json"
     if kept.exists() and (before := json.loads(kept.read_text()))["asked"] == asked:
         found: Found = before["found"]
@@ -151,7 +120,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--length", type=int, default=300, help="tokens of a row, on average")
     parser.add_argument("--vocabulary", type=int, default=49_152)
-    parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -162,7 +130,7 @@ def main() -> None:
     found = {name: in_its_own_process(name, options) for name in PHASES}
     write_json(options.out / "text_embedding.json", {**heading(options), "rows": options.rows, **found})
     columns = ("seconds", "processor_seconds", "rows_a_second", "peak_mib")
-    lines = [[name, *(f"{found[name][column]:,}" for column in columns)] for name in ("statistics", "embedding")]
+    lines = [[name, *(f"{found[name][column]:,}" for column in columns)] for name in ("generated", "embedding")]
     text = table(["stage", "seconds", "processor seconds", "rows a second", "peak MiB"], lines)
     (options.out / "text_embedding.md").write_text(text)
     console.print(text)

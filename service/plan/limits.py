@@ -3,8 +3,14 @@
 COMPARED_LANDMARKS = 1024
 """Maximum landmarks on which candidate embeddings are compared: enough to distinguish them."""
 
+SCALED_ON = 1024
+"""Samples whose text gives the scales that all rows of a pool are embedded with: the first in the order of landmarks."""
+
 MAX_LANDMARKS = 16_384
 """Maximum to which landmarks grow: their kernel matrix then takes 2 GiB."""
+
+MAX_CENTRES = 8192
+"""Exact samples that span the regression at most; the others are fitted all the same. Their kernel matrix takes half a GiB."""
 
 LANDMARKS_PER_DIRECTION = 8
 """Directions of curvature are sums of the gradients of this many times their number of landmarks."""

@@ -21,7 +21,7 @@ _MLP_OUTPUTS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")
 _POSITIONWISE = ("mlp.", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj", "attention.dense")
 MAX_EMBEDDING = 4096  # values; what is longer is projected
 INPUT_DIRECTIONS = 128  # of a gradient's projection
-TEXT_DIRECTIONS, TEXT_SCALARS = 256, 6  # of the reply and the prompt each, and beside them
+TEXT_DIRECTIONS, TEXT_SCALARS = 256, 4  # of the reply and the prompt each, and beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ def embedding(shape: Shape, counts: TokenCounts, options: Mapping[str, Any]) -> 
 
 def embedding_width(shape: Shape, options: Mapping[str, Any]) -> int:
     if options["kind"] in ("text", "text_hidden"):
-        text = 2 * min(shape.hidden, TEXT_DIRECTIONS) + TEXT_SCALARS
+        text = 2 * TEXT_DIRECTIONS + TEXT_SCALARS
         return text if options["kind"] == "text" else text + shape.hidden
     vectors = int(options["tangents"]) if options["kind"] == "jvp" else 1
     return min(vectors * shape.hidden, MAX_EMBEDDING) if vectors > 1 else shape.hidden

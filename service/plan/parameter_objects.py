@@ -34,7 +34,7 @@ class Embedding(Strict):
     """The cheap embedding of every sample (docs/method.md, Embeddings)."""
 
     kind: Literal["text", "auto", "text_hidden", "hidden", "jvp", "rds"] = Field(
-        default="hidden",
+        default="text",
         description="`text`: from the tokens, without a pass through the model; `text_hidden`: `text` beside `hidden`;"
         " `auto`: the cheapest of `text`, `text_hidden` and `hidden` that is close to the best on the landmarks",
     )
@@ -78,7 +78,7 @@ class Kernel(Strict):
     """Kernel ridge regression that maps embeddings to influence."""
 
     kind: Literal["auto", "laplacian", "rbf", "linear"] = Field(
-        default="rbf",
+        default="auto",
         description="`laplacian`: exp(-d/σ); `rbf`: exp(-d²/2σ²); `auto`: the one of the two that predicts left-out landmarks"
         " best; `linear`",
     )

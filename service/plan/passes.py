@@ -55,7 +55,7 @@ def offered_embeddings(shape: Shape, parameters: Parameters, counts: JobCounts) 
         return counts.candidates
     embedding = parameters["embedding"]
     blocks = min(embedding["blocks"], shape.blocks)
-    return [{**embedding, "kind": "hidden", "blocks": blocks}]
+    return [{**embedding, "kind": kind, "blocks": blocks} for kind in ("text", "text_hidden", "hidden")]
 
 
 def pool_embedding(shape: Shape, parameters: Parameters, counts: JobCounts) -> Mapping[str, Any]:

@@ -13,7 +13,6 @@ class Stage(StrEnum):
     WARMUP = "warmup"
     LANDMARK_GRADIENTS = "landmark_gradients"
     TARGET_GRADIENTS = "target_gradients"
-    TEXT_STATISTICS = "text_statistics"
     CANDIDATES = "candidates"
     CHOOSE_EMBEDDING = "choose_embedding"
     CURVATURE = "curvature"

@@ -1,7 +1,7 @@
 """Which units a job has: one function from what is finished to what comes next.
 
-    prepare -> warmup -> landmark_gradients, target_gradients, text_statistics -> candidates -> choose_embedding, curvature
-            -> embed -> propagate (asks for more landmarks, or to refine, and follows again) -> select -> validate
+    prepare -> warmup -> landmark_gradients, target_gradients, candidates -> choose_embedding, curvature -> embed
+            -> propagate (asks for more landmarks, or to refine, and follows again) -> select -> validate
 
 A job goes through the stages that its parameters need. The units of a wave are independent of each other; the next wave is
 planned from the results of those before, by the service and by `winnow select` alike. A unit's spec says all that it needs.
@@ -51,6 +51,7 @@ def rehearse(job: JobInputs, selectable: float) -> dict[Stage, list[str]]:
         "target_tokens": target,
         "landmarks": landmarks,
         "candidate_tokens": landmarks,
+        "scaled_on": f"some of {pool}",
         **dict.fromkeys(("embed_shards", "target_shards", "landmark_shards", "candidate_shards"), one),
         **dict.fromkeys(("n", "t", "landmark_count", "warmup_total"), 1),
         "candidates": [parameters["embedding"]],
@@ -77,7 +78,7 @@ def rehearse(job: JobInputs, selectable: float) -> dict[Stage, list[str]]:
 def _next_units(job: JobInputs, done: History, name: Callable[..., str]) -> list[UnitSpec]:
     planner = _Planner(job, done, name)
     for wave in (
-        *(planner.warmup, planner.measure, planner.offer, planner.decide, planner.embed),
+        *(planner.warmup, planner.measure, planner.decide, planner.embed),
         *(planner.propagate, planner.select, planner.validate),
     ):
         if units := wave():
@@ -167,39 +168,17 @@ class _Planner:
         if self._has_gradients and not self._of(Stage.LANDMARK_GRADIENTS):
             units += self._gradients(Stage.LANDMARK_GRADIENTS, prepared["landmarks"], prepared["landmark_shards"])
             units += self._gradients(Stage.TARGET_GRADIENTS, prepared["target_tokens"], prepared["target_shards"])
-            if self._needs_statistics():
-                units.append(self._text_statistics())
+            if self._propagates and embedding["kind"] == "auto":
+                shards = prepared["candidate_shards"]
+                for number, options in enumerate(prepared["candidates"]):
+                    first = number * len(shards)
+                    units += self._embeddings(Stage.CANDIDATES, prepared["candidate_tokens"], shards, options, first)
             elif self._propagates:
                 units += self._pool_embeddings(embedding)
         if self._method == "rds_plus" and not self._of(Stage.EMBED):
             options = {**embedding, "kind": "rds"}
             units += self._pool_embeddings(options)
             units += self._embeddings(Stage.EMBED_TARGET, prepared["target_tokens"], prepared["target_shards"], options)
-        return units
-
-    def _needs_statistics(self) -> bool:
-        return self._propagates and self._parameters["embedding"]["kind"] in ("auto", "text", "text_hidden")
-
-    def _text_statistics(self) -> UnitSpec:
-        """What embeddings from text need to know of the whole pool."""
-        spec = {
-            "tokens": self._prepared["pool_tokens"],
-            "scaled_on": self._prepared["candidate_tokens"],
-            **self._model(),
-        }
-        depends_on = {**spec, **self._model_dependence()}
-        total = self._prepared["n"]
-        return self._unit(Stage.TEXT_STATISTICS, "text_statistics", ".safetensors", spec, depends_on, total)
-
-    def offer(self) -> list[UnitSpec]:
-        """The candidates of `auto`, embedded for the landmarks."""
-        if not self._propagates or self._parameters["embedding"]["kind"] != "auto" or self._of(Stage.CANDIDATES):
-            return []
-        prepared = self._prepared
-        units: list[UnitSpec] = []
-        for options in prepared["candidates"]:
-            tokens, shards = prepared["candidate_tokens"], prepared["candidate_shards"]
-            units += self._embeddings(Stage.CANDIDATES, tokens, shards, options, len(units))
         return units
 
     def _gradients(self, stage: Stage, tokens: str, bounds: Bounds) -> list[UnitSpec]:
@@ -209,6 +188,7 @@ class _Planner:
         state = self._state() if is_scaled else None
         also = {"state": state, "round": len(self._of(Stage.PROPAGATE))}
         depends_on = {
+            **self._model_dependence(),
             "projection_dim": gradient["projection_dim"],
             "scaling": {name: optimizer[name] for name in ("type", "betas", "eps", "scaling")} if is_scaled else None,
             "state": state,
@@ -221,10 +201,13 @@ class _Planner:
     def _embeddings(
         self, stage: Stage, tokens: str, bounds: Bounds, options: Mapping[str, Any], first: int = 0
     ) -> list[UnitSpec]:
-        chosen: dict[str, Any] = {"options": dict(options)}
+        """Those of text alone depend on no model, only on the tokens: models of one tokenizer share them."""
+        is_text = options["kind"] == "text"
+        chosen: dict[str, Any] = {"options": {"kind": "text"} if is_text else dict(options)}
         if options["kind"] in ("text", "text_hidden"):
-            chosen["statistics"] = self._keys(Stage.TEXT_STATISTICS)[0]
-        return self._shards(stage, "embeddings", tokens, bounds, chosen, chosen, first)
+            chosen["scaled_on"] = self._prepared["scaled_on"]
+        depends_on = {**(self._only("seed") if is_text else self._model_dependence()), **chosen}
+        return self._shards(stage, "embeddings", tokens, bounds, chosen, depends_on, first)
 
     def _shards(
         self,
@@ -237,7 +220,6 @@ class _Planner:
         first: int,
     ) -> list[UnitSpec]:
         """A unit for each shard, numbered from `first` on; `also` goes into its spec."""
-        depends_on = {**self._model_dependence(), "tokens": tokens, **depends_on}
         spec = {"tokens": tokens, "of": bounds[-1][1], **self._model(), **also}
         return [
             self._unit(
@@ -245,7 +227,7 @@ class _Planner:
                 kind,
                 ".safetensors",
                 {**spec, "start": start, "stop": stop},
-                {**depends_on, "rows": [start, stop]},
+                {**depends_on, "tokens": tokens, "rows": [start, stop]},
                 stop - start,
                 shard,
             )

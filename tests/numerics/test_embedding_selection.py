@@ -6,19 +6,19 @@ import pytest
 import torch
 from scipy import stats
 
-from worker.influence import EmbeddingOptions, KernelRidge
+from worker.influence import KernelRidge
 from worker.influence.embedding_selection import embedding_candidates, select_embedding
 
 
-def test_candidates_are_the_state_after_the_first_blocks_in_both_poolings():
-    offered = embedding_candidates(EmbeddingOptions(kind="rds", blocks=4, tangents=2, seed=7), 30)
-    assert [(each.kind, each.pooling, each.blocks, each.seed) for each, _ in offered] == [
-        ("hidden", "response", 4, 7),
-        ("hidden", "last", 4, 7),
+def test_candidates_are_the_text_the_state_after_the_first_blocks_and_both():
+    offered = embedding_candidates(4, 30)
+    assert [(each["kind"], each["pooling"], each["blocks"]) for each, _ in offered] == [
+        ("text", "response", 4),
+        ("text_hidden", "response", 4),
+        ("hidden", "response", 4),
     ]
-    assert [cost for _, cost in offered] == pytest.approx([4 / 30, 4 / 30])
-    small = embedding_candidates(EmbeddingOptions(blocks=4), 3)
-    assert [(each.kind, each.blocks, cost) for each, cost in small] == [("hidden", 3, 1.0)] * 2
+    assert [cost for _, cost in offered] == pytest.approx([0, 4 / 30, 4 / 30])
+    assert [(each["blocks"], cost) for each, cost in embedding_candidates(4, 3)] == [(3, 0.0), (3, 1.0), (3, 1.0)]
 
 
 def problem(noises, count=80, t=5):

@@ -82,8 +82,8 @@ def parameters(**changes: Any) -> dict[str, Any]:
     for name, value in changes.items():
         both = isinstance(value, dict) and isinstance(given.get(name), dict)
         given[name] = {**given[name], **value} if both else value
-    if given.get("embedding", {}).get("kind") == "rds":
-        given["embedding"] = {"kind": "rds"}
+    if (kind := given.get("embedding", {}).get("kind")) in ("rds", "text"):
+        given["embedding"] = {"kind": kind}  # which run no blocks of their own
     return Parameters(**given).model_dump(mode="json")
 
 

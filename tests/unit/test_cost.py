@@ -243,17 +243,20 @@ def test_candidates_are_the_workers_where_it_has_said_them() -> None:
     assert known["embed"]["operations"] < guessed["embed"]["operations"] / 4
 
 
-@pytest.mark.parametrize("pooling", [None, "last"])
-def test_the_candidates_of_a_plan_are_those_of_the_worker(pooling: str | None) -> None:
-    offered = [one for one, _ in embedding_candidates(EmbeddingOptions(), SHAPE.blocks)]
-    as_json = [
-        {name: getattr(one, name) for name in ("kind", "pooling", "blocks", "tangents")}
-        for one in offered
-        if pooling in (None, one.pooling)
-    ]
-    known = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=150, estimated=False, candidates=as_json)
-    given: dict[str, Any] = {"landmarks": {"count": 64}, "embedding": {"kind": "auto", "pooling": pooling}}
+def test_the_candidates_of_a_plan_are_those_of_the_worker() -> None:
+    offered = [{**options, "tangents": 2} for options, _ in embedding_candidates(4, SHAPE.blocks)]
+    known = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=150, estimated=False, candidates=offered)
+    given: dict[str, Any] = {"landmarks": {"count": 64}, "embedding": {"kind": "auto"}}
     assert planned(known, **given)["stages"] == planned(**given)["stages"]
+
+
+def test_an_embedding_from_text_costs_no_pass_through_the_model() -> None:
+    found = {
+        kind: stages(planned(embedding={"kind": kind}, landmarks={"count": 64}))
+        for kind in ("text", "text_hidden", "hidden")
+    }
+    assert found["text"]["embed"]["operations"] == 0
+    assert found["text_hidden"]["embed"]["operations"] == found["hidden"]["embed"]["operations"] > 0
 
 
 # What a stage depends on

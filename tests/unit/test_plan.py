@@ -29,6 +29,7 @@ PREPARED: dict[str, Any] = {
     "candidate_tokens": "tokens/landmarks",
     "candidate_shards": [[0, 20]],
     "candidates": [HIDDEN, JVP],
+    "scaled_on": "tokens/scaled_on",
     "target_shards": [[0, 5]],
     "warmup_total": 30,
     "refine_cap": {"samples": 24},
@@ -97,12 +98,11 @@ EXACT = ["landmark_gradients target_gradients", "propagate", "select"]
 class TestWaves:
     @pytest.mark.parametrize(("parameters", "prepared", "expected"), [
         ({"embedding": {"kind": "text"}}, {}, [
-            "landmark_gradients target_gradients text_statistics", "embed", "propagate", "refine", "propagate", "select",
-            "validate",
+            "embed landmark_gradients target_gradients", "propagate", "refine", "propagate", "select", "validate",
         ]),
         ({"embedding": {"kind": "auto"}, "validate": False}, {}, [
-            "landmark_gradients target_gradients text_statistics", "candidates", "choose_embedding", "embed", "propagate",
-            "refine", "propagate", "select",
+            "candidates landmark_gradients target_gradients", "choose_embedding", "embed", "propagate", "refine", "propagate",
+            "select",
         ]),
         # A named embedding is computed beside the gradients.
         (NAMED | {"validate": False}, {}, [
@@ -160,12 +160,6 @@ class TestWaves:
         assert names(found)[1:] == [
             *["propagate", "landmark_gradients"], *["propagate", "refine"] * 2, "propagate", "select",
         ]  # fmt: skip
-
-    @pytest.mark.parametrize("kind", ["text", "text_hidden"])
-    def test_embeddings_of_text_depend_on_the_statistics_of_the_pool(self, kind: str) -> None:
-        found = [unit for wave in waves(job(embedding={"kind": kind})) for unit in wave]
-        statistics = next(unit.artifact_key for unit in found if unit.stage == Stage.TEXT_STATISTICS)
-        assert {unit.spec["statistics"] for unit in found if unit.stage == Stage.EMBED} == {statistics}
 
     @pytest.mark.parametrize(("kind", "optimizer", "expected"), [
         ("fisher", {"type": "sgd"}, False),  # it is in the gradients already
@@ -269,6 +263,15 @@ class TestKeys:
     ])  # fmt: skip
     def test_what_was_prepared_changes_the_names(self, prepared: dict[str, Any], expected: set[str]) -> None:
         assert changed(job(**NAMED), job(**NAMED), **prepared) == expected
+
+    def test_an_embedding_from_text_is_that_of_every_model_with_these_tokens(self) -> None:
+        text = job(embedding={"kind": "text"})
+        for change in ({"model_fingerprint": "other"}, {"dtype": "bfloat16"}):
+            assert "embed" not in changed(text, text, **change)
+        for change in ({"pool_tokens": "tokens/other"}, {"scaled_on": "tokens/other"}):
+            assert "embed" in changed(text, text, **change)
+        beside = job(embedding={"kind": "text_hidden"})
+        assert "embed" in changed(beside, beside, model_fingerprint="other")
 
     def test_the_budget_changes_the_selection(self) -> None:
         before, after = job(**NAMED), job(**NAMED)

@@ -52,7 +52,7 @@ from .second_order import SecondOrder, low_rank, offset_influence, quadratic_fac
 from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, shortlist, top_k
 from .solver import WeightedSolution, weighted_selection
 from .step import StepMeasure, measure_step, optimizer_step, predicted_change
-from .text_embedding import TextStatistics, Vocabulary, text_embeddings, with_tokens_of
+from .text_embedding import TextScales, text_embeddings
 
 __all__ = [
     "EmbeddingOptions",
@@ -69,9 +69,8 @@ __all__ = [
     "Scaling",
     "SecondOrder",
     "StepMeasure",
-    "TextStatistics",
+    "TextScales",
     "UnusableInput",
-    "Vocabulary",
     "WeightedSolution",
     "cosine_influence",
     "curvature_products",
@@ -107,5 +106,4 @@ __all__ = [
     "top_k",
     "weighted_gradients",
     "weighted_selection",
-    "with_tokens_of",
 ]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from .embeddings import EmbeddingOptions
 from .fidelity import fidelity
 from .kernel_ridge import KernelChoice, KernelRidge
 
@@ -16,22 +14,17 @@ CLOSE = 0.01
 """How far below the best Spearman correlation a cheaper embedding may lie and still be taken."""
 
 
-def embedding_candidates(options: EmbeddingOptions, total_blocks: int) -> list[tuple[EmbeddingOptions, float]]:
-    """What `auto` compares on a model of `total_blocks` blocks, each with its cost, 1 being a forward pass through all blocks.
+def embedding_candidates(blocks: int, total_blocks: int) -> list[tuple[dict[str, Any], float]]:
+    """What `auto` compares on a model of `total_blocks` blocks, as an embedding's options, each with its cost, 1 being a forward
+    pass through all blocks: the text alone, the state after the first `blocks` blocks (as many as the model has, where that is
+    fewer), and both.
 
-    `hidden` after the blocks of `options` (as many as the model has, where that is fewer) in both poolings. Deeper states and
-    `jvp` are better by less than their cost buys in refinement (docs/decisions/0007-landmarks-and-embeddings.md).
+    The state is the mean over the reply: that of the last token alone fails where a chat template ends all replies alike. Deeper
+    states and `jvp` are better by less than their cost buys in refinement (docs/decisions/0007-landmarks-and-embeddings.md).
     """
-    poolings: tuple[Literal["response", "last"], ...] = ("response", "last")
-    blocks = min(options.blocks, total_blocks)
-    offered = [replace(options, kind="hidden", pooling=pooling, blocks=blocks) for pooling in poolings]
-    return [(each, _passes(each, total_blocks)) for each in offered]
-
-
-def _passes(options: EmbeddingOptions, total_blocks: int) -> float:
-    """Forward passes through all blocks of the model: (1 + 2 k) b / B, for `rds` 1 (METHOD 3)."""
-    share = 1.0 if options.kind == "rds" else options.blocks / total_blocks
-    return share * (1 + 2 * options.tangents) if options.kind == "jvp" else share
+    run = min(blocks, total_blocks)
+    costs = {"text": 0.0, "text_hidden": run / total_blocks, "hidden": run / total_blocks}
+    return [({"kind": kind, "pooling": "response", "blocks": run}, cost) for kind, cost in costs.items()]
 
 
 def select_embedding(

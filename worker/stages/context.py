@@ -66,7 +66,8 @@ class ModelCache:
             ModelError: they cannot be loaded.
             ParameterError: the model cannot be quantised here, or is too large for this machine.
         """
-        folder = self.used(model, fingerprint)
+        folder = self.unchanged(model, fingerprint)
+        self._used = model, fingerprint
         wanted = (fingerprint, dtype, quantization, checkpoint and checkpoint[1])
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # the old model goes before the new one comes
@@ -77,16 +78,6 @@ class ModelCache:
                     adapters.load_checkpoint(loaded, path)
             self._loaded = (wanted, loaded)
         return self._loaded[1]
-
-    def used(self, model: Mapping[str, Any], fingerprint: str) -> folders.ModelFolder:
-        """The model's files for what `checking` guards.
-
-        Raises:
-            ModelNotHere: they changed since, or are not those that the job began with.
-        """
-        folder = self.unchanged(model, fingerprint)
-        self._used = model, fingerprint
-        return folder
 
     def unchanged(self, model: Mapping[str, Any], fingerprint: str) -> folders.ModelFolder:
         """The model's files, if they are those of the fingerprint.

@@ -10,13 +10,13 @@ from service.datasets.storage import iter_ids
 from service.plan.artifact_keys import artifact_key
 from service.plan.job_counts import JobCounts
 from service.plan.landmark_count import landmark_count
-from service.plan.limits import COMPARED_LANDMARKS
+from service.plan.limits import COMPARED_LANDMARKS, SCALED_ON
 from service.plan.preparing import is_prepared, is_shard
 from service.plan.refine_cap import refine_cap, shortlist_size
 from service.plan.shards import embed_shards, gradient_shards
 from service.plan.stages import JobInputs, Stage
 from worker.errors import NAMED_IN_ERROR, DataError, ParameterError, TooManyUnusable, in_words, max_unusable
-from worker.influence import EmbeddingOptions, embedding_candidates, landmark_order
+from worker.influence import embedding_candidates, landmark_order
 from worker.loading import models
 from worker.loading.folders import ModelFolder
 from worker.loading.model_shape import shape_in_files
@@ -135,7 +135,8 @@ def _tokenise(
 def _check_model(parameters: Mapping[str, Any], folder: ModelFolder, blocks: int) -> None:
     """What can be known of the model before its weights are loaded."""
     embedding, optimizer = parameters["embedding"], parameters["optimizer"]
-    if parameters["method"] == "influence_distillation" and embedding["kind"] != "rds" and embedding["blocks"] > blocks:
+    runs_blocks = parameters["method"] == "influence_distillation" and embedding["kind"] not in ("rds", "text")
+    if runs_blocks and embedding["blocks"] > blocks:
         raise ParameterError(f"embedding.blocks is {embedding['blocks']}; the model has {blocks}.")
     needs_state = optimizer["type"] in ("adam", "adamw") or optimizer["momentum"] > 0
     if needs_state and parameters["warmup"] is None:
@@ -164,8 +165,8 @@ def _landmarks(
         with context.store.writing(order_key) as path, path.open("wb") as file:
             np.save(file, landmark_order(usable, choice=choice, seed=seed, sources=sources))
     with context.store.local(order_key) as path:
-        order = np.load(path, mmap_mode="r")[:wanted].copy()
-    rows, compared = np.sort(order), np.sort(order[:COMPARED_LANDMARKS])
+        order = np.load(path, mmap_mode="r")[: max(wanted, SCALED_ON)].copy()
+    rows, compared = np.sort(order[:wanted]), np.sort(order[: min(wanted, COMPARED_LANDMARKS)])
     if named is not None and named > len(usable):
         notes.append(f"landmarks.count is {named}: lowered to the {len(usable)} usable samples of the pool.")
     if len(rows) == len(usable):
@@ -175,6 +176,7 @@ def _landmarks(
         "landmark_order": order_key,
         "landmark_count": len(rows),
         "landmark_shards": gradient_shards(pool.length[rows]),
+        "scaled_on": token_files.rows_artifact(context.store, pool_key, np.sort(order[:SCALED_ON])),
         "candidate_tokens": token_files.rows_artifact(context.store, pool_key, compared),
         "candidate_shards": embed_shards(pool.length[compared]),
         "all_exact": len(rows) == len(usable),
@@ -205,11 +207,8 @@ def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
     embedding = parameters["embedding"]
     if embedding["kind"] != "auto":
         return {}
-    named = EmbeddingOptions(blocks=embedding["blocks"], tangents=embedding["tangents"], seed=parameters["seed"])
-    known = embedding_candidates(named, int(config.num_hidden_layers))
-    offered = [each for each in known if embedding["pooling"] in (None, each[0].pooling)]
-    names = ("kind", "pooling", "blocks", "tangents")
+    offered = embedding_candidates(embedding["blocks"], int(config.num_hidden_layers))
     return {
-        "candidates": [{name: getattr(options, name) for name in names} for options, _ in offered],
+        "candidates": [{**options, "tangents": embedding["tangents"]} for options, _ in offered],
         "candidate_costs": [cost for _, cost in offered],
     }

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from service.plan.limits import KERNEL_ROWS, MAX_LANDMARKS
+from service.plan.limits import KERNEL_ROWS, MAX_CENTRES, MAX_LANDMARKS
 from service.plan.shards import gradient_shards
 from service.storage.artifacts import ArtifactStore
 from service.storage.tempdirs import temporary_directory
@@ -138,6 +138,7 @@ def _fit(
         ridge=kernel["ridge"],
         bandwidth=kernel["bandwidth"],
         targets=context.prepared["t"],
+        centres=MAX_CENTRES,
     )
 
 

@@ -199,14 +199,6 @@ def read_tokens(store: ArtifactStore, key: str, start: int, stop: int) -> Sample
     return _as_samples(pa.concat_tables(tables))
 
 
-def iter_tokens(store: ArtifactStore, key: str) -> Iterator[Samples]:
-    """All rows of the artifact in order, a row group at a time: memory for one of them, however large the dataset is."""
-    for part, _, _ in About.of(store, key).files:
-        with store.local(part) as path, pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                yield _as_samples(file.read_row_group(group, columns=["input_ids", "response"], use_threads=False))
-
-
 def read_all(store: ArtifactStore, key: str) -> Samples:
     """All rows of a small artifact, such as a target."""
     return read_tokens(store, key, 0, sum(rows for _, rows in About.of(store, key).parts))
