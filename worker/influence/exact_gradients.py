@@ -289,7 +289,8 @@ class _WeightedSums(Use):
             sum_cOI.zero_()
 
     def start(self, samples_B: Tensor) -> None:
-        self.samples_B, self.weights_Bc = samples_B.to(self.finite_n.device), self.weights_nc[samples_B]
+        device = self.finite_n.device
+        self.samples_B, self.weights_Bc = samples_B.to(device), self.weights_nc[samples_B].to(device)
 
     def on_output_grad(self, layer: str, saved_BTq: Tensor, delta_BTO: Tensor) -> None:
         for x in (saved_BTq, delta_BTO):  # a sum is finite where all its terms are

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
@@ -33,24 +35,33 @@ Tangents = Mapping[str, Tensor]
 """Directions (c, *shape) by name of the parameter in the base model."""
 
 Forward = Callable[[Tensor], Tensor]
+FloatArray = npt.NDArray[np.float32]
 
 ATTENTION = "winnow_forward_mode"
-ATTENTION_CHUNK_BYTES = 4 * 2**20
-"""Attention scores are made for as many samples at a time as keeps them in the processor's cache."""
 
 
 def random_tangents(base: Any, blocks: int, count: int, seed: int) -> dict[str, Tensor]:
     """Gaussian directions for every parameter of the first `blocks` blocks, from (seed, parameter name, tangent index)."""
     prefix, _ = block_list(base)
-    tangents: dict[str, Tensor] = {}
-    for name, parameter in base.named_parameters():
-        if not any(name.startswith(f"{prefix}.{block}.") for block in range(blocks)):
-            continue
-        stacked = np.empty((count, *parameter.shape), dtype=np.float32)
+    beginnings = tuple(f"{prefix}.{block}." for block in range(blocks))
+    chosen = {name: parameter for name, parameter in base.named_parameters() if name.startswith(beginnings)}
+
+    def drawn(name: str) -> FloatArray:
+        stacked = np.empty((count, *chosen[name].shape), dtype=np.float32)
         for index in range(count):
             generator = seeded_generator(seed, name, str(index))
             generator.standard_normal(dtype=np.float32, out=stacked[index])
-        tangents[name] = torch.from_numpy(stacked).to(parameter.device, parameter.dtype)
+        return stacked
+
+    # In several threads, as many parameters at a time: one alone would draw the billion numbers of a large model's blocks for
+    # longer than an accelerator embeds with them.
+    names, threads = list(chosen), torch.get_num_threads()
+    tangents: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(names), threads):
+            part = names[start : start + threads]
+            for name, stacked in zip(part, pool.map(drawn, part), strict=True):
+                tangents[name] = torch.from_numpy(stacked).to(chosen[name].device, chosen[name].dtype)
     return tangents
 
 
@@ -222,7 +233,7 @@ def _attention(
         blocked = torch.ones(tokens, tokens, dtype=torch.bool, device=query_FHTh.device).triu(1)[None, None]
     else:
         blocked = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
-    step = max(ATTENTION_CHUNK_BYTES // (heads * tokens * tokens * query_FHTh.element_size()), 1)
+    step = max(attention_chunk_bytes(query_FHTh.device) // (heads * tokens * tokens * query_FHTh.element_size()), 1)
     for start in range(0, batch, step):
         part = slice(start, start + step)
         q_SZQh = (q_SBHTh[:, part] * scale).reshape(copies, -1, groups * tokens, size)
@@ -232,6 +243,12 @@ def _attention(
         o_SZQh = _attention_chunk(q_SZQh, k_SZTh, v_SZTh, mask, heads, softcap)
         out_SBTHh[:, part] = o_SZQh.view(copies, -1, heads, tokens, size).transpose(2, 3)
     return out_SBTHh.flatten(0, 1), None
+
+
+def attention_chunk_bytes(device: torch.device) -> int:
+    """Attention scores are made for as many samples at a time as this holds: on a processor what stays in its cache, on an
+    accelerator, which would be idle between the short products of one sample, what bounds memory."""
+    return (4 if device.type == "cpu" else 256) * 2**20
 
 
 def _attention_chunk(

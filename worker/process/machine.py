@@ -1,5 +1,6 @@
 """What the compute process may use of this machine, and what the machine can do."""
 
+import os
 import resource
 import time
 from typing import Any
@@ -36,6 +37,20 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int, seconds:
         taken = time.perf_counter() - start
         best, spent, runs = min(best, taken), spent + taken, runs + 1
     return float(2 * size**3 / best)
+
+
+def repeat_bits(device: torch.device) -> None:
+    """Has CUDA add in a fixed order where torch can do so, so that embeddings and losses are the same bits in every run, as they
+    are on a processor. Call it before the first product: cuBLAS reads its setting then.
+
+    What cannot warns: the derivative of fused attention adds in the order in which its parts end.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing here reads what was not written. torch's module is of a class that has this as a property.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def limit_memory(settings: WorkerSettings) -> None:

@@ -69,6 +69,7 @@ class Compute:
         os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         device = choose_device(settings.device)
+        machine.repeat_bits(device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
