@@ -37,18 +37,6 @@ from worker.influence.kernel_ridge import RIDGES
 from worker.influence.optimizers import layer_weights
 from worker.loading.model_shape import counts_of, shape_of
 
-LLAMA = {
-    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
-    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
-    "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False},
-}
-"""Shapes of Llamas, in the fields of their configurations."""
-
 MODULES = "down_proj"
 PROJECTION = GradientProjection()
 DIRECTIONS = 2
@@ -121,7 +109,6 @@ def _gradient_stages(
     model: Any, samples: Samples, options: argparse.Namespace, stage: Callable[..., Stage]
 ) -> Iterator[Stage]:
     """Without an optimiser (as for the targets), and scaled by an Adam state, exact and factored."""
-    state = _random_state(model, options.seed)
     for name, kind in (
         ("gradients", None),
         ("gradients, Adam exact", "exact"),
@@ -130,6 +117,7 @@ def _gradient_stages(
         if name not in options.stages:
             continue
         adam = OptimizerOptions(type="adam" if kind else "none")
+        state = _random_state(model, options.seed) if kind else None
         scaling = gradient_scaling(model, MODULES, adam, state, kind or "exact")
         yield stage(
             name=name,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core_stages import LLAMA
 from corpus import Corpus
+from llama_shapes import LLAMA
 from rich.console import Console
 from rich.progress import Progress
 

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from support.fake_device import fake_device, put_on
-from support.numerics_reference import MIXED, build, ragged, random_state, with_adapters
+from support.numerics_reference import build, ragged, random_state, with_adapters
 from torch._subclasses.fake_tensor import FakeTensor
 
 from worker.influence import (
     EmbeddingOptions,
     GradientProjection,
-    KernelRidge,
     OptimizerOptions,
     cosine_influence,
     curvature_products,
@@ -34,7 +33,7 @@ from worker.training import Training, train
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(torch.version.cuda is None, reason="not a CUDA build of torch"))
 FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox")  # of each kind of attention, norm and layer
-SAMPLES = ragged(*MIXED)
+SAMPLES = ragged("....rrr", "..rr...rrr", "......", "rrrr")
 PROJECTION = GradientProjection(dim=64, directions=16)
 SGD, ADAM = (OptimizerOptions(type=kind, momentum=0.9, weight_decay=0.1) for kind in ("sgd", "adamw"))
 
@@ -63,7 +62,7 @@ def directions_of(model, device, modules="down_proj"):
 @forward_devices
 @families
 def test_losses(family, device):
-    assert sample_losses(made(family, device), SAMPLES, token_budget=29).device.type == "cpu"
+    assert sample_losses(made(family, device), SAMPLES, token_budget=20).device.type == "cpu"
 
 
 @forward_devices
@@ -71,13 +70,13 @@ def test_losses(family, device):
 @pytest.mark.parametrize("kind", ["hidden", "jvp", "rds"])
 def test_embeddings(family, kind, device):
     options = EmbeddingOptions(kind=kind, blocks=2, max_dim=20)
-    found = embed(made(family, device), SAMPLES, options=options, token_budget=29)
+    found = embed(made(family, device), SAMPLES, options=options, token_budget=20)
     assert (found.device.type, found.shape) == ("cpu", (len(SAMPLES), 20))
 
 
 @pytest.mark.parametrize(("family", "projection"), [*((family, PROJECTION) for family in FAMILIES), ("llama", None)])
 def test_gradients(family, projection):
-    found = per_sample_gradients(made(family), SAMPLES, projection=projection, token_budget=29)
+    found = per_sample_gradients(made(family), SAMPLES, projection=projection, token_budget=20)
     assert found.values.device.type == found.loss.device.type == "cpu"
 
 
@@ -105,7 +104,7 @@ def test_gradients_of_adapters():
 def test_weighted_gradients_and_directional_derivatives(family):
     model = made(family)
     for count in (1, 2):
-        sums = weighted_gradients(model, SAMPLES, np.ones((len(SAMPLES), count)), token_budget=29)
+        sums = weighted_gradients(model, SAMPLES, np.ones((len(SAMPLES), count)), token_budget=20)
         assert {value.device.type for value in sums.values()} == {"meta"}
     assert directional_derivatives(model, SAMPLES, directions_of(model, "cpu")).device.type == "cpu"
 
@@ -114,7 +113,7 @@ def test_weighted_gradients_and_directional_derivatives(family):
 @families
 def test_curvature_products(family, kind):
     model = made(family)
-    found = curvature_products(model, SAMPLES, directions_of(model, "meta"), kind=kind, token_budget=29)
+    found = curvature_products(model, SAMPLES, directions_of(model, "meta"), kind=kind, token_budget=20)
     assert {value.device.type for value in found.values()} == {"meta"}
 
 
@@ -144,17 +143,14 @@ def test_a_step_of_the_optimiser(optimizer, curvature):
 
 
 @forward_devices
-def test_influence_and_its_propagation(device):
-    E_le, P_lt = torch.zeros(40, 8, device=device), torch.zeros(40, 3, device=device)
-    fitted = KernelRidge.fit(E_le, P_lt, ridge=0.1, bandwidth=1.0)
-    assert fitted.predict(torch.zeros(9, 8)).device.type == device
-    assert fitted.leave_one_out().device.type == device
-    assert cosine_influence(E_le, P_lt.new_zeros(3, 8)).device.type == device
+def test_influence(device):
+    G_nk, G_tk = torch.zeros(40, 8, device=device), torch.zeros(3, 8, device=device)
+    assert cosine_influence(G_nk, G_tk).device.type == device
 
 
 def test_a_warm_up():
     model = made("llama", torch.float32)
-    options = Training(epochs=1, learning_rate=1e-3, batch_size=3, optimizer=ADAM, seed=0, token_budget=29)
+    options = Training(epochs=1, learning_rate=1e-3, batch_size=3, optimizer=ADAM, seed=0, token_budget=20)
     chosen = SAMPLES.take(np.flatnonzero(SAMPLES.predicted()))
     train(model, trainable(model), chosen, options, report=lambda *_: None, progress=lambda *_: None)
 
