@@ -28,6 +28,9 @@ ROWS = 1024
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What a ridge that is not given is chosen among (docs/decisions/0007-landmarks-and-embeddings.md)."""
 
+CHOSEN_ON = 2048
+"""Landmarks on which a kernel and a ridge that are not given are chosen: enough to tell them apart, and each trial is cubic."""
+
 JITTER = 1e-10
 """Added to the kernel matrix of centres, as a share of its mean diagonal: it must be regular where centres coincide."""
 
@@ -67,12 +70,12 @@ class KernelRidge:
 
         kernel: `rbf`, `laplacian` or `linear` (see `kernel_matrix`), or `auto`, the one of the first two that predicts left-out
         landmarks best.  ridge: δ as a share of the mean of the kernel's diagonal; None takes that of `RIDGES` which predicts
-        left-out landmarks best. Both are chosen together, each target counted in shares of its own variance.  bandwidth: σ; None
-        is the median distance between centres that differ (1 where none do).  targets: how many columns, from the first, are
-        targets, which choose; others (products with curvature) are carried along. None is all.
+        left-out landmarks best. Both are chosen together, on at most `CHOSEN_ON` landmarks, each target counted in shares of its
+        own variance.  bandwidth: σ; None is the median distance between centres that differ (1 where none do).  targets: how many
+        columns, from the first, are targets, which choose; others (products with curvature) are carried along. None is all.
         centres: at most so many landmarks span the fit, evenly spread over their order; every landmark is fitted still (the
         Nyström approximation: Williams and Seeger 2001). Memory is then that of some matrices (z, z) instead of (l, l). None is
-        all, as is a number that there are no more landmarks than.
+        all of them.
 
         Raises ValueError for shapes and options that do not fit, UnusableInput for values that are not finite and a matrix
         that is singular because landmarks coincide while the ridge is 0.
@@ -81,10 +84,17 @@ class KernelRidge:
         _check_fit(E_le, P_lt, kernel, ridge, bandwidth, centres)
         kernels: Sequence[Kernel] = BY_DISTANCE if kernel == "auto" else (kernel,)
         ridges = RIDGES if ridge is None else (ridge,)
-        fits = (fit for each in kernels for fit in _fits(E_le, P_lt, each, ridges, bandwidth, centres))
-        if len(kernels) * len(ridges) == 1:
-            return next(fits)
-        return min(fits, key=lambda one: _left_out_error(one, targets))
+        is_whole = centres is None or centres >= len(E_le)
+        if len(kernels) * len(ridges) > 1:
+            some = _spread(len(E_le), CHOSEN_ON, E_le.device)
+            tried = (fit for each in kernels for fit in _whole(E_le[some], P_lt[some], each, ridges, bandwidth))
+            best = min(tried, key=lambda one: _left_out_error(one, targets))
+            if is_whole and len(some) == len(E_le):
+                return best
+            kernels, ridges = (best.kernel,), (best.ridge,)
+        if centres is None or is_whole:
+            return next(_whole(E_le, P_lt, kernels[0], ridges, bandwidth))
+        return _spanned(E_le, P_lt, kernels[0], ridges[0], bandwidth, centres)
 
     def predict(self, E_me: Tensor) -> Tensor:
         """Propagated influence float64 (m, t) of samples with embeddings (m, e)."""
@@ -102,17 +112,11 @@ class KernelRidge:
         return self.left_out_lt
 
 
-def _fits(
-    E_le: Tensor,
-    P_lt: Tensor,
-    kernel: Kernel,
-    ridges: Sequence[float],
-    bandwidth: float | None,
-    centres: int | None,
-) -> Iterator[KernelRidge]:
-    if centres is None or centres >= len(E_le):
-        return _whole(E_le, P_lt, kernel, ridges, bandwidth)
-    return _spanned(E_le, P_lt, kernel, ridges, bandwidth, centres)
+def _spread(count: int, most: int, device: torch.device) -> Tensor:
+    """Places of at most so many landmarks, evenly spread, int64. They are in the order of the pool, whose sources lie one after
+    the other: so each is met in proportion."""
+    number = min(count, most)
+    return torch.arange(number, device=device) * count // number
 
 
 def _whole(
@@ -142,13 +146,12 @@ def _whole(
 
 
 def _spanned(
-    E_le: Tensor, P_lt: Tensor, kernel: Kernel, ridges: Sequence[float], bandwidth: float | None, centres: int
-) -> Iterator[KernelRidge]:
-    """A fit for each ridge, spanned by `centres` of the landmarks, fewer than all: ridge regression on the features
-    Φ = K(L, Z) R⁻ᵀ, R Rᵀ = K(Z, Z), so that Φ Φᵀ stands for K(L, L). With W = (ΦᵀΦ + δI)⁻¹ the prediction is Φ W Φᵀ P_L, and the
-    residual of landmark i, were it left out, its residual divided by 1 - [Φ W Φᵀ]_ii: exact for this regression."""
-    # Rows are in the order of the pool, whose sources lie one after the other: an even spread meets each of them.
-    places_z = torch.arange(centres, device=E_le.device) * len(E_le) // centres
+    E_le: Tensor, P_lt: Tensor, kernel: Kernel, ridge: float, bandwidth: float | None, centres: int
+) -> KernelRidge:
+    """The fit that `centres` of the landmarks span: ridge regression on the features Φ = K(L, Z) R⁻ᵀ, R Rᵀ = K(Z, Z), so that
+    Φ Φᵀ stands for K(L, L). With B Bᵀ = (ΦᵀΦ + δI)⁻¹ the prediction is Φ B Bᵀ Φᵀ P_L, and the residual of landmark i, were it
+    left out, its residual divided by 1 - |Φ_i B|²: exact for this regression."""
+    places_z = _spread(len(E_le), centres, E_le.device)
     E_ze = E_le[places_z]
     K_zz, sigma = _kernel_of(kernel, E_ze, bandwidth)
     mean = float(K_zz.diagonal().mean())
@@ -160,38 +163,32 @@ def _spanned(
             rows = slice(start, start + ROWS)
             yield rows, kernel_matrix(kernel, E_le[rows], E_ze, sigma)
 
-    gram_zz, moments_zt = torch.zeros_like(K_zz), P_lt.new_zeros(centres, P_lt.shape[1])
+    gram_zz = torch.zeros_like(K_zz).fill_diagonal_(ridge * mean)
+    moments_zt = P_lt.new_zeros(len(E_ze), P_lt.shape[1])
     for rows, K_mz in blocks():
         features_zm = torch.linalg.solve_triangular(R_zz, K_mz.T, upper=False)
         gram_zz.addmm_(features_zm, features_zm.T)
         moments_zt.addmm_(features_zm, P_lt[rows])
-    # W = B diag(shrink) Bᵀ for every ridge with one B: one more pass gives every landmark's leverage at each.
-    deltas_c = torch.tensor(ridges, dtype=torch.float64, device=E_le.device) * mean
-    if len(ridges) == 1:
-        gram_zz.diagonal().add_(deltas_c)
-        identity_zz = torch.eye(centres, dtype=torch.float64, device=E_le.device)
-        B_zz = torch.linalg.solve_triangular(_cholesky(gram_zz, ridges[0]).T, identity_zz, upper=True)
-        shrink_zc = torch.ones_like(B_zz[:, :1])
-    else:
-        eigenvalues_z, B_zz = torch.linalg.eigh(gram_zz)
-        shrink_zc = 1 / (eigenvalues_z.clamp_min(0.0)[:, None] + deltas_c)
-    moments_zt = B_zz.T @ moments_zt
-    B_zz = torch.linalg.solve_triangular(R_zz.T, B_zz, upper=True)
-    leverage_lc = torch.cat([(K_mz @ B_zz).square_() @ shrink_zc for _, K_mz in blocks()])
-    for ridge, delta, shrink_z, leverage_l in zip(ridges, deltas_c.tolist(), shrink_zc.T, leverage_lc.T, strict=True):
-        coefficients_zt = B_zz @ (shrink_z[:, None] * moments_zt)
-        fitted_lt = torch.cat([K_mz @ coefficients_zt for _, K_mz in blocks()])
-        yield KernelRidge(
-            kernel=kernel,
-            ridge=ridge,
-            sigma=sigma,
-            delta=delta,
-            centres=places_z,
-            E_ze=E_ze,
-            coefficients_zt=coefficients_zt,
-            P_lt=P_lt,
-            left_out_lt=P_lt - (P_lt - fitted_lt) / (1 - leverage_l)[:, None],
-        )
+    cholesky_zz = _cholesky(gram_zz, ridge)
+    coefficients_zt = torch.cholesky_solve(moments_zt, cholesky_zz)
+    coefficients_zt = torch.linalg.solve_triangular(R_zz.T, coefficients_zt, upper=True)
+    root_zz = R_zz @ cholesky_zz  # its inverse, times K(Z, L), is (Φ B)ᵀ
+    left_out_lt = torch.empty_like(P_lt)
+    for rows, K_mz in blocks():
+        leverage_m = torch.linalg.solve_triangular(root_zz, K_mz.T, upper=False).square_().sum(dim=0)
+        residual_mt = P_lt[rows] - K_mz @ coefficients_zt
+        left_out_lt[rows] = P_lt[rows] - residual_mt / (1 - leverage_m)[:, None]
+    return KernelRidge(
+        kernel=kernel,
+        ridge=ridge,
+        sigma=sigma,
+        delta=ridge * mean,
+        centres=places_z,
+        E_ze=E_ze,
+        coefficients_zt=coefficients_zt,
+        P_lt=P_lt,
+        left_out_lt=left_out_lt,
+    )
 
 
 def plain_kernel_ridge(
