@@ -2,9 +2,9 @@
 
     python benchmarks/text_embedding.py --cache DIR --out benchmarks/results [--rows 1000000] [--length 300]
 
-The stage runs as a worker runs it, on tokens in an artifact store: random ones, as frequent as words in a language are (Zipf),
-half of each row reply. So it measures time and memory, and says nothing about quality. Each phase has a process of its own, whose peak is its memory; one that is done is not
-repeated.
+The stage runs as a worker runs it, shard after shard, on tokens in an artifact store: random ones, as frequent as words in a
+language are (Zipf), half of each row reply. So it measures time and memory, and says nothing about quality. Each phase has a
+process of its own, whose peak is its memory; one that is done is not repeated.
 """
 
 import argparse

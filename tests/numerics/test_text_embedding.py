@@ -22,6 +22,12 @@ def drawn(count, seed=0, longest=30):
     return Samples(input_ids=ids, response=response, offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
+def one(prompt, reply):
+    ids = np.array([*prompt, *reply], np.int32)
+    response = np.arange(len(ids)) >= len(prompt)
+    return Samples(input_ids=ids, response=response, offsets=np.array([0, len(ids)]))
+
+
 def test_parts_equal_those_of_one_sample_with_lists_and_sets(monkeypatch):
     samples = drawn(60)
     whole = text_parts(samples, SEED)
@@ -37,13 +43,23 @@ def test_parts_equal_those_of_one_sample_with_lists_and_sets(monkeypatch):
 
 def test_figures_that_are_known():
     """The prompt is 5 6, the reply 6 6 7: two of three are of the prompt, two are distinct."""
-    samples = Samples(
-        input_ids=np.array([5, 6, 6, 6, 7], np.int32),
-        response=np.array([False, False, True, True, True]),
-        offsets=np.array([0, 5]),
-    )
-    expected = [np.log(4), np.log(3), 2 / 3, 2 / 3]
-    assert text_parts(samples, SEED)["scalars"][0].tolist() == pytest.approx(expected)
+    found = text_parts(one([5, 6], [6, 6, 7]), SEED)
+    assert found["scalars"][0].tolist() == pytest.approx([np.log(4), np.log(3), 2 / 3, 2 / 3])
+    six, seven = module._signs(np.array([6, 7]), SEED)
+    torch.testing.assert_close(found["reply"][0], torch.nn.functional.normalize(2 * six + seven, dim=0))
+
+
+def test_the_cosine_of_two_replies_is_that_of_their_counts():
+    """In the mean over seeds: an entry's error has a standard deviation of 1 / √q."""
+    counts = torch.zeros(2, IDS)
+    replies = [[1, 1, 2, 3, 9, 9, 9, 4], [1, 2, 2, 7, 9, 9, 30, 31]]
+    for row, reply in zip(counts, replies, strict=True):
+        row.index_add_(0, torch.tensor(reply), torch.ones(8))
+    expected = float(torch.nn.functional.cosine_similarity(counts[:1], counts[1:]))
+    a, b = (one([], reply) for reply in replies)
+    cosines = torch.tensor([float(text_parts(a, s)["reply"][0] @ text_parts(b, s)["reply"][0]) for s in range(200)])
+    assert float(cosines.mean()) == pytest.approx(expected, abs=4 / (200 * DIRECTIONS) ** 0.5)
+    assert 0.3 / DIRECTIONS**0.5 < float(cosines.std()) < 1.5 / DIRECTIONS**0.5
 
 
 def test_directions_are_random_signs_of_the_token_and_the_seed_alone():
@@ -86,6 +102,18 @@ def test_a_row_depends_on_its_own_sample_only_and_is_finite():
     parts = [text_embeddings(samples.slice(start, start + 15), scales) for start in range(0, 60, 15)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
     assert text_embeddings(samples.slice(0, 0), scales).shape == (0, whole.shape[1])
+
+
+def test_the_order_of_the_tokens_of_a_side_does_not_matter():
+    samples = drawn(60)
+    scales = TextScales.of(samples, SEED)
+    turned = samples.take(range(60))
+    for start, stop in zip(turned.offsets[:-1], turned.offsets[1:], strict=True):
+        turned.input_ids[start:stop], turned.response[start:stop] = (
+            turned.input_ids[start:stop][::-1].copy(),
+            turned.response[start:stop][::-1].copy(),
+        )
+    torch.testing.assert_close(text_embeddings(turned, scales), text_embeddings(samples, scales), rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_vary_says_nothing():

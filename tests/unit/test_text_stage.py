@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.local_job import load
-from support.tiny import save_model
+from support.local_job import load, run
+from support.tiny import pool_rows, save_model, target_rows, write_jsonl
 
 from service.plan import operations
-from service.plan.stages import JobInputs
+from service.plan.stages import JobInputs, Stage
 from service.settings import WorkerSettings
 from service.storage.artifacts import ArtifactStore
 from worker.influence import EmbeddingOptions, Samples, TextScales, embed, text_embedding
@@ -125,3 +125,21 @@ def test_the_plan_counts_with_the_cores_own_numbers() -> None:
     parts = text_parts(one, SEED)
     assert text_embedding.DIRECTIONS == operations.TEXT_DIRECTIONS == parts["reply"].shape[1]
     assert parts["scalars"].shape[1] == operations.TEXT_SCALARS
+
+
+@pytest.mark.parametrize("kind", ["text", "text_hidden", "auto"])
+def test_a_whole_job(tmp_path: Path, kind: str) -> None:
+    files = [write_jsonl(tmp_path / "pool.jsonl", pool_rows(40))]
+    files.append(write_jsonl(tmp_path / "target.jsonl", target_rows(4, "python_function")))
+    given: dict[str, Any] = {"budget": 4, "validate": False, "embedding": {"kind": kind}, "kernel": {"kind": "auto"}}
+    ran = run(save_model(tmp_path / "tiny"), files[0], files[1], tmp_path / "store", **given)
+    if kind == "auto":
+        table = ran.summary["embedding"]["candidates"]
+        assert [entry["kind"] for entry in table] == ["text", "text_hidden", "hidden"]
+        assert [entry["cost"] for entry in table] == pytest.approx([0, 2 / 3, 2 / 3])
+        kind = next(entry["kind"] for entry in table if entry["chosen"])
+    text, hidden = 2 * text_embedding.DIRECTIONS + 4, 32
+    width = {"text": text, "hidden": hidden, "text_hidden": text + hidden}[kind]
+    assert load_file(ran.path(Stage.EMBED))["embeddings"].shape == (40, width)
+    assert ran.done[Stage.PROPAGATE][-1].result["kernel"] in ("rbf", "laplacian")
+    assert len(ran.selected) == 4
