@@ -9,8 +9,9 @@ SCALED_ON = 1024
 MAX_LANDMARKS = 16_384
 """Maximum to which landmarks grow: their kernel matrix then takes 2 GiB."""
 
-MAX_CENTRES = 8192
-"""Exact samples that span the regression at most; the others are fitted all the same. Their kernel matrix takes half a GiB."""
+MAX_CENTRES = 4096
+"""Exact samples that span the regression at most; the others are fitted all the same. Their kernel matrix takes 128 MiB, and a
+fit, of which there is one after every round, takes time cubic in them."""
 
 LANDMARKS_PER_DIRECTION = 8
 """Directions of curvature are sums of the gradients of this many times their number of landmarks."""
