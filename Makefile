@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload bench-large-pool bench-text-embedding gpu-check
+.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-export bench-api bench-upload bench-large-pool bench-text-embedding gpu-check
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -83,7 +83,16 @@ BENCH_CACHE ?= .winnow/benchmarks
 BENCH_OUT ?= benchmarks/results
 BENCH = $(BIN)/python benchmarks/$(@:bench-%=%).py --corpus $(CORPUS) --cache $(BENCH_CACHE) --out $(BENCH_OUT) $(ARGS)
 
-bench-fidelity: $(INSTALLED)  ## overlap with exact influence, and its cost, of every embedding and number of landmarks
+bench-fidelity: $(INSTALLED)  ## what exact influence would select: found how well, for which share of the cost of rds_plus
+	@$(BENCH)
+
+bench-parts: $(INSTALLED)  ## what the parts of the text embedding are worth, and kernels and rounds
+	@$(BENCH)
+
+bench-blocks: $(INSTALLED)  ## how many blocks and tangents an embedding is worth
+	@$(BENCH)
+
+bench-warmup: $(INSTALLED)  ## what a warm-up changes of exact influence and of how well it is found
 	@$(BENCH)
 
 bench-gemma: $(INSTALLED)  ## Gemma 3 270M, the benchmarks' second model: ARGS="--model BENCH_CACHE/models/gemma3-270m"

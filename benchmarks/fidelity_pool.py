@@ -1,25 +1,24 @@
-"""The data of the fidelity benchmark, measured with the product's own functions and kept in the cache: exact gradients of the
-pool and of the targets, every embedding, and the cost of each.
+"""The data of the fidelity benchmarks, measured with the product's own functions and kept in the cache: exact gradients of the
+pool and of the targets, and embeddings by passes through the model.
 
-Shape suffixes: n samples of the pool, t targets, k values per gradient, e embedding size.
+Shape suffixes: n samples of the pool, t samples of a target, k values per gradient, e embedding size.
 """
 
 import argparse
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from corpus import Corpus, cached, load_model, load_tokenizer, model_folder, samples_of
+from corpus import Corpus, cached, common_arguments, load_model, load_tokenizer, model_folder, samples_of
 from rich.console import Console
 from torch import Tensor
 
-from service.plan import operations
+from service.plan.operations import Shape
 from worker.influence import (
     EmbeddingOptions,
     GradientProjection,
@@ -28,112 +27,107 @@ from worker.influence import (
     embed,
     per_sample_gradients,
 )
-from worker.influence.causal_lm import block_list
 from worker.influence.samples import IntArray
-from worker.loading.model_shape import counts_of, shape_of
+from worker.loading.model_shape import shape_of
 
 PIECE = 100
 """Number of rows of the pool that are measured at a time."""
+GRADIENTS = "gradients"
 
 console = Console(stderr=True)
+Kinds = Mapping[str, EmbeddingOptions]
 
 
-def embeddings(blocks: int) -> dict[str, EmbeddingOptions]:
-    """The embeddings that are compared, for a model with that many blocks."""
-    depths = sorted({min(4, blocks), max(1, blocks // 2)})
-    offered = {
-        f"{kind} {depth} {pooling}": EmbeddingOptions(kind=kind, pooling=pooling, blocks=depth, tangents=2)
-        for kind, depth in [*(("hidden", depth) for depth in depths), ("jvp", depths[0])]
-        for pooling in ("last", "response")
-    }
-    return {**offered, "rds": EmbeddingOptions(kind="rds")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Operations (n,) by row of the pool, and the CPU seconds that all rows took."""
-
-    operations_n: np.ndarray[Any, np.dtype[np.float64]]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pool:
-    """Exact influence (n, t) by target: `influence` under the projection that the exact method uses, `other` under another of the
-    same size, `finer` under one of four times the size. Embeddings (n, e) by name. `cost`: by embedding, and of `gradients`;
-    `target_cost`: (operations, seconds) of each target's gradients. `usable`: the rows that have a gradient."""
+    """A pool and its targets as one model sees them.
+
+    influence: exact cosines (n, t) by target, under the projection that the exact method uses; `other` under other random signs.
+    embeddings: (n, e) by name; target_embeddings: (t, e) by target and name.  usable: the rows that have a gradient.
+    shape: the model's sizes.  token_rows: its input embeddings, (V, D).
+    """
 
     ids: list[str]
-    sources: list[str]
-    tokens: IntArray
+    samples: Samples
+    targets: dict[str, Samples]
     influence: dict[str, Tensor]
     other: dict[str, Tensor]
-    finer: dict[str, Tensor]
     embeddings: dict[str, Tensor]
-    cost: dict[str, Cost]
-    target_cost: dict[str, tuple[float, float]]
+    target_embeddings: dict[str, dict[str, Tensor]]
     usable: IntArray
+    shape: Shape
+    token_rows: Tensor
 
 
-def measure(options: argparse.Namespace) -> Pool:
-    """Computes the missing pieces of the cache, `--processes` at a time, and reads all of it."""
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One file of the cache: gradients or an embedding of some samples."""
+
+    path: Path
+    samples: Samples
+    kind: str
+
+
+def arguments(doc: str | None, targets: Sequence[str], rows: int = 2000) -> argparse.ArgumentParser:
+    """The options that the fidelity benchmarks share."""
+    parser = common_arguments(doc, rows=rows, targets=list(targets))
+    parser.add_argument("--target-rows", type=int, default=48)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--projection-dim", type=int, default=16_384)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--draws", type=int, default=4, help="number of draws of landmarks, each with its own seed")
+    return parser
+
+
+def measure(options: argparse.Namespace, kinds: Kinds, of_targets: Sequence[str] = ()) -> Pool:
+    """Computes the missing pieces of the cache, `--processes` at a time, and reads all of it.
+
+    kinds: the embeddings of the pool that are wanted; `of_targets`: those of them that the targets have too.
+    """
     corpus, folder = Corpus(options.corpus), model_folder(options)
     rows, tokenizer = corpus.pool(options.rows, options.seed), load_tokenizer(folder)
     samples = samples_of(rows, tokenizer, options.max_length)
     targets = {name: corpus.target(name, "dev")[: options.target_rows] for name in options.targets}
     target_samples = {name: samples_of(found, tokenizer, options.max_length) for name, found in targets.items()}
     model = load_model(folder, getattr(torch, options.dtype), "cpu")
-    kinds = embeddings(len(block_list(model.base_model)[1]))
+
+    path = _paths(options, folder)
     pieces = [(start, min(start + PIECE, len(samples))) for start in range(0, len(samples), PIECE)]
-    names = _names(options, folder)
-    tasks = [
-        *((names(f"{name}.gradients"), part, "gradients") for name, part in target_samples.items()),
-        *(
-            (names(f"pool{a:05d}.{kind}"), samples.slice(a, b), kind)
-            for a, b in pieces
-            for kind in ("gradients", *kinds)
-        ),
-    ]
-    _fill([task for task in tasks if not task[0].exists()], options, folder, kinds)
-    read = {task[0]: cached(task[0], _absent) for task in tasks}
 
-    def pool_of(kind: str) -> tuple[Tensor, float]:
-        found = [read[names(f"pool{a:05d}.{kind}")] for a, _ in pieces]
-        return torch.cat([tensors["values"].float() for tensors, _ in found]), sum(seconds for _, seconds in found)
+    def of_pool(kind: str) -> list[Task]:
+        return [Task(path=path(f"pool{a:05d}", kind), samples=samples.slice(a, b), kind=kind) for a, b in pieces]
 
-    G_nk, gradient_seconds = pool_of("gradients")
-    G_tk = {name: read[names(f"{name}.gradients")][0]["values"] for name in target_samples}
+    def of_target(name: str, kind: str) -> Task:
+        return Task(path=path(f"{name}{options.target_rows}", kind), samples=target_samples[name], kind=kind)
 
-    def influence(seed: int | None) -> dict[str, Tensor]:
-        def projected(G: Tensor) -> Tensor:
-            return G if seed is None else _coarser(G, options.projection_dim, seed)
+    tasks = [of_target(name, kind) for name in target_samples for kind in (GRADIENTS, *of_targets)]
+    tasks += [task for kind in (GRADIENTS, *kinds) for task in of_pool(kind)]
+    _fill([task for task in tasks if not task.path.exists()], options, folder, kinds)
 
-        return {name: cosine_influence(projected(G_nk), projected(G)).double() for name, G in G_tk.items()}
+    def read(*wanted: Task) -> Tensor:
+        return torch.cat([cached(task.path, _absent)[0]["values"].float() for task in wanted])
 
-    gradient_operations = partial(_gradient_operations, model, options.projection_dim)
+    G_nk = read(*of_pool(GRADIENTS))
+    G_tk = {name: read(of_target(name, GRADIENTS)) for name in target_samples}
+
+    def influence(seed: int) -> dict[str, Tensor]:
+        coarse_nk = _coarser(G_nk, options.projection_dim, seed)
+        return {
+            name: cosine_influence(coarse_nk, _coarser(G, options.projection_dim, seed)).double()
+            for name, G in G_tk.items()
+        }
+
     return Pool(
         ids=[row["id"] for row in rows],
-        sources=[row["source"] for row in rows],
-        tokens=samples.lengths,
+        samples=samples,
+        targets=target_samples,
         influence=influence(0),
         other=influence(1),
-        finer=influence(None),
-        embeddings={kind: pool_of(kind)[0] for kind in kinds},
-        cost={
-            "gradients": Cost(operations_n=_by_row(samples, gradient_operations), seconds=gradient_seconds),
-            **{
-                kind: Cost(
-                    operations_n=_by_row(samples, lambda part, o=each: _embedding_operations(model, o, part)),
-                    seconds=pool_of(kind)[1],
-                )
-                for kind, each in kinds.items()
-            },
-        },
-        target_cost={
-            name: (gradient_operations(part), read[names(f"{name}.gradients")][1])
-            for name, part in target_samples.items()
-        },
+        embeddings={kind: read(*of_pool(kind)) for kind in kinds},
+        target_embeddings={name: {kind: read(of_target(name, kind)) for kind in of_targets} for name in target_samples},
         usable=np.flatnonzero(G_nk.norm(dim=1).numpy() > 0),
+        shape=shape_of(model),
+        token_rows=model.get_input_embeddings().weight.detach(),
     )
 
 
@@ -143,60 +137,45 @@ def _finer(dim: int) -> GradientProjection:
 
 def _coarser(G_nk: Tensor, dim: int, seed: int) -> Tensor:
     """Reduces gradients (n, 4 dim) of the finer projection to (n, dim) by another sum of entries with random signs, which is
-    equivalent to a direct projection to `dim` values."""
+    equivalent to a direct projection to `dim` values: one measurement gives the influence under any number of signs."""
+    if G_nk.shape[1] <= dim:
+        return G_nk
     signs_k = torch.from_numpy(np.random.default_rng(seed).choice(np.float32([-1, 1]), G_nk.shape[1]))
     return (G_nk * signs_k).unflatten(1, (-1, dim)).sum(dim=1)
 
 
-def _names(options: argparse.Namespace, folder: Path) -> Callable[[str], Path]:
+def _paths(options: argparse.Namespace, folder: Path) -> Callable[[str, str], Path]:
     """A file's name contains everything that its content depends on, except for the code."""
     setup = f"{folder.name}-{options.dtype}-{options.max_length}-{options.projection_dim}-{options.seed}"
-    return lambda name: Path(options.cache / "fidelity" / setup / f"{name.replace(' ', '_')}.safetensors")
+    return lambda part, kind: Path(options.cache / "fidelity" / setup / f"{part}.{kind.replace(' ', '_')}.safetensors")
 
 
 def _absent() -> dict[str, Tensor]:
     raise RuntimeError("a measured piece has disappeared from the cache")
 
 
-def _embedding_operations(model: Any, options: EmbeddingOptions, part: Samples) -> float:
-    return operations.embedding(shape_of(model), counts_of(part), asdict(options))
-
-
-def _gradient_operations(model: Any, dim: int, part: Samples) -> float:
-    return operations.gradients(shape_of(model), counts_of(part), modules="down_proj", projection_dim=dim)
-
-
-def _by_row(samples: Samples, count: Callable[[Samples], float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([count(samples.slice(i, i + 1)) for i in range(len(samples))])
-
-
-def _fill(
-    tasks: list[tuple[Path, Samples, str]],
-    options: argparse.Namespace,
-    folder: Path,
-    kinds: Mapping[str, EmbeddingOptions],
-) -> None:
+def _fill(tasks: list[Task], options: argparse.Namespace, folder: Path, kinds: Kinds) -> None:
     if not tasks:
         return
     start = partial(_start, folder, options, dict(kinds))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn, initializer=start) as executor:
-        for number, (name, seconds) in enumerate(executor.map(_measure, *zip(*tasks, strict=True)), 1):
+        for number, (name, seconds) in enumerate(executor.map(_measure, tasks), 1):
             console.print(f"{number}/{len(tasks)} {name}: {seconds:.1f} s", highlight=False)
 
 
 def _start(folder: Path, options: argparse.Namespace, kinds: dict[str, EmbeddingOptions]) -> None:
-    """Runs once in each process. One thread, so that CPU seconds measure the work alone."""
+    """Runs once in each process, with one thread: more only wait for the other processes'."""
     global _model, _kinds, _projection
     torch.set_num_threads(1)
     _model, _kinds = load_model(folder, getattr(torch, options.dtype), options.device), kinds
     _projection = _finer(options.projection_dim)
 
 
-def _measure(path: Path, samples: Samples, kind: str) -> tuple[str, float]:
+def _measure(task: Task) -> tuple[str, float]:
     def make() -> dict[str, Tensor]:
-        if kind == "gradients":
-            return {"values": per_sample_gradients(_model, samples, projection=_projection).values}
-        return {"values": embed(_model, samples, options=_kinds[kind])}
+        if task.kind == GRADIENTS:
+            return {"values": per_sample_gradients(_model, task.samples, projection=_projection).values}
+        return {"values": embed(_model, task.samples, options=_kinds[task.kind])}
 
-    return path.stem, cached(path, make)[1]
+    return task.path.stem, cached(task.path, make)[1]

@@ -1,171 +1,142 @@
-"""The report of the fidelity benchmark: everything as JSON, tables as Markdown, a plot of overlap against cost."""
+"""The report of the fidelity benchmark: everything as JSON, tables as Markdown, a plot of turn against cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fidelity_calibration import stopped, summary
 from reporting import plt, save_plot, table, write_json
 
-GOAL = {"overlap": 0.9, "share": 0.4}
 Point = dict[str, Any]
+GROUPS = {"chosen": "chosen on", "confirmed": "confirmed on"}
+AIMS = ((3.5, 0.93), (1.8, 0.97))
+FIGURES = ("turn", "top", "overlap", "ndcg", "spearman")
+SHORT = {"by_formula": "RDS+ costs, by the formula", "measured": "RDS+ costs, here"}
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "fidelity.json", report)
-    (folder / "fidelity.md").write_text("\n".join(_tables(report)))
-    save_plot(_plot(report), folder / "fidelity.svg")
+    (folder / "fidelity.md").write_text("\n".join(_tables(report["models"])))
+    save_plot(_plot(report["models"]), folder / "fidelity.svg")
 
 
-def front(points: Sequence[Point], cost: str) -> list[Point]:
-    """The Pareto front: points for which no other has more overlap at the same cost or less, cheapest first."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p[cost], -p["overlap"])):
-        if not kept or point["overlap"] > kept[-1]["overlap"]:
-            kept.append(point)
-    return kept
+def aims(points: list[Point], group: str) -> Iterator[tuple[float, float, Point | None]]:
+    """Of each aim: the ratio of costs, the least that turn and top should be, and the setting of the product's embedding that
+    comes nearest to it there."""
+    for ratio, least in AIMS:
+        within = [p for p in points if p["embedding"] == "text" and p["by_group"][group]["by_formula"] >= ratio]
+        yield ratio, least, max(within, key=lambda p: _worse(p["by_group"][group]), default=None)
 
 
-def _row(point: Point) -> list[object]:
-    return [
-        point["embedding"],
-        point["landmarks"],
-        point["choice"],
-        point["refine"],
-        *(f"{point[name]:.2f} ± {point['sd'][name]:.2f}" for name in ("spearman", "overlap", "captured")),
-        f"{point['operations_share']:.2f}",
-        f"{point['seconds_share']:.2f}",
-    ]
+def _worse(figures: Point) -> float:
+    return min(figures["turn"], figures["top"])
+
+
+def _tables(models: dict[str, Any]) -> list[str]:
+    lines = [f"# Fidelity: {', '.join(models)}\n"]
+    for model, report in models.items():
+        points = report["points"]
+        targets = list(report["targets"])
+        lines.append(f"## {model}: {report['usable']} samples, {report['draws']} draws of landmarks\n")
+        for group in points[0]["by_group"]:
+            lines += [f"### Targets that it was {GROUPS[group]}\n", table(_HEADER, [_row(p, group) for p in points])]
+        lines += [
+            "### By target: turn / top\n",
+            table(["setting", "landmarks", *targets], [_by_target(p, targets) for p in points]),
+            "### The promise against the truth\n",
+            _calibration(report["calibration"]),
+        ]
+    lines += ["## The aim: turn and top at a share of RDS+'s cost, by the formula\n", _aims(models)]
+    return lines
 
 
 _HEADER = [
-    *("embedding", "landmarks", "choice", "refine", "Spearman", "overlap", "influence captured"),
-    *("share of operations", "share of seconds"),
+    "setting",
+    "landmarks",
+    "refined, x the budget",
+    "turn",
+    "top",
+    "overlap",
+    "NDCG",
+    "Spearman",
+    *SHORT.values(),
 ]
 
 
-def _tables(report: dict[str, Any]) -> list[str]:
-    points, targets = report["points"], list(report["targets"])
-    most = max(point["landmarks"] for point in points)
-    middle = sorted({point["landmarks"] for point in points})[-2:][0]
-    refine = sorted({point["refine"] for point in points})
-    shown = refine[-2:][0]
-    uniform = [p for p in points if p["choice"] == "uniform"]
-    at_middle = [p for p in uniform if p["landmarks"] == middle and p["refine"] == shown]
+def _row(point: Point, group: str) -> list[object]:
+    figures = point["by_group"][group]
     return [
-        "## The Pareto front: no other setting has more overlap for fewer operations\n",
-        table(_HEADER, [_row(point) for point in front(points, "operations_share")]),
-        "## The setting of the paper's authors\n",
-        table(_HEADER, [_row(report["authors"])]),
-        f"## Embeddings, uniform landmarks, {middle} of them, refine {shown}\n",
-        table(
-            [*_HEADER, *(f"{t}: Spearman, overlap" for t in targets)],
-            [
-                [
-                    *_row(p),
-                    *(f"{p['by_target'][t]['spearman']:.2f}, {p['by_target'][t]['overlap']:.2f}" for t in targets),
-                ]
-                for p in at_middle
-            ],
-        ),
-        "## Landmarks and refinement, `auto`: overlap (share of operations)\n",
-        table(
-            ["landmarks", "choice", *(f"refine {share}" for share in refine)],
-            [
-                [
-                    count,
-                    choice,
-                    *(
-                        f"{p['overlap']:.2f} ({p['operations_share']:.2f})"
-                        for p in points
-                        if (p["embedding"], p["landmarks"], p["choice"]) == ("auto", count, choice)
-                    ),
-                ]
-                for count in sorted({p["landmarks"] for p in points})
-                for choice in ("uniform", "stratified")
-            ],
-        ),
-        "## Refinement in rounds, `auto`, stratified\n",
-        table(["rounds", *_HEADER], [[point["rounds"], *_row(point)] for point in report["rounds"]]),
-        "## Ridge, `auto`, uniform\n",
-        table(
-            ["ridge", *_HEADER],
-            [["by leave-one-out" if p["ridge"] is None else p["ridge"], *_row(p)] for p in report["ridges"]],
-        ),
-        "## Selection by `top_k` of the mean influence, `auto`, uniform\n",
-        table(_HEADER, [_row(point) for point in report["top_k"]]),
-        "## Is leave-one-out reliable? Figures for the mean influence, leave-one-out and true\n",
-        table(
-            [
-                "embedding",
-                "landmarks",
-                "choice",
-                "R² leave-one-out",
-                "R² true",
-                "Spearman leave-one-out",
-                "Spearman true",
-            ],
-            [
-                [
-                    *(p["embedding"], p["landmarks"], p["choice"]),
-                    *(
-                        f"{p[name]:.2f} ± {p['sd'][name]:.2f}"
-                        for name in ("left_out_r2", "mean_r2", "left_out_spearman", "mean_spearman")
-                    ),
-                ]
-                for p in points
-                if p["refine"] == 0 and p["landmarks"] in (min(q["landmarks"] for q in points), middle, most)
-            ],
-        ),
-        "## Agreement of the exact method with itself, and the cost of embedding the pool\n",
-        table(
-            ["projection of the gradients", "Spearman", "overlap"],
-            [[name, found["spearman"], found["overlap"]] for name, found in report["projection"].items()],
-        ),
-        table(
-            ["embedding", "share of operations", "share of seconds"],
-            [
-                [name, f"{cost['operations_share']:.3f}", f"{cost['seconds_share']:.3f}"]
-                for name, cost in report["embedding_share"].items()
-            ],
-        ),
+        *(point["name"], point["landmarks"], f"{figures['times']:.2f}"),
+        *(f"{figures[name]:.3f} ± {figures['sd'][name]:.3f}" for name in FIGURES),
+        *(f"{figures[name]:.2f}" for name in SHORT),
     ]
 
 
-def _plot(report: dict[str, Any]) -> Any:
-    points = report["points"]
-    names = list(dict.fromkeys(point["embedding"] for point in points))
-    figure, axes = plt.subplots(figsize=(8, 5))
-    colours = plt.get_cmap("tab10")
-    for number, name in enumerate(names):
-        own = [p for p in points if p["embedding"] == name]
-        axes.scatter(
-            [p["operations_share"] for p in own],
-            [p["overlap"] for p in own],
-            s=[10 + 24 * (p["refine"] > 0) for p in own],
-            color=colours(number),
-            alpha=0.75,
-            label=name,
-            linewidths=0,
+def _by_target(point: Point, targets: list[str]) -> list[object]:
+    found = (point["by_target"][target] for target in targets)
+    return [point["name"], point["landmarks"], *(f"{each['turn']:.3f} / {each['top']:.3f}" for each in found)]
+
+
+def _aims(models: dict[str, Any]) -> str:
+    rows = [
+        [
+            *(model, GROUPS[group], f"RDS+/{ratio}", f"{least}"),
+            *([best["name"], best["landmarks"]] if best else ["none", ""]),
+            *([f"{best['by_group'][group][name]:.3f}" for name in ("turn", "top")] if best else ["", ""]),
+        ]
+        for model, report in models.items()
+        for group in report["points"][0]["by_group"]
+        for ratio, least, best in aims(report["points"], group)
+    ]
+    return table(["model", "targets", "cost", "aim", "best setting", "landmarks", "turn", "top"], rows)
+
+
+def _calibration(records: list[Point]) -> str:
+    rows = []
+    for what, chosen in _parts(records):
+        of, end = summary(chosen), stopped(chosen)
+        known = [f"{end['true']:.3f}", f"{end['least']:.3f}", f"{end['times']:.2f}"] if end["stopped"] else ["", "", ""]
+        figures = [f"{of['bias']:+.3f}", f"{of['rms']:.3f}", f"{of['correlation']:.2f}"]
+        rows.append([what, of["promises"], *figures, f"{end['stopped']} of {end['runs']}", *known])
+    return table(
+        [
+            *("promises", "number", "bias", "rms", "correlation"),
+            *("runs promised 0.95", "their true turn", "least", "refined by then, x the budget"),
+        ],
+        rows,
+    )
+
+
+def _parts(records: list[Point]) -> Iterator[tuple[str, list[Point]]]:
+    yield "all", records
+    parts: dict[str, Callable[[Point], str]] = {
+        "target": lambda each: str(each["target"]),
+        "size": lambda each: f"{each['pool']} samples, {each['landmarks']} landmarks",
+    }
+    for name_of in parts.values():
+        for name in dict.fromkeys(map(name_of, records)):
+            yield name, [each for each in records if name_of(each) == name]
+
+
+def _plot(models: dict[str, Any]) -> Any:
+    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False, sharey=True)
+    for place, (model, report) in zip(axes[0], models.items(), strict=True):
+        group = list(report["points"][0]["by_group"])[-1]
+        names = list(dict.fromkeys(_method(point) for point in report["points"]))
+        for number, name in enumerate(names):
+            own = [point["by_group"][group] for point in report["points"] if _method(point) == name]
+            places = [each["by_formula"] for each in own], [each["turn"] for each in own]
+            place.scatter(*places, s=22, color=plt.get_cmap("tab10")(number), label=name, linewidths=0)
+        for ratio, least in AIMS:
+            place.plot([ratio, ratio], [least, 1], color="green", lw=2, alpha=0.5)
+        place.set(
+            xscale="log", ylim=(0, 1.05), xlabel="RDS+'s operations over the setting's, by the formula", title=model
         )
-    best = front(points, "operations_share")
-    axes.plot(
-        [p["operations_share"] for p in best], [p["overlap"] for p in best], color="black", lw=1, label="Pareto front"
-    )
-    authors = report["authors"]
-    place = (authors["operations_share"], authors["overlap"])
-    axes.scatter(*place, marker="*", s=160, color="black", zorder=3, label="the authors' setting")
-    rounds = [p for p in report["rounds"] if p["rounds"] == 4]
-    places = [p["operations_share"] for p in rounds], [p["overlap"] for p in rounds]
-    axes.scatter(*places, marker="D", s=22, facecolors="none", edgecolors="black", label="auto, stratified, 4 rounds")
-    axes.axvspan(0, GOAL["share"], ymin=GOAL["overlap"] / 1.05, color="green", alpha=0.1)
-    axes.annotate("goal", (0.01, 0.97), color="green")
-    axes.set(
-        xlim=(0, 1.05),
-        ylim=(0, 1.05),
-        xlabel="operations, as a share of the exact method's",
-        ylabel="overlap of the selected 5 %",
-    )
-    axes.legend(fontsize=7, loc="lower right")
-    axes.set_title("Larger dots: with refinement (exact gradients of a shortlist)", fontsize=9)
+        place.set(ylabel=f"turn, on the targets that it was {GROUPS[group]}")
+        place.legend(fontsize=7, loc="lower left")
     return figure
+
+
+def _method(point: Point) -> str:
+    return str(point["embedding"] or point["name"])

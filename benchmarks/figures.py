@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from worker.influence import fidelity, round_robin, top_k
+from worker.influence.promise import turns_gain
 from worker.influence.samples import IntArray
 
 Figures = dict[str, float]
@@ -38,10 +39,7 @@ def turn(P_mt: Tensor, chosen: IntArray, seed: int) -> float:
 
 
 def _gained(P_mt: Tensor, chosen: IntArray, seed: int) -> float:
-    """Of each pick the influence on the target whose turn it was, less the pool's mean influence on that target, summed."""
-    order = np.random.Generator(np.random.Philox(seed)).permutation(P_mt.shape[1])  # as `round_robin` draws it
-    targets = order[np.arange(len(chosen)) % len(order)]
-    return float((P_mt[chosen, targets] - P_mt.mean(dim=0)[targets]).sum())
+    return turns_gain(P_mt.numpy(force=True), chosen, seed, P_mt.mean(dim=0).numpy(force=True))
 
 
 def ndcg(P_mt: Tensor, known_mt: Tensor, budget: int) -> float:
