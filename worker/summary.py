@@ -147,6 +147,12 @@ def _of_nonfinite(selected: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_TRAINING_WITH_WEIGHTS = (
+    "Training with the weights is not known to help: the method's authors gained 1.48 points of accuracy over random with them,"
+    " and 1.93 with equal weights."
+)
+
+
 def _sentences(found: Mapping[str, Any]) -> list[str]:
     """What a reader should know first."""
     sentences = [_of_fidelity(found["fidelity"], found["landmark_count"]), *found["notes"]]
@@ -164,6 +170,8 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         sentences.append(f"The optimiser's scaling is factored, with a relative error of {found['scaling_error']:.2f}.")
     if found["refinement"]:
         sentences.append(_of_refinement(found["refinement"]))
+    if found["solution"]:
+        sentences.append(_TRAINING_WITH_WEIGHTS)
     if found["validation"]:
         sentences.append(found["validation"]["sentence"])
     return [sentence for sentence in sentences if sentence]

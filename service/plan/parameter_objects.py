@@ -70,7 +70,8 @@ class Gradient(Strict):
     )
     normalize: bool | None = Field(
         default=None,
-        description="true: influence is a cosine; false: the plain inner product. null: false for `weighted`, otherwise true",
+        description="true: influence is a cosine; false: the plain inner product. null: true, but false with a curvature, whose"
+        " quadratic form is of plain gradients",
     )
 
 

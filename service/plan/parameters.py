@@ -165,7 +165,7 @@ class Parameters(Strict):
                 raise ValidationError.from_exception_data("Parameters", [_error(*one) for one in refused])
         if "gradient" not in unused and self.gradient.normalize is None:
             gradient = self.gradient.model_copy()
-            write_out(gradient, normalize=self.selection != "weighted")
+            write_out(gradient, normalize=self.curvature.type == "none")
             write_out(self, gradient=gradient)
         return self
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from worker.influence import first_order_weights, solver
+from worker.influence import first_order_weights, mean_one_over_selected, solver
 from worker.influence.solver import plain_certificate, weighted_selection
 
 KINDS = [
@@ -168,6 +168,20 @@ def test_a_form_of_zero_gives_the_closed_form(budget, ties):
         tiny = generator.standard_normal((60, 3)), 1e-14 * np.eye(3)
         near = weighted_selection(p, budget=budget, factors=tiny, learning_rate=0.1)
         np.testing.assert_allclose(near.weights, closed.weights, atol=1e-7 * 60 / budget)
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_of_any_cosines_exactly_the_budget_is_positive_and_stays_so_in_float32(data):
+    """Ties in every place; of tied samples the lower index. The weights are kept in float32, mean 1 over the selected."""
+    n, t = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 4))
+    coarse = data.draw(st.integers(0, 20))
+    P = np.array(data.draw(st.lists(st.integers(-(2**coarse), 2**coarse), min_size=n * t, max_size=n * t))) / 2**coarse
+    p, budget = P.reshape(n, t).astype(np.float32).mean(axis=1, dtype=np.float64), data.draw(st.integers(1, n))
+    weights = weighted_selection(p, budget=budget, factors=None, learning_rate=1e-3).weights
+    kept = mean_one_over_selected(weights).astype(np.float32)
+    assert np.flatnonzero(kept > 0).tolist() == sorted(np.argsort(-p, kind="stable")[:budget].tolist())
+    assert kept.sum() == pytest.approx(budget, rel=1e-5)
 
 
 def test_a_search_that_is_cut_short_says_so(monkeypatch):

@@ -154,14 +154,15 @@ def test_what_an_older_version_accepted_stays_readable(given: dict[str, Any], pa
     ("given", "normalize"),
     [
         ({}, True),
-        ({"selection": "weighted"}, False),
-        ({"selection": "weighted", "gradient": {"normalize": True}}, True),
+        ({"selection": "weighted"}, True),
+        ({"selection": "weighted", "gradient": {"normalize": False}}, False),
+        ({"selection": "weighted", "optimizer": {"type": "sgd"}, "curvature": {"type": "fisher"}}, False),
         ({"gradient": {"normalize": False, "projection_dim": 64}}, False),
         ({"method": "rds_plus"}, None),
         ({"method": "random"}, None),
     ],
 )
-def test_normalize_follows_the_selection(given: dict[str, Any], normalize: bool | None) -> None:
+def test_influence_is_a_cosine_unless_there_is_a_curvature(given: dict[str, Any], normalize: bool | None) -> None:
     assert Parameters.model_validate(given).gradient.normalize is normalize
 
 
@@ -194,5 +195,6 @@ def test_a_default_that_is_written_out_is_not_taken_for_what_was_sent() -> None:
 
 
 def test_defaults_are_not_shared() -> None:
-    changed = Parameters.model_validate({"selection": "weighted"})
+    curved = {"selection": "weighted", "optimizer": {"type": "sgd"}, "curvature": {"type": "ggn"}}
+    changed = Parameters.model_validate(curved)
     assert (changed.gradient.normalize, Parameters().gradient.normalize) == (False, True)

@@ -24,6 +24,7 @@ def test_what_the_certificate_does_not_promise_is_said(solution: dict[str, Any] 
     assert len(found["notes"]) == len(said)
     assert all(part in note for part, note in zip(said, found["notes"], strict=True))
     assert set(found["notes"]) <= set(found["sentences"])
+    assert any("1.48 points" in text for text in found["sentences"]) == (solution is not None)
 
 
 def test_the_notes_of_all_rounds_are_given() -> None:
