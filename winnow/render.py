@@ -152,9 +152,47 @@ def plan(console: Console, planned: Json) -> None:
     table.add_section()
     table.add_row("all", *cells(planned["totals"]), "")
     console.print(table)
-    for sentence in (*planned["warnings"], planned["note"]):
+    for sentence in (*planned["warnings"], planned["note"], *costs(planned.get("costs"))):
         if sentence is not None:
             console.print(sentence, markup=False)
+
+
+_WAYS = {
+    "job": "this job",
+    "rds_plus": "rds_plus",
+    "exact_influence": "exact_influence",
+    "authors": "the authors' setting",
+}
+
+
+def costs(found: Json | None) -> list[str]:
+    """What the choice costs beside other ways to choose, in lines; none where it is not known."""
+    if found is None:
+        return []
+    lines = []
+    counts = (
+        ("operations", "rds_plus_ratio", "By products that run"),
+        (
+            "paper_operations",
+            "rds_plus_ratio_by_paper",
+            "By the paper's formula",
+        ),
+    )
+    for key, ratio, count in counts:
+        ways = ", ".join(f"{name} {_teraflop(found[way][key])}" for way, name in _WAYS.items())
+        more = (
+            "" if found["warmup"] is None else f"; the warm-up {_teraflop(found['warmup'][key])} more, whatever the way"
+        )
+        under = "" if found[ratio] is None else f". rds_plus costs {found[ratio]:,.3g} times as much as this job"
+        lines.append(f"{count}, in TFLOP: {ways}{more}{under}.")
+    known = [f"{name} {found[way]['seconds']:,.0f}" for way, name in _WAYS.items() if found[way]["seconds"] is not None]
+    return [*lines, f"Computing seconds: {', '.join(known)}."] if known else lines
+
+
+def _teraflop(operations: float) -> str:
+    """Four digits, whole ones from a thousand on."""
+    value = operations / 1e12
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def results(console: Console, summary: Json, selected: Sequence[Json], *, top: int = 10) -> None:
@@ -184,7 +222,7 @@ def results(console: Console, summary: Json, selected: Sequence[Json], *, top: i
     for name, found in (summary.get("unusable") or {}).items():  # results of earlier versions have none, nor sentences
         if found["count"]:
             _unusable(console, name, found, top=top)
-    for sentence in summary.get("sentences", ()):
+    for sentence in (*summary.get("sentences", ()), *costs(summary.get("costs"))):
         console.print(sentence, markup=False)
 
 

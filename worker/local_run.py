@@ -27,6 +27,7 @@ from service.models.configs import ADAPTER_CONFIG
 from service.models.dependency_check import unsafe_packages
 from service.models.registry import resolve
 from service.plan.preparing import is_shard, prepare_unit
+from service.plan.rates import Rates
 from service.plan.stages import Done, JobInputs, Stage, UnitSpec
 from service.plan.waves import next_units
 from service.results import formats
@@ -35,10 +36,11 @@ from service.storage.artifacts import ArtifactStore
 from service.storage.tempdirs import temporary_directory
 from winnow import render
 from winnow.options import Reading, read_budget
-from worker import summary
+from worker import costs, summary
 from worker.artifact_cache import known_result
 from worker.errors import ArtifactUnusable, ParameterError, UnitError, check_shards
 from worker.given_options import parameters_of, row_options_of
+from worker.loading.model_shape import shape_in_files
 from worker.process.main import Compute
 
 _MAX_TRIES = 5
@@ -241,13 +243,15 @@ def _run(options: Options, folder: Path, console: Console) -> None:
         computed = {stage: [unit.result for unit in units] for stage, units in done.items()}
         nonfinite = summary.nonfinite(store, pool.fingerprint, target.fingerprint, done[Stage.SELECT][0].result)
     unusable = done[Stage.PREPARE][-1].result["unusable"]
-    found = {**summary.of_method(computed), "unusable": unusable, "nonfinite": nonfinite}
+    found = summary.of_method(computed)
+    cost = costs.of_job(shape_in_files(compute.models.folder(job.model)), job, computed, found, Rates())
+    found |= {"costs": cost, "unusable": unusable, "nonfinite": nonfinite}
     if options.as_json:
         print(json.dumps({**found, "prepared": done[Stage.PREPARE][-1].result, "budget": job.budget}))
         return
     count = len(arrays["selected"])
     console.print(f"Selected {count} of {pool.row_count} samples; wrote {options.out}.", soft_wrap=True)
-    for sentence in found["sentences"]:
+    for sentence in (*found["sentences"], *render.costs(cost)):
         console.print(sentence, soft_wrap=True)
     for name, left_out in unusable.items():
         for row in left_out["first"]:

@@ -17,12 +17,15 @@ from sqlalchemy.orm import Session
 from service import ledger
 from service.datasets.storage import iter_ids
 from service.datasets.tables import Dataset
+from service.jobs.planning import measured_rates
 from service.ledger.tables import JobUnit, SelectionJob
+from service.plan.operations import Shape
+from service.plan.rates import Rates
 from service.plan.stages import History, JobInputs, Stage
 from service.plan.versions import code_version
 from service.results import service as results
 from service.storage.artifacts import ArtifactStore
-from worker import summary
+from worker import costs, summary
 from worker.errors import ModelError
 
 Units = Mapping[Stage, Sequence[JobUnit]]
@@ -33,7 +36,7 @@ class Publication:
     """What of a job's results is in the store, read before the transaction that ends the job.
 
     `arrays` are those of the select stage; `ids` and `sources` those of the selected samples in rank order; `nonfinite` names the
-    samples that were left out; `landmarks` are rows of the pool, rising, or `all`.
+    samples that were left out; `landmarks` are rows of the pool, rising, or `all`; `shape` of the model, or why it is unknown.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
@@ -41,9 +44,11 @@ class Publication:
     sources: Sequence[str | None]
     nonfinite: Mapping[str, Any]
     landmarks: Sequence[int] | str
+    job: JobInputs
+    shape: Shape | str
 
     @classmethod
-    def read(cls, store: ArtifactStore, job: JobInputs, done: History) -> Self:
+    def read(cls, store: ArtifactStore, job: JobInputs, done: History, shape: Shape | str) -> Self:
         selection = done[Stage.SELECT][0]
         with store.local(selection.artifact_key) as path:
             arrays = load_file(path)
@@ -54,6 +59,8 @@ class Publication:
             sources=sources,
             nonfinite=summary.nonfinite(store, job.pool, job.target, selection.result),
             landmarks=_landmarks(store, done),
+            job=job,
+            shape=shape,
         )
 
     def write(self, session: Session, job: SelectionJob) -> None:
@@ -70,18 +77,21 @@ class Publication:
             selected=self.arrays["selected"],
             sample_ids=self.ids,
             sources=self.sources,
-            summary=self._summary(units, pool.sources),
+            summary=self._summary(units, pool.sources, measured_rates(session)),
             provenance=_provenance(job, units, pool, target, self.landmarks),
         )
 
-    def _summary(self, units: Units, pool_sources: Mapping[str, int]) -> dict[str, Any]:
+    def _summary(self, units: Units, pool_sources: Mapping[str, int], rates: Rates) -> dict[str, Any]:
         prepared = _prepared(units)
+        computed = {stage: [unit.result for unit in each] for stage, each in units.items()}
+        found = summary.of_method(computed)
         weights = self.arrays["weight"][self.arrays["selected"]]
         weight_by_source: Counter[str] = Counter()
         for source, weight in zip(self.sources, weights.tolist(), strict=True):
             weight_by_source[source or "(none)"] += weight
         return {
-            **summary.of_method({stage: [unit.result for unit in found] for stage, found in units.items()}),
+            **found,
+            "costs": costs.of_job(self.shape, self.job, computed, found, rates),
             "unusable": prepared.get("unusable"),  # prepared by the version before: not counted, as the next
             "rendering": prepared.get("rendering"),
             "nonfinite": self.nonfinite,
@@ -99,7 +109,7 @@ class Publication:
             "target": prepared["target_counts"],
             "dtype": prepared["dtype"],
             "device": prepared["device"],
-            "stages": [_stage_summary(stage, found) for stage, found in units.items() if found],
+            "stages": [_stage_summary(stage, each) for stage, each in units.items() if each],
         }
 
 

@@ -160,7 +160,7 @@ class Finish:
         if work.claim.stage == Stage.PREPARE and is_prepared(result):
             first_wave = FirstWave.read(store, settings, work.job, next_units(work.job, done))
         elif work.is_last:
-            publication = Publication.read(store, work.job, done)
+            publication = Publication.read(store, work.job, done, planning.shape_of(settings, work.job.model))
         return cls(work=work, result=result, first_wave=first_wave, publication=publication)
 
     def write(self, session: Session) -> None:

@@ -17,9 +17,9 @@ from service.models.configs import CONFIG
 from service.models.shapes import shape_in
 from service.plan import estimate
 from service.plan.artifact_keys import rendering, result_key
-from service.plan.estimate import Rates
 from service.plan.job_counts import JobCounts
 from service.plan.operations import Shape, TokenCounts
+from service.plan.rates import Rates
 from service.plan.stages import JobInputs, Stage
 from service.plan.waves import rehearse
 from service.settings import ModelSettings

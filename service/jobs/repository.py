@@ -100,11 +100,12 @@ def _similar_jobs() -> Select[SelectionJob, str, str]:
 
 _STAGE_RATES = text("""
     SELECT s.stage::text AS stage,
-        sum((u.result ->> 'operations')::float8) FILTER (WHERE u.result ? 'operations')
-            / nullif(sum((u.result ->> 'seconds')::float8) FILTER (WHERE u.result ? 'operations'), 0) AS operations,
-        sum(u.progress_total) / nullif(sum(extract(epoch FROM u.finished_at - u.started_at)), 0)::float8 AS samples
+        sum(u.operations) FILTER (WHERE u.operations > 0)
+            / nullif(sum((u.result ->> 'seconds')::float8) FILTER (WHERE u.operations > 0), 0) AS operations,
+        sum(u.progress_total) FILTER (WHERE u.operations = 0)
+            / nullif(sum(extract(epoch FROM u.finished_at - u.started_at)) FILTER (WHERE u.operations = 0), 0)::float8 AS samples
     FROM unnest(enum_range(NULL::stage)) AS s (stage), LATERAL (
-        SELECT * FROM job_units
+        SELECT *, coalesce((result ->> 'operations')::float8, 0) AS operations FROM job_units
         WHERE stage = s.stage AND state = 'succeeded' AND NOT coalesce((result ->> 'reused')::boolean, false)
         ORDER BY finished_at DESC LIMIT 200
     ) u
@@ -166,7 +167,8 @@ def samples_leave_at(session: Session, key_id: str, room: int) -> datetime | Non
 
 
 def stage_rates(session: Session) -> Sequence[Row[Any]]:
-    """(stage, operations, samples), both a second, over the newest 200 units of each stage that were really computed."""
+    """(stage, operations, samples), both a second, over the newest 200 units of each stage that were really computed: those with
+    matrix products, and those without."""
     return session.execute(_STAGE_RATES).all()
 
 

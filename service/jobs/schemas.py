@@ -23,6 +23,7 @@ from service.http.pagination import NumberedPage
 from service.ledger.state import JobStatus
 from service.models.registry import HubModel
 from service.names import Text, check_name
+from service.plan.compared_costs import ComparedCosts
 from service.plan.parameters import JobParameters, Parameters
 from service.plan.stages import Stage
 
@@ -177,7 +178,9 @@ class SelectionPlan(BaseModel):
     parameters: JobParameters
     stages: list[StagePlan]
     totals: PlanTotals
-    exact_operations: float | None = Field(description="Of the same job with method exact_influence")
+    costs: ComparedCosts | None = Field(
+        description="Operations and seconds of this job beside other ways to choose; null: the model's shape is unknown"
+    )
     note: str | None = Field(description="Set if the exact method would cost less than twice this job")
     warnings: list[str] = Field(description="What was lowered, what does not fit, and why figures are missing")
     tokens: dict[str, int] = Field(examples=[{"pool": 532377, "target": 9120}])

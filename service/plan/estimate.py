@@ -3,37 +3,20 @@
 `plan` is called when a job is posted, with counts estimated from the datasets' bytes, and once more after tokenisation.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from service.plan.compared_costs import ComparedCosts, compared
 from service.plan.job_counts import JobCounts
 from service.plan.landmark_count import landmark_count
-from service.plan.limits import default_token_budget
 from service.plan.operations import Shape
 from service.plan.passes import Parameters
+from service.plan.rates import Rates
 from service.plan.stage_costs import StageCost, StageCosts, stages_of
 from service.plan.stages import Stage
 
-# Assumed share of a machine's matrix product rate until a unit of the stage has been measured.
-RATE_SHARE = 0.4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """What was measured: operations a second and samples a second of each stage, and the newest worker's matrix products."""
-
-    operations: Mapping[str, float] = field(default_factory=dict)
-    samples: Mapping[str, float] = field(default_factory=dict)
-    matmul: Mapping[str, float] = field(default_factory=dict)
-    device: str | None = None
-    memory_bytes: int | None = None
-
-    @property
-    def token_budget(self) -> int:
-        """Tokens per batch on that worker; on an accelerator if none is known yet."""
-        return default_token_budget("cpu" if (self.device or "").startswith("cpu") else "cuda")
+FISHER_HARMS_FROM = 1.0
+"""The learning rate at which `fisher` on plain inner products was measured to destroy the choice."""
 
 
 def plan(
@@ -51,21 +34,18 @@ def plan(
     """
     warnings = [] if rates.device else ["No worker has computed anything yet, so durations cannot be estimated."]
     stages: dict[Stage, StageCost | None]
-    exact: float | None = None
+    costs: ComparedCosts | None = None
     dtype = _dtype(parameters, counts, rates)
     try:
         if isinstance(shape, str):
             raise ValueError(shape)
         stages = dict(StageCosts(shape, parameters, counts, dtype, rates.token_budget).all())
-        exactly = StageCosts(
-            shape, {**parameters, "method": "exact_influence"}, counts, dtype, rates.token_budget
-        ).all()
-        exact = float(round(math.fsum(cost.operations for cost in exactly.values())))
+        costs = compared(shape, parameters, counts, dtype, rates)
     except ValueError as error:
         warnings.append(f"Operations, memory and bytes are not known: {error}.")
         stages = dict.fromkeys(stages_of(parameters, counts))
     entries = [
-        _entry(stage, cost, _seconds(stage, cost, dtype, rates), already.get(stage, 0.0))
+        _entry(stage, cost, None if cost is None else rates.seconds(stage, cost, dtype), already.get(stage, 0.0))
         for stage, cost in stages.items()
     ]
     totals = _totals(entries)
@@ -77,9 +57,9 @@ def plan(
     return {
         "stages": entries,
         "totals": totals,
-        "exact_operations": exact,
-        "note": None if _caps(parameters, counts) else _note(parameters, totals["operations"], exact),
-        "warnings": [*warnings, *_caps(parameters, counts)],
+        "costs": None if costs is None else costs.model_dump(),
+        "note": None if costs is None or _caps(parameters, counts) else _note(parameters, totals["operations"], costs),
+        "warnings": [*warnings, *_caps(parameters, counts), *_of_weights(parameters)],
         "tokens": {"pool": round(counts.pool.tokens), "target": round(counts.target.tokens)},
         "estimated": counts.estimated,
         "device": rates.device,
@@ -97,16 +77,6 @@ def _entry(stage: Stage, cost: StageCost | None, seconds: float | None, share: f
     }
 
 
-def _seconds(stage: Stage, cost: StageCost | None, dtype: str, rates: Rates) -> float | None:
-    if cost is None:
-        return None
-    if cost.operations and stage in rates.operations:
-        return cost.operations / rates.operations[stage]
-    if cost.operations and dtype in rates.matmul:
-        return cost.operations / (RATE_SHARE * rates.matmul[dtype])
-    return cost.samples / rates.samples[stage] if stage in rates.samples else None
-
-
 def _totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sums of what is known, None where nothing is; of memory, the most that a stage needs."""
 
@@ -117,8 +87,9 @@ def _totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**totals, "memory_bytes": max(known("memory_bytes"), default=None)}
 
 
-def _note(parameters: Parameters, total: float | None, exact: float | None) -> str | None:
-    if parameters["method"] != "influence_distillation" or total is None or exact is None or exact >= 2 * total:
+def _note(parameters: Parameters, total: float, costs: ComparedCosts) -> str | None:
+    exact = total - costs.job.operations + costs.exact_influence.operations
+    if parameters["method"] != "influence_distillation" or exact >= 2 * total:
         return None
     return (
         f"method exact_influence would cost {exact / total:.1f} times the operations of this job, less than twice:"
@@ -133,6 +104,23 @@ def _caps(parameters: Parameters, counts: JobCounts) -> list[str]:
     is_lowered = wanted is not None and wanted > n
     lowered = f"landmarks.count is {wanted}; lowered to the {n} usable samples of the pool. " if is_lowered else ""
     return [f"{lowered}Every sample is a landmark, so every influence is exact and no embedding is needed."]
+
+
+def _of_weights(parameters: Parameters) -> list[str]:
+    """What is known to harm the choice of `weighted` (docs/method.md, Select)."""
+    if parameters["selection"] != "weighted" or parameters["gradient"]["normalize"] is not False:
+        return []
+    warnings = [
+        "selection weighted on plain inner products favours samples with large gradients, which are those with short replies:"
+        " where it was measured, it chose replies of two tokens from other sources than the target's."
+        " gradient.normalize true, which needs curvature none, avoids that."
+    ]
+    if parameters["curvature"]["type"] == "fisher" and parameters["optimizer"]["learning_rate"] >= FISHER_HARMS_FROM:
+        warnings.append(
+            f"curvature fisher at a learning rate of {FISHER_HARMS_FROM:g} destroyed the choice where it was measured; lower"
+            " optimizer.learning_rate, or use curvature none."
+        )
+    return warnings
 
 
 def _dtype(parameters: Parameters, counts: JobCounts, rates: Rates) -> str:

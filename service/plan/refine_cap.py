@@ -109,6 +109,15 @@ def _cap(
     )
 
 
+def refined_samples(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> int:
+    """How many samples the job refines at most."""
+    refine, landmarks = parameters["refine"], passes.landmarks_of(parameters, counts)
+    is_capped = refine["size"] == "auto" and refine["share"] is None
+    cap = refine_cap(shape, parameters, counts).samples if is_capped else 0
+    usable = math.floor(counts.selectable)
+    return shortlist_size(refine, budget=counts.budget, usable=usable, landmarks=math.ceil(landmarks), cap=cap)
+
+
 def shortlist_size(refine: Mapping[str, Any], *, budget: int, usable: int, landmarks: int, cap: int) -> int:
     """How many samples are refined at most: the pool has `usable` ones, of which `landmarks` are exact already.
 

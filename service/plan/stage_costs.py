@@ -15,11 +15,12 @@ from service.plan.limits import (
     HELD_OUT_FROM,
     KERNEL_ROWS,
     LANDMARKS_PER_DIRECTION,
+    MAX_CENTRES,
     VALIDATION_SAMPLES,
 )
 from service.plan.operations import Shape, TokenCounts
 from service.plan.passes import Parameters
-from service.plan.refine_cap import refine_cap, shortlist_size
+from service.plan.refine_cap import refined_samples
 from service.plan.shards import EMBED_SHARD_TOKENS, GRADIENT_SHARD_TOKENS, MAX_SHARDS
 from service.plan.stages import JobInputs, Stage
 from service.plan.waves import rehearse
@@ -29,6 +30,7 @@ _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
 _RIDGES = 5  # of which one is chosen where none is given
+_EIGEN = 10  # times the cube of its size: a symmetric matrix's eigenvectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ class StageCosts:
         self._stages = stages_of(parameters, counts)
         self._n, self._t = counts.pool.samples, counts.target.samples
         self._l = passes.landmarks_of(parameters, counts)
+        self._refined = refined_samples(shape, parameters, counts) if Stage.REFINE in self._stages else 0
         self._modules = parameters["gradient"]["modules"]
         self._layers = shape.measured(self._modules)
         self._k = operations.gradient_size(self._layers, parameters["gradient"]["projection_dim"])
@@ -89,7 +92,7 @@ class StageCosts:
             Stage.EMBED: lambda: self._embed(self._counts.pool, [self._embedding]),
             Stage.EMBED_TARGET: lambda: self._embed(self._counts.target, [self._embedding]),
             Stage.PROPAGATE: self._propagate,
-            Stage.REFINE: lambda: self._gradients(self._counts.drawn(self._shortlist()), is_scaled=True),
+            Stage.REFINE: lambda: self._gradients(self._counts.drawn(self._refined), is_scaled=True),
             Stage.SELECT: self._select,
             Stage.VALIDATE: self._validate,
         }
@@ -157,32 +160,45 @@ class StageCosts:
     def _embed(self, counts: TokenCounts, offered: Sequence[Mapping[str, Any]]) -> StageCost:
         widths = sum(operations.embedding_width(self._shape, options) for options in offered)
         tangents = max(1 + options["tangents"] if options["kind"] == "jvp" else 1 for options in offered)
+        memory = self._memory(tangents * self._forward_activations(), _shard(counts, EMBED_SHARD_TOKENS))
+        if all(options["kind"] == "text" for options in offered):  # no model
+            memory = _PROCESS_BYTES + 8 * self._shape.vocabulary * operations.TEXT_DIRECTIONS
         return StageCost(
             operations=math.fsum(operations.embedding(self._shape, counts, options) for options in offered),
             samples=len(offered) * counts.samples,
             artifact_bytes=2 * counts.samples * widths,
-            memory_bytes=self._memory(tangents * self._forward_activations(), _shard(counts, EMBED_SHARD_TOKENS)),
+            memory_bytes=memory,
         )
 
-    def _fit(self, e: int) -> float:
-        """Of the kernel ridge regression from e values to every target: the kernel, and of each ridge that is tried the Cholesky
-        factor and its inverse."""
-        tried = _RIDGES if self._parameters["kernel"]["ridge"] is None else 1
-        return 2 * self._l**2 * e + tried * (2 * self._l**2 * self._columns() + self._l**3)
+    def _fit(self, e: int, exact: float) -> float:
+        """Of the kernel ridge regression from e values of the exact samples to every target: the kernel; for each kernel and
+        ridge that is tried, the Cholesky factor and its inverse. Of more than `MAX_CENTRES` samples: for each kernel, features by
+        the centres, their products, the eigenvectors of these, and each sample's leverage."""
+        kernel, columns = self._parameters["kernel"], self._columns()
+        kernels = 2 if kernel["kind"] == "auto" else 1
+        ridges = _RIDGES if kernel["ridge"] is None else 1
+        if exact <= MAX_CENTRES:
+            return kernels * (2 * exact**2 * e + ridges * (2 * exact**2 * columns + exact**3))
+        z = MAX_CENTRES
+        passes_over_kernel = 2 * exact * z * ((2 + ridges) * e + ridges * columns)
+        return kernels * (passes_over_kernel + 5 * exact * z**2 + _EIGEN * z**3)
 
     def _columns(self) -> float:
         return self._t + (self._r + 1 if self._r else 0)
 
-    def _kernel_memory(self) -> float:
-        kernel = 8 * (2 * self._l**2 + (self._l + KERNEL_ROWS) * (self._columns() + self._l))
-        return _PROCESS_BYTES + kernel + 4 * (self._l + self._t) * self._k + 4 * self._l * self._e
+    def _kernel_memory(self, exact: float) -> float:
+        """Matrices of the centres, of which a fit by some of the samples needs more; the samples' embeddings and influence."""
+        z = min(exact, MAX_CENTRES)
+        matrices = (2 if exact <= MAX_CENTRES else 5) * z**2
+        rows = exact * (self._e + 3 * self._columns()) + KERNEL_ROWS * (z + self._columns())
+        return _PROCESS_BYTES + 8 * (matrices + rows) + 4 * (self._l + self._t) * self._k
 
     def _choose(self) -> StageCost:
         widths = [operations.embedding_width(self._shape, options) for options in self._offered()]
         return StageCost(
-            operations=math.fsum(self._fit(e) for e in widths) + 2 * self._l * self._t * self._k,
+            operations=math.fsum(self._fit(e, self._l) for e in widths) + 2 * self._l * self._t * self._k,
             samples=self._l,
-            memory_bytes=self._kernel_memory(),
+            memory_bytes=self._kernel_memory(self._l),
         )
 
     def _curvature(self) -> StageCost:
@@ -200,9 +216,8 @@ class StageCosts:
         at_once = min(self._r, max(1, _DIRECTION_BYTES // (16 * weights)))
         landmarks = self._counts.drawn(min(self._l, LANDMARKS_PER_DIRECTION * self._r))
         gradients = operations.full_gradients(shape, landmarks, modules=self._modules, directions=at_once)
-        directed = (
-            2 if self._t < HELD_OUT_FROM else 3
-        ) * gradients  # one more where one half has a curvature of its own
+        # One more where one half has a curvature of its own.
+        directed = (2 if self._t < HELD_OUT_FROM else 3) * gradients
         chunks = math.ceil(self._r / at_once)
         return StageCost(
             operations=chunks * (directed + once) + self._r * each + 24 * self._l * self._k * self._r,
@@ -216,34 +231,29 @@ class StageCosts:
         return operations.curvature(self._shape, targets, kind=kind, modules=self._modules)
 
     def _propagate(self) -> StageCost:
+        """Once, and again after each round of refining, of which a promise that is met early saves some."""
         n, columns, explained = self._n, self._columns(), 0.0
         if Stage.LANDMARK_GRADIENTS not in self._stages:  # rds_plus: cosines
             total, memory = 2 * n * self._t * self._e, _PROCESS_BYTES + 4.0 * (n + self._t) * self._e
+        elif Stage.EMBED in self._stages:
+            rounds = min(self._parameters["refine"]["rounds"], self._refined)
+            exact = [self._l + self._refined * done / rounds for done in range(rounds + 1)] if rounds else [self._l]
+            centres = [min(each, MAX_CENTRES) for each in exact]
+            fits = math.fsum(self._fit(self._e, each) for each in exact)
+            total = fits + math.fsum(2 * n * each * (self._e + columns) for each in centres)
+            # Exact influence is read from the gradients anew each time.
+            total += math.fsum(2 * each * columns * self._k for each in exact)
+            memory, explained = self._kernel_memory(exact[-1]), centres[-1] * (2 * self._e + 12 * (self._t + 1))
         else:
-            total, memory = 2 * self._l * columns * self._k, self._kernel_memory()
-            if Stage.EMBED in self._stages:
-                total += self._fit(self._e) + 2 * n * self._l * (self._e + columns)
-                explained = self._l * (2 * self._e + 12 * (self._t + 1))
-            else:
-                memory = _PROCESS_BYTES + 4.0 * (self._t + 1000) * self._k
+            total, memory = 2 * self._l * columns * self._k, _PROCESS_BYTES + 4.0 * (self._t + 1000) * self._k
         kept = 4 * n * columns + explained
         return StageCost(operations=total, samples=n, artifact_bytes=kept, memory_bytes=memory)
 
-    def _shortlist(self) -> float:
-        """Samples of the shortlist; it holds no landmarks."""
-        refine, counts = self._parameters["refine"], self._counts
-        cap = refine_cap(self._shape, self._parameters, counts).samples
-        usable, landmarks = int(counts.selectable), int(self._l)
-        return shortlist_size(refine, budget=counts.budget, usable=usable, landmarks=landmarks, cap=cap)
-
     def _select(self) -> StageCost:
-        chosen = self._l + self._shortlist() if Stage.REFINE in self._stages else self._n
-        total = 2 * self._shortlist() * self._columns() * self._k if Stage.REFINE in self._stages else 0.0
+        chosen, total = self._l + self._refined if self._refined else self._n, 0.0
         if self._parameters["curvature"]["type"] != "none":
-            total += _SOLVER_STEPS * 4 * chosen * (self._r or self._t)
+            total = _SOLVER_STEPS * 4 * chosen * (self._r or self._t)
         bytes_ = 10 * self._n + 8 * self._counts.budget
-        if Stage.REFINE in self._stages:  # the shortlist's influence on each target
-            bytes_ += self._shortlist() * (4 * self._t + 8)
         memory = _PROCESS_BYTES + 12 * chosen * self._columns() + 32 * self._n
         return StageCost(operations=total, samples=self._n, artifact_bytes=bytes_, memory_bytes=memory)
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from service.datasets.schemas import Messages
 from service.http.pagination import NumberedPage
+from service.plan.compared_costs import ComparedCosts
 
 _JOB = "job_0193a1b2c3d4e5f60718293a4b5c6d7e"
 
@@ -51,6 +52,11 @@ class SelectionResult(BaseModel):
     created_at: datetime
     sample_count: int = Field(description="Number of samples in the pool, each with a weight", examples=[600])
     selected_count: int = Field(description="Number of selected samples", examples=[60])
+    costs: ComparedCosts | None = Field(
+        default=None,
+        description="What the job has cost beside other ways to choose, from its own counts of samples and tokens; null: the"
+        " model's shape is unknown, or the job is of an earlier version",
+    )
 
 
 class WeightOut(_Strict):

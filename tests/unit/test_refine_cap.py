@@ -50,7 +50,7 @@ def test_the_cap_is_the_largest_number_that_costs_no_more_than_allowed() -> None
 
 
 def test_what_is_allowed_is_a_share_of_what_rds_plus_would_compute() -> None:
-    rival = {**parameters(), "method": "rds_plus", "refine": 0}
+    rival = {**parameters(), "method": "rds_plus"}
     costs = StageCosts(SHAPE, rival, COUNTS, "bfloat16", 512).all()
     embedded = costs[Stage.EMBED].operations + costs[Stage.EMBED_TARGET].operations
     assert cap(max_cost=0.25).allowed_operations == pytest.approx(0.25 * embedded)
@@ -58,7 +58,7 @@ def test_what_is_allowed_is_a_share_of_what_rds_plus_would_compute() -> None:
 
 @pytest.mark.parametrize("kind", ["hidden", "jvp", "auto"])
 def test_what_is_spent_anyway_is_what_the_stages_before_cost(kind: str) -> None:
-    given = {**parameters(embedding={"kind": kind}), "refine": 0}
+    given = {**parameters(embedding={"kind": kind}), "refine": {**REFINE, "size": 0}}
     costs = StageCosts(SHAPE, given, COUNTS, "bfloat16", 512).all()
     names = [Stage.LANDMARK_GRADIENTS, Stage.TARGET_GRADIENTS, Stage.CANDIDATES, Stage.EMBED]
     expected = sum(costs[stage].operations for stage in names if stage in costs)

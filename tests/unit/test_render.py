@@ -13,6 +13,36 @@ def entry(stage: str, **figures: Any) -> dict[str, Any]:
     return {"stage": stage, **unknown, "already_there": 0.0, **figures}
 
 
+def cost(operations: float, seconds: float | None = None) -> dict[str, Any]:
+    return {"operations": operations, "paper_operations": operations / 2, "seconds": seconds}
+
+
+COSTS = {
+    "job": cost(2e12, 61.4),
+    "rds_plus": cost(7e12, 1234.0),
+    "exact_influence": cost(1.6e15),
+    "authors": cost(3.14159e12),
+    "warmup": None,
+    "rds_plus_ratio": 3.5,
+    "rds_plus_ratio_by_paper": None,
+}
+
+
+def test_the_cost_is_shown_beside_that_of_others() -> None:
+    assert render.costs(COSTS) == [
+        "By products that run, in TFLOP: this job 2, rds_plus 7, exact_influence 1,600, the authors' setting 3.142."
+        " rds_plus costs 3.5 times as much as this job.",
+        "By the paper's formula, in TFLOP: this job 1, rds_plus 3.5, exact_influence 800, the authors' setting 1.571.",
+        "Computing seconds: this job 61, rds_plus 1,234.",
+    ]
+    warm = render.costs({**COSTS, "job": cost(2e12), "rds_plus": cost(7e12), "warmup": cost(5e12)})
+    assert warm[0].endswith(
+        "3.142; the warm-up 5 more, whatever the way. rds_plus costs 3.5 times as much as this job."
+    )
+    assert len(warm) == 2, "no seconds are known"
+    assert render.costs(None) == []
+
+
 def test_a_plan_is_a_table_with_its_sum_and_its_sentences() -> None:
     figures = {"operations": 2.5e12, "seconds": 61.25, "artifact_bytes": 3 * 2**20, "memory_bytes": 2**31}
     planned = {
@@ -20,6 +50,7 @@ def test_a_plan_is_a_table_with_its_sum_and_its_sentences() -> None:
         "totals": figures,
         "tokens": {"pool": 12_345, "target": 9},
         "estimated": True,
+        "costs": COSTS,
         "note": "method exact_influence would cost less.",
         "warnings": ["Lower [max_length]."],
     }
@@ -30,6 +61,7 @@ def test_a_plan_is_a_table_with_its_sum_and_its_sentences() -> None:
     row = next(line for line in text.splitlines() if "embed" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["embed", "2.50", "61.2", "3", "2,048", "50%"]
     assert "Lower [max_length]." in text
+    assert "rds_plus costs 3.5 times as much as this job." in " ".join(text.split())
     assert "method exact_influence would cost less." in text
 
 
