@@ -45,8 +45,8 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
     "exact_influence": {"method": "exact_influence"},
     "authors' setting": {
         "embedding": {"kind": "jvp", "pooling": "last", "tangents": 2},
-        "kernel": {"ridge": 0.01},
-        "refine": 0.0,
+        "kernel": {"kind": "rbf", "ridge": 0.01},
+        "refine": 0,
     },
     "default": {},
     "weighted": {"selection": "weighted"},
@@ -118,7 +118,8 @@ class Bench:
         setup, given = self.setup, dict(JOBS[method])
         if "method" not in given:
             given["landmarks"] = {"count": setup.landmarks}
-            given["embedding"] = {**given.get("embedding", {}), "blocks": setup.blocks}
+        if "embedding" in given:
+            given["embedding"] = {**given["embedding"], "blocks": setup.blocks}
         parameters = Parameters(**given, seed=seed, max_length=setup.max_length, validate=False)
         job = JobInputs(
             model=resolve(self.models, setup.model.resolve().name, parameters),

@@ -33,22 +33,24 @@ from service.storage.artifacts import ArtifactStore
 from worker.local_run import LocalJob
 from worker.process.main import Compute
 
-AUTHORS_EMBEDDING = {"kind": "jvp", "pooling": "last", "tangents": 2}
+AUTHORS: Mapping[str, Any] = {
+    "embedding": {"kind": "jvp", "pooling": "last", "tangents": 2},
+    "kernel": {"kind": "rbf", "ridge": 0.01},
+    "refine": 0,
+}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "exact_influence": {"method": "exact_influence"},
     "rds_plus": {"method": "rds_plus"},
     "default": {},
-    "default, refine 0": {"refine": 0.0},
-    "as the authors set it": {"embedding": AUTHORS_EMBEDDING, "refine": 0.0},
+    "as the authors set it": AUTHORS,
 }
-"""The measured settings. `default` is embedding auto and refine 0.2; embeddings use the first 4 blocks, the default."""
+"""The measured settings. `jvp` runs the first 4 blocks, the default."""
 ESTIMATED: Mapping[str, Mapping[str, Any]] = {
     **SETTINGS,
-    "hidden, refine 0.2": {"embedding": {"kind": "hidden"}},
-    "hidden, refine 0.05": {"embedding": {"kind": "hidden"}, "refine": 0.05},
-    "hidden, refine 0": {"embedding": {"kind": "hidden"}, "refine": 0.0},
+    "5 times the budget": {"refine": {"size": 5}},
+    "hidden, a fifth of the pool": {"embedding": {"kind": "hidden"}, "refine": 0.2},
 }
-"""The settings estimated from operations; `default` with the most expensive embedding that auto may choose."""
+"""The settings estimated from operations; `default` up to its cap."""
 LARGE = {"rows": 200_000, "targets": 48, "landmarks": 4096, "budget": 10_000}
 
 
@@ -96,8 +98,9 @@ def measure(options: argparse.Namespace, clock: Callable[[], float]) -> dict[str
 def _parameters(given: Mapping[str, Any], landmarks: int, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     chosen = {"validate": False, "seed": options.seed, "max_length": options.max_length, **given}
     if "method" not in given:
-        embedding = {"blocks": min(4, shape.blocks), **given.get("embedding", {})}
-        chosen |= {"landmarks": {"count": landmarks}, "embedding": embedding}
+        chosen["landmarks"] = {"count": landmarks}
+    if "embedding" in given:
+        chosen["embedding"] = {"blocks": min(4, shape.blocks), **given["embedding"]}
     return Parameters(**chosen).model_dump(mode="json")
 
 

@@ -48,14 +48,8 @@ def test_auto_takes_the_cheapest_candidate_close_to_the_best(job: Job) -> None:
     (chosen,) = (entry for entry in table if entry["chosen"])
     assert chosen["cost"] == min(entry["cost"] for entry in close_ones)
     assert chosen["kind"] == ran.summary["embedding"]["chosen"]["kind"]
-    assert [entry["pooling"] for entry in table] == ["response", "last"]
-    named = {name: chosen[name] for name in ("kind", "pooling")}
-    assert job(gradient=WHOLE, embedding=named, landmarks={"count": 20}).selected == ran.selected
-
-
-def test_auto_offers_the_named_pooling_alone(job: Job) -> None:
-    ran = job(gradient=WHOLE, embedding={"kind": "auto", "pooling": "last"}, refine=0)
-    assert {candidate["pooling"] for candidate in ran.prepared["candidates"]} == {"last"}
+    assert [entry["kind"] for entry in table] == ["text", "text_hidden", "hidden"]
+    assert job(gradient=WHOLE, embedding={"kind": chosen["kind"]}, landmarks={"count": 20}).selected == ran.selected
 
 
 def test_candidates_are_compared_on_the_first_landmarks_alone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

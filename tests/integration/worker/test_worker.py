@@ -85,8 +85,10 @@ class TestJob:
         summary = world.get(f"{job_id}/results")
         assert -1 <= summary["fidelity"]["mean_spearman"] <= 1
         assert len(summary["fidelity"]["spearman"]) == TARGET
-        assert [entry["pooling"] for entry in summary["embedding"]["candidates"]] == ["response", "last"]
-        assert sum(entry["chosen"] for entry in summary["embedding"]["candidates"]) == 1
+        refinement = summary["refinement"]
+        assert refinement["refined"] == summary["refined_count"] == refinement["rounds"][-1]["refined"]
+        assert refinement["stopped"] in ("promised", "max_cost", "pool")
+        assert 0 < refinement["promise"] <= 1
         validation = summary["validation"]
         assert validation["held_out"]["targets"] == TARGET // 2
         assert validation["selection"]["measured"] < 0
@@ -94,7 +96,7 @@ class TestJob:
         assert summary["nonfinite"] == {name: {"count": 0, "samples": []} for name in ("pool", "target")}
         assert summary["notes"] == []
         assert [one["stage"] for one in summary["stages"]] == [
-            *("prepare", "landmark_gradients", "target_gradients", "candidates", "choose_embedding"),
+            *("prepare", "landmark_gradients", "target_gradients"),
             *("embed", "propagate", "refine", "select", "validate"),
         ]
 
