@@ -22,7 +22,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 REQUEST: dict[str, Any] = {
     "model": MODEL_NAME,
     "budget": 60,
-    "landmarks": {"count": 128},
     "selection": "weighted",
     "metadata": {"made_by": "winnow demo"},
 }
