@@ -185,7 +185,7 @@ def _resolve_registered(settings: ModelSettings, name: str, parameters: Paramete
     if model.problem is not None:
         raise Unprocessable(f"The model {name!r} cannot be used: {model.problem}.", param="model")
     blocks = parameters.embedding.blocks
-    embeds_blocks = parameters.method == "influence_distillation" and parameters.embedding.kind != "rds"
+    embeds_blocks = parameters.method == "influence_distillation" and parameters.embedding.kind not in ("rds", "text")
     if embeds_blocks and model.blocks is not None and blocks > model.blocks:
         raise Unprocessable(
             f"embedding.blocks is {blocks}, but model {name!r} has {model.blocks} blocks.", param="embedding.blocks"

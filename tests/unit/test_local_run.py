@@ -219,7 +219,7 @@ class TestCommand:
         def call(out: Path, *more: str, **replaced: str) -> None:
             options = {"model": tiny_llama, "pool": pool, "target": target, "budget": "6", "out": out, **replaced}
             words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-            small = ["landmarks.count=12", "embedding.blocks=2", "gradient.projection_dim=512", "max_length=128"]
+            small = ["landmarks.count=12", "gradient.projection_dim=512", "max_length=128"]
             words += [word for setting in small for word in ("--set", setting)]
             get_command(commands.select)([*words, "--device", "cpu", *more], standalone_mode=False)
 

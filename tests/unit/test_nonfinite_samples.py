@@ -132,7 +132,8 @@ class TestNotFinite:
         for unit_ in (shortlist[0], shortlist[-1]):  # as if one of each had overflowed
             row = int(token_files.read_indices(store, unit_.spec["tokens"])[unit_.spec["start"]])
             store.write_json(result_key(unit_.artifact_key), {**unit_.result, "nonfinite": [row]})
-        ran.path(Stage.SELECT).with_name(ran.path(Stage.SELECT).name + ".json").unlink()
+        influence = ran.path(Stage.PROPAGATE, -1)  # the second one, from all that is exact
+        influence.with_name(f"{influence.name}.json").unlink()
         with pytest.raises(DataError, match=r"^2 of 108 shortlisted samples"):
             run(broken, pool, files[1], tmp_path / "store", refine=1.0, validate=False)
 

@@ -20,7 +20,7 @@ from winnow import marked_text
 from winnow.cli.main import app
 
 WINNOW = Path(sys.executable).with_name("winnow")
-SMALL = ["landmarks.count=12", "embedding.blocks=2", "gradient.projection_dim=512", "max_length=128"]
+SMALL = ["landmarks.count=12", "gradient.projection_dim=512", "max_length=128"]
 SET = [word for setting in SMALL for word in ("--set", setting)]
 
 

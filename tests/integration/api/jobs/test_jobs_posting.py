@@ -108,7 +108,7 @@ def test_a_budget_that_cannot_be_is_refused(api: World, body: dict[str, Any], bu
         ({"warmup": {"lora": {"rank": 0}}}, "warmup.lora.rank"),
         ({"gradient": {"modules": "a b"}}, "gradient.modules"),
         ({"min_fidelity": 1}, "min_fidelity"),
-        ({"refine": 1.5}, "refine"),
+        ({"refine": 1.5}, "refine.share"),
         ({"validate": None}, "validate"),
         ({"validate_selection": True}, "validate_selection"),
         ({"selection": "best"}, "selection"),
@@ -145,7 +145,7 @@ def test_a_field_that_is_missing_is_named(api: World, body: dict[str, Any], miss
         ({"model": "a/b"}, "model"),  # the hub is switched off here
         ({"model": {"id": "a/b"}}, "model"),
         ({"model": "bert"}, "model"),
-        ({"embedding": {"blocks": 7}}, "embedding.blocks"),
+        ({"embedding": {"kind": "hidden", "blocks": 7}}, "embedding.blocks"),
         ({"optimizer": {"type": "adamw"}}, "optimizer.type"),  # its state is not registered with the model
     ],
 )
