@@ -12,7 +12,7 @@ from typing import Any
 
 from service.plan.artifact_keys import artifact_key, content_key, rendering
 from service.plan.landmark_count import landmark_count
-from service.plan.limits import HELD_OUT_FROM, LANDMARKS_PER_DIRECTION, VALIDATION_SAMPLES
+from service.plan.limits import HELD_OUT_FROM, LANDMARKS_PER_DIRECTION, MAX_CENTRES, VALIDATION_SAMPLES
 from service.plan.preparing import remaining_units
 from service.plan.stages import Done, History, JobInputs, Stage, UnitSpec
 
@@ -317,7 +317,13 @@ class _Planner:
         }
         names = ("kernel", "selection", "refine", "min_fidelity", "seed", "gradient", "curvature")
         # The parameters apart: a name may be one of the spec's.
-        depends_on = {**spec, "parameters": self._only(*names), "cap": self._prepared.get("refine_cap"), **self._data()}
+        depends_on = {
+            **spec,
+            "parameters": self._only(*names),
+            "cap": self._prepared.get("refine_cap"),
+            "max_centres": MAX_CENTRES,
+            **self._data(),
+        }
         return [
             self._unit(Stage.PROPAGATE, "influence", ".npy", spec, depends_on, self._prepared["n"], shard=len(rounds))
         ]

@@ -163,6 +163,20 @@ def test_contributions_are_the_kernel_times_the_coefficients_and_add_up(
             assert found.influence == ran.arrays["influence"][index]
 
 
+def test_where_some_of_the_exact_samples_span_the_fit_it_is_their_contributions_that_add_up(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.stages.propagate.MAX_CENTRES", 5)
+    changes = {**PLAIN, "seed": 1}
+    ran = jobs.ran(changes)
+    rows = indices(ran, exact=True)
+    found = jobs.explained(changes, indices(ran, exact=False)[0])
+    assert sorted(each.index for each in found.landmarks) == [rows[place * LANDMARKS // 5] for place in range(5)]
+    assert total(found) == pytest.approx(found.influence, rel=1e-5)
+    for each in found.landmarks:
+        assert each.influence == pytest.approx(ran.arrays["influence"][each.index], rel=1e-5)
+
+
 def test_the_rest_is_counted_with_the_landmarks_that_are_not_named(jobs: Jobs) -> None:
     index = indices(jobs.ran(PLAIN), exact=False)[0]
     every, few, none = (jobs.explained(PLAIN, index, landmarks=count) for count in (100, 3, 0))
