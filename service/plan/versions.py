@@ -17,7 +17,7 @@ SOURCES: dict[Stage, tuple[str, ...]] = {
     Stage.PREPARE: ("text", "influence/landmarks.py", "stages/prepare.py", "stages/tokenise.py"),
     Stage.WARMUP: (*_LOADED, "training.py", "stages/optimizer.py", "stages/warmup.py"),
     Stage.LANDMARK_GRADIENTS: (*_LOADED, "stages/exact_rows.py", "stages/optimizer.py", "stages/gradients.py"),
-    Stage.CHOOSE_EMBEDDING: (*_EXACT, "stages/propagate.py", "stages/select_embedding.py"),
+    Stage.CHOOSE_EMBEDDING: (*_EXACT, "stages/propagate.py", "stages/rounds.py", "stages/select_embedding.py"),
     Stage.CURVATURE: (*_LOADED, "stages/exact_rows.py", "stages/optimizer.py", "stages/curvature.py"),
     Stage.EMBED: (*_LOADED, "stages/exact_rows.py", "stages/embed.py"),
     Stage.PROPAGATE: (*_EXACT, "stages/propagate.py", "stages/rounds.py"),
