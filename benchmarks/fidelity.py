@@ -30,6 +30,7 @@ from worker.influence import EmbeddingOptions
 
 RATIOS = (3.5, 1.8)
 HIDDEN, JVP = "hidden 4 response", "jvp 4 last"
+RIVALS = ("hidden", "jvp", "rds")
 
 
 def main() -> None:
@@ -41,19 +42,23 @@ def main() -> None:
         "--times", type=float, nargs="+", default=[0.0, 2.4, 2.75, 5.0], help="shortlists, x the budget"
     )
     parser.add_argument("--blocks", type=int, default=4, help="of the embeddings that are compared")
+    parser.add_argument(
+        "--rivals", nargs="*", choices=RIVALS, default=RIVALS, help="embeddings that pass through the model"
+    )
     options = parser.parse_args()
-    kinds = {
+    offered = {
         HIDDEN: EmbeddingOptions(kind="hidden", pooling="response", blocks=options.blocks),
         JVP: EmbeddingOptions(kind="jvp", pooling="last", blocks=options.blocks, tangents=2),
         RDS: EmbeddingOptions(kind="rds"),
     }
-    comparison = Comparison(measure(options, kinds, of_targets=[RDS]), kinds, options)
+    kinds = {name: each for name, each in offered.items() if each.kind in options.rivals}
+    comparison = Comparison(measure(options, kinds, of_targets=[RDS] if RDS in kinds else []), kinds, options)
     report = {
         **heading(options),
         **comparison.described(),
         "points": [
             *map(comparison.point, settings(comparison.pool, options, kinds)),
-            comparison.beside("rds_plus", comparison.rds_plus),
+            *([comparison.beside("rds_plus", comparison.rds_plus)] if RDS in kinds else []),
             comparison.beside("exact, other random signs", comparison.other_signs),
         ],
         "calibration": list(asked(comparison.E[TEXT], comparison.P, options)),
@@ -75,7 +80,6 @@ def settings(pool: Pool, options: argparse.Namespace, kinds: dict[str, Embedding
         times=product_cap(pool, budget_of(usable - own)),
         until=0.95,
     )
-    same = times_within(kinds[HIDDEN], landmarks=at_scale, ratio=RATIOS[0])
     for count in sorted({own, *options.landmarks}):
         if count > usable // 2:
             continue
@@ -85,9 +89,12 @@ def settings(pool: Pool, options: argparse.Namespace, kinds: dict[str, Embedding
             yield Setting(name=name, embedding=TEXT, landmarks=count, times=most, until=0.95)
         for times in options.times:
             yield Setting(name=f"text, {times} x", embedding=TEXT, landmarks=count, times=times)
-        for rounds in (1, 8):
+        same = times_within(kinds[HIDDEN], landmarks=at_scale, ratio=RATIOS[0]) if HIDDEN in kinds else 0.0
+        for rounds in (1, 8) if same else ():
             name = f"hidden, {same:.2g} x, {rounds} round{'s' * (rounds > 1)}"
             yield Setting(name=name, embedding=HIDDEN, landmarks=count, times=same, rounds=rounds)
+        if JVP not in kinds:
+            continue
         yield Setting(name="as the authors set it", embedding=JVP, landmarks=count, times=0.0, kernel="rbf", ridge=0.01)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from fidelity_methods import Setting, run
 from torch import Tensor
 
-POOLS = (500, 1000, 2000)
+POOLS = (500, 2000)
 TIMES, ROUNDS = 5.0, 10
 SHARE = 4  # a pool has at least so many times its landmarks
 PROMISED = 0.95
