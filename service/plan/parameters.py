@@ -81,7 +81,7 @@ _ONLY_OF: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("embedding.kind", ("jvp",), ("embedding.tangents",)),
     ("embedding.kind", ("jvp", "hidden"), ("embedding.pooling",)),
     ("embedding.kind", ("auto", "jvp", "hidden", "text_hidden"), ("embedding.blocks",)),
-    ("kernel.kind", ("laplacian", "rbf"), ("kernel.bandwidth",)),
+    ("kernel.kind", ("auto", "laplacian", "rbf"), ("kernel.bandwidth",)),
     ("optimizer.type", ("sgd",), ("optimizer.momentum",)),
     ("optimizer.type", ("sgd", "adam", "adamw"), ("optimizer.weight_decay",)),
     ("optimizer.type", ("adam", "adamw"), ("optimizer.betas", "optimizer.eps", "optimizer.scaling")),

@@ -31,7 +31,7 @@ JOB: Json = {
     "model": MODEL,
     "budget": BUDGET,
     "landmarks": {"count": 20},
-    "embedding": {"blocks": 2},
+    "refine": {"rounds": 2},
     "dtype": "float32",
     "max_length": 128,
 }

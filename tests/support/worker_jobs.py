@@ -32,7 +32,6 @@ POOL, LANDMARKS = 1_100, 150  # landmarks from more than one row group of the po
 SMALL, TARGET, BUDGET = 60, 16, 40
 PARAMETERS: Json = {
     "landmarks": {"count": LANDMARKS},
-    "embedding": {"blocks": 2},
     "gradient": {"projection_dim": 1024},
     "dtype": "float32",
     "max_length": 128,

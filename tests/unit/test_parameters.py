@@ -64,7 +64,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"refine": {"share": 0.2, "min_captured": 0.5}}, "refine.min_captured", "size auto"),
     ({"embedding": {"kind": "rds", "blocks": 3}}, "embedding.blocks", "not rds"),
     ({"embedding": {"kind": "rds", "pooling": "last"}}, "embedding.pooling", "not rds"),
-    ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "laplacian or rbf, not linear"),
+    ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "rbf, not linear"),
     ({"optimizer": {**ADAMW, "momentum": 0.9}}, "optimizer.momentum", "optimizer.type sgd, not adamw"),
     ({"optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay", "not none"),
     ({"optimizer": {"type": "sgd", "betas": [0.8, 0.9]}}, "optimizer.betas", "adam or adamw, not"),

@@ -34,7 +34,7 @@ from worker.supervisor import Supervisor
 from worker.units import Work
 
 MODEL = "tiny-llama"
-JOB = {"model": MODEL, "budget": 6, "landmarks": {"count": 12}, "embedding": {"blocks": 2}, "max_length": 128}
+JOB = {"model": MODEL, "budget": 6, "landmarks": {"count": 12}, "max_length": 128}
 JOB |= {"gradient": {"projection_dim": 512}, "dtype": "float32"}
 
 

@@ -34,7 +34,6 @@ SERVICES = compose()["services"]
 SECRETS = ("winnow_secret_key", "winnow_database__password", "winnow_broker__password")
 TINY: dict[str, Any] = {
     "landmarks": {"count": 16},
-    "embedding": {"blocks": 2},
     "gradient": {"projection_dim": 512},
     "dtype": "float32",
     "max_length": 64,

@@ -91,7 +91,7 @@ class Traffic:
         rows = "".join(json.dumps({"text": f"sample {self.rounds} {i}"}) + "\n" for i in range(4))
         dataset = self.call("POST", "datasets", params={"name": "rows"}, content=rows)["id"]
         request = {"model": "tiny", "pool": dataset, "target": dataset, "budget": 2, "landmarks": {"count": 2}}
-        request |= {"embedding": {"blocks": 1}}
+        request |= {"embedding": {"kind": "hidden", "blocks": 1}}
         job_id = self.call("POST", "selection-jobs", json=request)["id"]
         self.jobs.append(job_id)
         assert self.call("GET", f"selection-jobs/{job_id}")["id"] == job_id

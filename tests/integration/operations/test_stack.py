@@ -118,7 +118,7 @@ def test_a_ctrl_c_or_a_kill_leaves_nothing(home: Path, tiny_llama: Path, ended_b
             write_jsonl(home / "target.jsonl", target_rows(4, "python_function")),
         )
         pool, target = (client.upload_dataset(file)["id"] for file in files)
-        settings = {"budget": 4, "landmarks": {"count": 12}, "embedding": {"blocks": 2}, "max_length": 128}
+        settings = {"budget": 4, "landmarks": {"count": 12}, "max_length": 128}
         client.create_job(model="tiny", pool=pool, target=target, **settings)
     running = parts(home)
     worker = running["worker1"]

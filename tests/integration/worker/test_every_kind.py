@@ -48,7 +48,7 @@ def job(world: World, rows: list[Json], shared: SharedWorker, request: pytest.Fi
     """Model and job."""
     shared.running()
     target = world.upload(target_rows(4, "python_function"))
-    small = {"landmarks": {"count": 30}, "embedding": {"blocks": 2}, "max_length": 128}
+    small = {"landmarks": {"count": 30}, "max_length": 128}
     job_id = world.post(model=request.param, pool=world.upload(rows), target=target, budget=20, **small)
     world.succeeded(job_id)
     return request.param, job_id

@@ -180,7 +180,7 @@ class TestJob:
 
     def test_another_target_pays_for_the_target_alone(self, world: World, job_id: str, datasets: Datasets) -> None:
         job = world.succeeded(post(world, datasets.pool, world.upload(target_rows(5, "polite_email"))))
-        for name, all_reused in (("candidates", True), ("landmark_gradients", True), ("target_gradients", False)):
+        for name, all_reused in (("embed", True), ("landmark_gradients", True), ("target_gradients", False)):
             report = stage(job, name)
             assert report is not None
             assert (report["units_reused"] == report["units"]) is all_reused

@@ -48,7 +48,7 @@ def test_every_default_is_written_out(api: World, body: dict[str, Any]) -> None:
 
 
 def test_what_was_sent_is_kept_as_it_was_sent(api: World, body: dict[str, Any]) -> None:
-    sent = {**body, "embedding": {"blocks": 6}}
+    sent = {**body, "embedding": {"kind": "hidden", "blocks": 6}}
     job_id = posted(api.client, sent)["id"]
     with api.sessions() as session:
         assert session.get_one(SelectionJob, job_id).request == sent
