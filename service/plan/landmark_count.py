@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-FEWEST, MOST, POOL_SHARE = 64, 4096, 50
+FEWEST, MOST, POOL_SHARE = 128, 4096, 50
 """Where the job names no number: a fiftieth of the pool. Rounds make up for fewer, and few leave more for what is selected
 (docs/decisions/0007-landmarks-and-embeddings.md)."""
 

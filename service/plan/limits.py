@@ -25,6 +25,10 @@ VALIDATION_SAMPLES = 16
 KERNEL_ROWS = 4096
 """Samples predicted at a time: bounds the kernel block to so many rows, one column a landmark."""
 
+LEAST_REFINE = 2.0
+"""Times the budget that `size: auto` may always refine, whatever `max_cost` leaves: with one budget a selection has about two
+thirds of the best one's gain (docs/decisions/0007-landmarks-and-embeddings.md)."""
+
 UNKNOWN_COST_REFINE = 2.4
 """Times the budget that are refined where the cost of a model cannot be counted, so that no cap follows from it."""
 

@@ -22,7 +22,7 @@ class Landmarks(Strict):
         default=None,
         ge=2,
         le=16_384,
-        description="null: a fiftieth of the pool, from 64 to 4,096. Lowered to the number of usable samples of the pool",
+        description="null: a fiftieth of the pool, from 128 to 4,096. Lowered to the number of usable samples of the pool",
     )
     choice: Literal["uniform", "stratified"] = Field(
         default="uniform",

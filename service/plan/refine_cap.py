@@ -7,7 +7,7 @@ from typing import Any
 
 from service.plan import operations, passes
 from service.plan.job_counts import JobCounts
-from service.plan.limits import COMPARED_LANDMARKS, UNKNOWN_COST_REFINE
+from service.plan.limits import COMPARED_LANDMARKS, LEAST_REFINE, UNKNOWN_COST_REFINE
 from service.plan.operations import Shape
 from service.plan.passes import Parameters
 
@@ -17,8 +17,8 @@ class RefineCap:
     """The most samples that `refine` with size `auto` computes; operations are those of matrix products.
 
     `allowed_operations`: for the whole choice, `max_cost` times those of `rds_plus`. `fixed_operations`: of them, what is spent
-    before anything is refined. `is_floor`: less than one budget is left for it, and one budget is refined all the same, since a
-    choice must be made among exact figures. Where the cost cannot be counted, the three figures are None and `unknown` says why.
+    before anything is refined. `is_floor`: less than `LEAST_REFINE` budgets are left for it, and these are refined all the same.
+    Where the cost cannot be counted, the three figures are None and `unknown` says why.
     """
 
     samples: int
@@ -44,8 +44,8 @@ class RefineCap:
         if not self.is_floor:
             return None
         return (
-            f"refine.max_cost leaves less than the budget to refine; {self.samples} samples are refined all the same, since"
-            " the choice is made among exact figures. Fewer landmarks, a smaller budget or a higher refine.max_cost avoid this."
+            f"refine.max_cost leaves less than {LEAST_REFINE:g} times the budget to refine; up to {self.samples} samples"
+            " are refined all the same, since a shorter list loses much of the best selection. A refine.size limits them."
         )
 
 
@@ -97,7 +97,7 @@ def _cap(
     each: float | None = None,
     unknown: str | None = None,
 ) -> RefineCap:
-    samples = min(max(affordable, budget), available)
+    samples = min(max(affordable, _times(LEAST_REFINE, budget)), available)
     return RefineCap(
         samples=samples,
         times_budget=samples / budget,

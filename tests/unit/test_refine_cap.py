@@ -1,4 +1,4 @@
-"""How many samples are refined: what a share of the cost of `rds_plus` allows, between one budget and the rest of the pool."""
+"""How many samples are refined: what a share of the cost of `rds_plus` allows, between two budgets and the rest of the pool."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 
 from service.plan import passes
 from service.plan.job_counts import JobCounts
-from service.plan.limits import UNKNOWN_COST_REFINE
+from service.plan.limits import LEAST_REFINE, UNKNOWN_COST_REFINE
 from service.plan.operations import Shape, TokenCounts
 from service.plan.parameters import Parameters
 from service.plan.refine_cap import RefineCap, refine_cap, shortlist_size
@@ -67,20 +67,20 @@ def test_what_is_spent_anyway_is_what_the_stages_before_cost(kind: str) -> None:
 
 def test_a_cap_in_multiples_of_rds_plus_has_the_room_that_arithmetic_gives_it() -> None:
     """A gradient is about two forwards at 7B."""
-    free = cap(embedding={"kind": "rds"}, max_cost=1.2)  # whose embedding is a whole one of rds_plus
+    free = cap(embedding={"kind": "rds"}, max_cost=1.5)  # whose embedding is a whole one of rds_plus
     assert free.operations_per_sample is not None
     assert free.allowed_operations is not None
-    forwards = free.operations_per_sample / (free.allowed_operations / 1.2 / 200_000)
+    forwards = free.operations_per_sample / (free.allowed_operations / 1.5 / 200_000)
     assert forwards == pytest.approx(2, rel=0.02)
-    left = 0.2 * 200_000 / forwards - 4096  # after one whole embedding of the pool, and the landmarks
+    left = 0.5 * 200_000 / forwards - 4096  # after one whole embedding of the pool, and the landmarks
     assert free.samples == pytest.approx(left, rel=0.02)
 
 
-def test_one_budget_is_the_least_and_that_is_said() -> None:
+def test_two_budgets_are_the_least_and_that_is_said() -> None:
     found = cap(max_cost=0.01)
-    assert (found.samples, found.times_budget, found.is_floor) == (10_000, 1.0, True)
+    assert (found.samples, found.times_budget, found.is_floor) == (20_000, LEAST_REFINE, True)
     assert found.note is not None
-    assert "10000 samples are refined all the same" in found.note
+    assert "20000 samples are refined all the same" in found.note
     assert found.allowed_operations is not None
     assert total(found, found.samples) > found.allowed_operations
 
