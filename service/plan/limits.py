@@ -13,6 +13,9 @@ MAX_CENTRES = 4096
 """Exact samples that span the regression at most; the others are fitted all the same. Their kernel matrix takes 128 MiB, and a
 fit, of which there is one after every round, takes time cubic in them."""
 
+FITS_CHOSEN_ON = 2048
+"""Exact samples on which kernel and ridge are chosen, at most."""
+
 LANDMARKS_PER_DIRECTION = 8
 """Directions of curvature are sums of the gradients of this many times their number of landmarks."""
 

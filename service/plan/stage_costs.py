@@ -12,6 +12,7 @@ from service.plan import operations, passes
 from service.plan.job_counts import JobCounts
 from service.plan.limits import (
     COMPARED_LANDMARKS,
+    FITS_CHOSEN_ON,
     HELD_OUT_FROM,
     KERNEL_ROWS,
     LANDMARKS_PER_DIRECTION,
@@ -30,7 +31,6 @@ _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
 _RIDGES = 5  # of which one is chosen where none is given
-_EIGEN = 10  # times the cube of its size: a symmetric matrix's eigenvectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,17 +171,23 @@ class StageCosts:
         )
 
     def _fit(self, e: int, exact: float) -> float:
-        """Of the kernel ridge regression from e values of the exact samples to every target: the kernel; for each kernel and
-        ridge that is tried, the Cholesky factor and its inverse. Of more than `MAX_CENTRES` samples: for each kernel, features by
-        the centres, their products, the eigenvectors of these, and each sample's leverage."""
+        """Of the kernel ridge regression from e values of the exact samples to every target: for each kernel that is tried the
+        kernel, for each ridge the Cholesky factor and its inverse, on some of the samples where they are many; and the fit of the
+        best to all of them. Of more than `MAX_CENTRES`: two passes over the kernel with the centres, and products of these."""
         kernel, columns = self._parameters["kernel"], self._columns()
         kernels = 2 if kernel["kind"] == "auto" else 1
         ridges = _RIDGES if kernel["ridge"] is None else 1
+
+        def whole(count: float, ridges: int) -> float:
+            return 2 * count**2 * e + ridges * (2 * count**2 * columns + count**3)
+
+        tried = kernels * whole(min(exact, FITS_CHOSEN_ON), ridges) if kernels * ridges > 1 else 0.0
+        if tried and exact <= FITS_CHOSEN_ON:
+            return tried
         if exact <= MAX_CENTRES:
-            return kernels * (2 * exact**2 * e + ridges * (2 * exact**2 * columns + exact**3))
+            return tried + whole(exact, 1)
         z = MAX_CENTRES
-        passes_over_kernel = 2 * exact * z * ((2 + ridges) * e + ridges * columns)
-        return kernels * (passes_over_kernel + 5 * exact * z**2 + _EIGEN * z**3)
+        return tried + 4 * exact * z * (e + z + columns) + 3 * z**3
 
     def _columns(self) -> float:
         return self._t + (self._r + 1 if self._r else 0)

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.counts import COUNTS, SHAPE, parameters
 
 from service.jobs import planning
 from service.plan import estimate, operations, stage_costs
 from service.plan.artifact_keys import result_key
 from service.plan.job_counts import JobCounts
-from service.plan.limits import MAX_CENTRES, VALIDATION_SAMPLES, default_token_budget
+from service.plan.limits import VALIDATION_SAMPLES, default_token_budget
 from service.plan.operations import Shape, TokenCounts
-from service.plan.parameters import Parameters
 from service.plan.rates import RATE_SHARE, Rates
-from service.plan.refine_cap import refine_cap
 from service.plan.stage_costs import StageCosts, stages_of
 from service.plan.stages import JobInputs, Stage, UnitSpec
 from service.plan.waves import rehearse
@@ -29,20 +28,7 @@ from worker.units import FirstWave
 
 LLAMA = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-# SmolLM2-135M and a pool as in benchmarks/results/corpus_job.json.
-SMOL = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-SHAPE = Shape.of_config(SMOL | {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152})
-COUNTS = JobCounts(
-    pool=TokenCounts(3000, 532_377, 1.5e8, 250_000),
-    target=TokenCounts(48, 9_000, 1.7e6, 4_500),
-    budget=150,
-    estimated=False,
-)
 MEASURED = Rates(matmul={"float32": 1e11, "bfloat16": 2e11}, device="cpu", memory_bytes=2**36)
-
-
-def parameters(**given: Any) -> dict[str, Any]:
-    return Parameters.model_validate(given).model_dump(mode="json")
 
 
 def planned(counts: JobCounts = COUNTS, rates: Rates = MEASURED, **given: Any) -> dict[str, Any]:
@@ -193,82 +179,6 @@ def test_the_exact_method_is_named_where_it_would_cost_less_than_twice() -> None
     assert planned(landmarks={"count": 4096})["note"] is None, "every sample is a landmark already"
     assert planned(method="exact_influence")["note"] is None
     assert planned(method="rds_plus")["note"] is None
-
-
-def costs_of(counts: JobCounts = COUNTS, **given: Any) -> dict[Stage, stage_costs.StageCost]:
-    return StageCosts(SHAPE, parameters(**given), counts, "bfloat16", 16_384).all()
-
-
-def test_text_is_embedded_without_products_or_a_model() -> None:
-    text, beside, hidden = (
-        costs_of(embedding={"kind": kind})[Stage.EMBED] for kind in ("text", "text_hidden", "hidden")
-    )
-    assert (text.operations, text.samples) == (0, 3000)
-    assert text.memory_bytes < hidden.memory_bytes
-    assert text.artifact_bytes == 2 * 3000 * operations.embedding_width(SHAPE, {"kind": "text"})
-    assert beside.operations == hidden.operations > 0
-    assert beside.memory_bytes == hidden.memory_bytes
-    assert beside.artifact_bytes == text.artifact_bytes + hidden.artifact_bytes
-
-
-def test_a_regression_is_fitted_and_applied_once_more_than_there_are_rounds() -> None:
-    fixed: dict[str, Any] = {
-        "landmarks": {"count": 600},
-        "kernel": {"kind": "rbf", "ridge": 0.1},
-        "embedding": {"kind": "hidden"},
-    }
-    none = costs_of(**fixed, refine=0)[Stage.PROPAGATE].operations
-    e, t, k = 576, 48, 16_384
-
-    def once(exact: float) -> float:
-        fit = 2 * exact**2 * e + 2 * exact**2 * t + exact**3
-        return fit + 2 * 3000 * exact * (e + t) + 2 * exact * t * k
-
-    assert none == pytest.approx(once(600))
-    rounds = costs_of(**fixed, refine={"size": 4, "rounds": 3})[Stage.PROPAGATE].operations
-    assert rounds == pytest.approx(once(600) + once(800) + once(1000) + once(1200))
-    by_kernel = costs_of(**{**fixed, "kernel": {"kind": "auto", "ridge": 0.1}}, refine=0)[Stage.PROPAGATE].operations
-    assert by_kernel - none == pytest.approx(2 * 600**2 * (e + t) + 600**3), (
-        "fitted for either kernel, applied with one"
-    )
-
-
-def test_the_centres_bound_the_memory_of_a_regression() -> None:
-    large = JobCounts(
-        pool=TokenCounts(1e6, 1.8e8, 5e10, 8e7), target=COUNTS.target, budget=10_000, estimated=False, usable=1_000_000
-    )
-    few, many, most = (
-        costs_of(large, embedding={"kind": "hidden"}, landmarks={"count": 4096}, refine={"size": size})[
-            Stage.PROPAGATE
-        ].memory_bytes
-        for size in (0.4, 2.4, 10)
-    )
-    centres = 8 * 5 * MAX_CENTRES**2
-    assert few < many < most
-    assert most - many == pytest.approx(8 * 76_000 * (576 + 3 * 48)), "only rows are added beyond the centres"
-    assert many < centres + 1.5 * 2**30
-
-
-def test_a_shortlist_is_as_large_as_the_job_says() -> None:
-    each = costs_of(refine=0)[Stage.LANDMARK_GRADIENTS].operations / 64
-    for refine, samples in (({"size": 2.4}, 360), (0.2, 600), ({"share": 0.01}, 150), ({"size": 1000}, 2936)):
-        assert costs_of(refine=refine)[Stage.REFINE].operations == pytest.approx(samples * each)
-    capped = refine_cap(SHAPE, parameters(), COUNTS)
-    assert costs_of()[Stage.REFINE].samples == capped.samples
-    assert 0 < capped.samples < 2936
-
-
-def test_a_shortlist_holds_no_landmarks() -> None:
-    found = stages(planned(landmarks={"count": 2900}, refine=1.0))
-    assert found["refine"]["operations"] == pytest.approx(found["landmark_gradients"]["operations"] / 29)
-
-
-def test_a_validation_holds_the_weights_in_float32_unless_they_are_quantised() -> None:
-    memory = [
-        stages(planned(dtype="bfloat16", quantization=quantization))["validate"]["memory_bytes"]
-        for quantization in ("none", "int8")
-    ]
-    assert memory[0] - memory[1] == pytest.approx(3 * SHAPE.weights)  # 4 bytes each, not 1
 
 
 def test_landmarks_above_the_pool_are_said_to_be_lowered() -> None:

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from support.local_job import load, run
 from support.tiny import pool_rows, save_model, target_rows, write_jsonl
 
-from service.plan import operations
+from service.plan import limits, operations
 from service.plan.stages import JobInputs, Stage
 from service.settings import WorkerSettings
 from service.storage.artifacts import ArtifactStore
-from worker.influence import EmbeddingOptions, Samples, TextScales, embed, text_embedding
+from worker.influence import EmbeddingOptions, Samples, TextScales, embed, kernel_ridge, text_embedding
 from worker.influence.text_embedding import HIDDEN_WEIGHT, plain_text_parts, text_parts
 from worker.loading import folders
 from worker.stages import embed as embed_stage
@@ -125,6 +125,7 @@ def test_the_plan_counts_with_the_cores_own_numbers() -> None:
     parts = text_parts(one, SEED)
     assert text_embedding.DIRECTIONS == operations.TEXT_DIRECTIONS == parts["reply"].shape[1]
     assert parts["scalars"].shape[1] == operations.TEXT_SCALARS
+    assert limits.FITS_CHOSEN_ON == kernel_ridge.CHOSEN_ON
 
 
 @pytest.mark.parametrize("kind", ["text", "text_hidden", "auto"])
