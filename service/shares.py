@@ -82,8 +82,9 @@ class Share:
                 raise self._used_up(tenant)
             self._hold(tenant)
 
-    async def wait(self, tenant: str, seconds: float | None = None) -> None:
-        """Takes one as soon as it is free for this tenant; of those who wait, a tenant that holds least is next.
+    async def wait(self, tenant: str, seconds: float | None = None, *, is_next: bool = False) -> None:
+        """Takes one as soon as it is free for this tenant; of those who wait, a tenant that holds least is next. `is_next`: goes
+        before all others of the tenant.
 
         Raises:
             UsedUp: none has become free within `seconds`.
@@ -92,7 +93,11 @@ class Share:
             if self._is_free(tenant):
                 return self._hold(tenant)
             turn = _Turn()
-            self._waiting.setdefault(tenant, deque()).append(turn)
+            turns = self._waiting.setdefault(tenant, deque())
+            if is_next:
+                turns.appendleft(turn)
+            else:
+                turns.append(turn)
         try:
             async with asyncio.timeout(seconds):
                 await turn.woken

@@ -5,9 +5,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.db.engine import _has_waited
 from service.settings import ShareSettings
 from service.shares import Share, Shares, UsedUp
 
@@ -59,6 +61,34 @@ def test_who_waits_is_served_in_turn_and_no_tenant_behind_anothers_queue() -> No
 
     asyncio.run(run())
     assert "".join(served) == "abcabaa"
+
+
+def test_who_is_next_goes_before_its_own_tenant_and_no_other() -> None:
+    served: list[str] = []
+
+    async def use(share: Share, tenant: str, name: str, *, is_next: bool) -> None:
+        await share.wait(tenant, is_next=is_next)
+        served.append(name)
+        share.give_back(tenant)
+
+    async def run() -> None:
+        share = Share("connections", 1, 1.0)
+        share.take("x")
+        async with asyncio.TaskGroup() as group:
+            for tenant, name in (("a", "a1"), ("a", "a2"), ("b", "b1"), ("a", "a3, admitted")):
+                group.create_task(use(share, tenant, name, is_next="admitted" in name))
+                await asyncio.sleep(0)
+            share.give_back("x")
+
+    asyncio.run(run())
+    assert served.index("a3, admitted") < served.index("a1") < served.index("a2")
+    assert served.index("b1") < served.index("a1"), "the other tenant waits for one of ours at most"
+
+
+def test_a_request_that_was_admitted_for_its_body_is_next_once() -> None:
+    plain, admitted = (Request({"type": "http", "headers": [], "state": {}}) for _ in range(2))
+    admitted.state.was_admitted_for_body = True
+    assert [_has_waited(request) for request in (plain, admitted, admitted)] == [False, True, False]
 
 
 def test_who_waits_too_long_is_told_whose_fault_it_is_and_holds_nothing() -> None:
