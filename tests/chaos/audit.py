@@ -61,7 +61,8 @@ def _of_job(connection: psycopg.Connection[Row], store: Path, job: Row) -> Itera
         told = [e for e in events if _is_of(unit, e["data"])]
         yield from (f"unit {name} {what}" for what in _of_unit(unit, told, events))
         if unit["state"] == "succeeded":
-            yield from (f"unit {name} {what}" for what in _of_artifact(store, unit["artifact_key"]))
+            asks = any((unit["result"] or {}).get(wanted) for wanted in ("grow", "shortlist"))
+            yield from (f"unit {name} {what}" for what in _of_artifact(store, unit["artifact_key"], result_alone=asks))
     if job["status"] == "succeeded":
         yield from _of_results(connection, job)
         return
@@ -111,10 +112,11 @@ def _of_unit(unit: Row, told: list[Row], events: list[Row]) -> Iterator[str]:
             yield f"attempt {claim['data']['attempt']} ended more than once, or not before the next: {own}"
 
 
-def _of_artifact(store: Path, key: str) -> Iterator[str]:
+def _of_artifact(store: Path, key: str, *, result_alone: bool) -> Iterator[str]:
+    """A unit whose result asks for more gradients has written nothing else."""
     if not (store / f"{key}.json").exists():
         yield f"has succeeded, and {key}.json is not in the store"
-    if Path(key).suffix and not (store / key).exists():
+    if Path(key).suffix and not result_alone and not (store / key).exists():
         yield f"has succeeded, and {key} is not in the store"
 
 
