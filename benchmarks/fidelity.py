@@ -73,13 +73,14 @@ def settings(pool: Pool, options: argparse.Namespace, kinds: dict[str, Embedding
     """The product's settings and their rivals, for every number of landmarks that leaves half of the samples."""
     usable, at_scale = pool.usable.size, landmarks_of(PAPER_POOL)
     own = landmarks_of(usable)
-    yield Setting(
-        name="the default, as it is capped for this pool",
-        embedding=TEXT,
-        landmarks=own,
-        times=product_cap(pool, budget_of(usable - own)),
-        until=0.95,
-    )
+    if own <= usable // 2:
+        yield Setting(
+            name="the default, as it is capped for this pool",
+            embedding=TEXT,
+            landmarks=own,
+            times=product_cap(pool, budget_of(usable - own)),
+            until=0.95,
+        )
     for count in sorted({own, *options.landmarks}):
         if count > usable // 2:
             continue
