@@ -212,7 +212,7 @@ def with_option(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "code", "retryable", "detail"),
     [
-        ({"spec": {}}, "internal_error", True, r"KeyError: 'options' \(embed.py:\d+\)"),
+        ({"spec": {}}, "internal_error", True, r"KeyError: 'tokens' \(embed.py:\d+\)"),
         ({"spec": {**SPEC, "tokens": "absent"}}, "artifact_missing", True, r"absent"),
         ({"prepared": {"dtype": "float32", "model_fingerprint": "old"}}, "model_not_here", True, "files"),
         (with_option(kind="unknown"), "internal_error", True, r"ValueError: kind must be .*\(embeddings.py:\d+\)"),

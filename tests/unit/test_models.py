@@ -31,7 +31,7 @@ def settings(tmp_path: Path) -> ModelSettings:
 
 
 def blocks(count: int) -> Parameters:
-    return Parameters(embedding={"blocks": count})  # type: ignore[arg-type]
+    return Parameters(embedding={"kind": "hidden", "blocks": count})  # type: ignore[arg-type]
 
 
 def refusal(settings: ModelSettings, model: str | HubModel, kind: type[ApiError] = Unprocessable, **given: Any) -> Any:
@@ -173,7 +173,7 @@ def test_a_type_that_is_not_supported_is_refused_with_those_that_are(settings: M
 
 def test_more_blocks_than_the_model_has_are_refused(settings: ModelSettings) -> None:
     resolve(settings, "gpt", blocks(12))
-    assert refusal(settings, "gpt", embedding={"blocks": 13}).param == "embedding.blocks"
+    assert refusal(settings, "gpt", embedding={"kind": "hidden", "blocks": 13}).param == "embedding.blocks"
 
 
 @pytest.mark.parametrize("given", [{"method": "exact_influence"}, {"method": "random"}, {"embedding": {"kind": "rds"}}])
@@ -197,7 +197,7 @@ def test_an_adapter_is_listed_and_resolved_with_its_base(settings: ModelSettings
     assert registered(settings)[-1] == RegisteredModel(name="tuned", model_type="llama", blocks=30, base="small")
     base = {"kind": "registered", "name": "small"}
     assert resolve(settings, "tuned", blocks(30)) == {"kind": "registered", "name": "tuned", "base": base}
-    assert refusal(settings, "tuned", embedding={"blocks": 31}).param == "embedding.blocks"
+    assert refusal(settings, "tuned", embedding={"kind": "hidden", "blocks": 31}).param == "embedding.blocks"
 
 
 def test_the_base_of_an_adapter_may_be_of_the_hub(settings: ModelSettings, hub: Hub) -> None:
