@@ -154,6 +154,7 @@ def test_every_search_of_the_store_by_a_stage_is_known_to_the_collection() -> No
     assert {name for name, code in stages.items() if "rows_artifact(" in code} == {
         "stages/prepare.py",
         "stages/propagate.py",
+        "stages/rounds.py",  # of propagate
         "text/token_files.py",
     }
     assert set(repository.FINDS) == {Stage.PREPARE, Stage.PROPAGATE}
