@@ -43,7 +43,7 @@ def age(world: World, *kinds: str) -> set[str]:
 def test_a_job_on_what_a_collection_has_left_selects_the_same(
     world: World, datasets: Datasets, selected: list[Json]
 ) -> None:
-    """The propagated influence is still there; the shortlist that its result names is not, nor the gradients of that."""
+    """The propagated influence is still there; the shortlists that the rounds before it name are not, nor their gradients."""
     aged = age(world, "tokens", "gradients")
     assert aged
     found = collect(world.sessions, world.store, world.settings.retention)
@@ -53,7 +53,8 @@ def test_a_job_on_what_a_collection_has_left_selects_the_same(
     assert world.selected(job_id) == selected
     reused = {stage["stage"]: stage["units_reused"] for stage in job["stages"]}
     assert reused["embed"] == 1
-    assert reused["landmark_gradients"] == reused["propagate"] == 0
+    assert reused["landmark_gradients"] == reused["refine"] == 0
+    assert reused["propagate"] == 1, "the last one alone, which names no shortlist"
 
 
 def test_a_sample_whose_explanation_was_collected_says_so(
