@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from corpus import model_folder
-from fidelity import earlier
 from fidelity_comparison import CHOSEN_ON, CONFIRMED_ON, TEXT, Comparison, Point
 from fidelity_methods import Setting
 from fidelity_pool import arguments, measure
 from measuring import heading
-from reporting import table, write_json
+from reporting import add_model, table
 from transformers import AutoConfig
 
 from worker.influence import EmbeddingOptions
@@ -40,12 +39,7 @@ def main() -> None:
         **comparison.described(),
         "points": [comparison.point(each) for each in settings(options, kinds)],
     }
-    if options.out is None:
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    models = {**earlier(options.out / "blocks.json"), model_folder(options).name: report}
-    write_json(options.out / "blocks.json", {"models": models})
-    (options.out / "blocks.md").write_text("\n".join(_tables(models)))
+    add_model(options.out, "blocks", model_folder(options).name, report, _tables)
 
 
 def embeddings(options: argparse.Namespace) -> dict[str, EmbeddingOptions]:

@@ -12,10 +12,7 @@ Shape suffixes: n usable samples of the pool, t samples of a target, e embedding
 """
 
 import argparse
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from corpus import model_folder
 from fidelity_calibration import asked
@@ -25,6 +22,7 @@ from fidelity_methods import Setting, budget_of
 from fidelity_pool import Pool, arguments, measure
 from fidelity_report import write_report
 from measuring import heading
+from reporting import earlier
 
 from worker.influence import EmbeddingOptions
 
@@ -97,11 +95,6 @@ def settings(pool: Pool, options: argparse.Namespace, kinds: dict[str, Embedding
         if JVP not in kinds:
             continue
         yield Setting(name="as the authors set it", embedding=JVP, landmarks=count, times=0.0, kernel="rbf", ridge=0.01)
-
-
-def earlier(path: Path) -> dict[str, Any]:
-    """What the result holds of models so far."""
-    return json.loads(path.read_text()).get("models", {}) if path.exists() else {}
 
 
 if __name__ == "__main__":

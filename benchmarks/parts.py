@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import model_folder
-from fidelity import earlier
 from fidelity_comparison import CHOSEN_ON, CONFIRMED_ON, TEXT, Comparison, scaled_on
 from fidelity_methods import Setting
 from fidelity_pool import Pool, arguments, measure
 from measuring import heading
-from reporting import table, write_json
+from reporting import add_model, table
 from torch import Tensor, nn
 
 from worker.influence import Samples
@@ -45,12 +44,7 @@ def main() -> None:
             comparison.point(replace(setting, landmarks=count)) for setting in settings for count in options.landmarks
         ],
     }
-    if options.out is None:
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    models = {**earlier(options.out / "parts.json"), model_folder(options).name: report}
-    write_json(options.out / "parts.json", {"models": models})
-    (options.out / "parts.md").write_text("\n".join(_tables(models)))
+    add_model(options.out, "parts", model_folder(options).name, report, _tables)
 
 
 def variants(pool: Pool, seed: int) -> Iterator[tuple[str, Tensor]]:

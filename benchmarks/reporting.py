@@ -1,7 +1,7 @@
 """The output of the benchmarks: JSON with everything, Markdown tables, SVG plots."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +39,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def save_plot(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """What the result holds of models so far."""
+    return json.loads(path.read_text()).get("models", {}) if path.exists() else {}
+
+
+def add_model(
+    folder: Path | None, name: str, model: str, report: Any, tables: Callable[[dict[str, Any]], list[str]]
+) -> None:
+    """Writes the report of a model to NAME.json beside those of others, and the tables of all to NAME.md; without a folder,
+    nothing."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {**earlier(folder / f"{name}.json"), model: report}
+    write_json(folder / f"{name}.json", {"models": models})
+    (folder / f"{name}.md").write_text("\n".join(tables(models)))

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import Corpus, load_model, load_tokenizer, model_folder, samples_of
-from fidelity import earlier
 from fidelity_comparison import CHOSEN_ON, CONFIRMED_ON, TEXT, Comparison, groups
 from fidelity_methods import Setting, budget_of
 from fidelity_pool import arguments, measure
 from figures import turn
 from measuring import heading
-from reporting import table, write_json
+from reporting import add_model, table
 
 from service.plan import operations
 from worker.influence import OptimizerOptions, round_robin
@@ -50,12 +49,7 @@ def main() -> None:
             for steps, each in compared.items()
         ],
     }
-    if options.out is None:
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    models = {**earlier(options.out / "warmup.json"), base.name: report}
-    write_json(options.out / "warmup.json", {"models": models})
-    (options.out / "warmup.md").write_text("\n".join(_tables(models)))
+    add_model(options.out, "warmup", base.name, report, _tables)
 
 
 def warmed_up(options: argparse.Namespace, base: Path, steps: int) -> Path:

@@ -44,11 +44,11 @@ def _spent(
         "refine": {**parameters["refine"], "share": None, "size": found["refined_count"] / counts.budget},
     }
     costs = StageCosts(shape, as_computed, counts, "float32", 1).all()  # of which only operations are used
-    units = {stage: found for stage, found in results.items() if found and stage not in APART}
+    computed = {stage: units for stage, units in results.items() if units and stage not in APART}
     operations = [
-        _operations(found, costs[stage].operations if stage in costs else 0.0) for stage, found in units.items()
+        _operations(units, costs[stage].operations if stage in costs else 0.0) for stage, units in computed.items()
     ]
-    seconds = [None if result is None else result.get("seconds") for found in units.values() for result in found]
+    seconds = [None if result is None else result.get("seconds") for units in computed.values() for result in units]
     as_chosen = {**as_computed, "embedding": {**parameters["embedding"], **(found["embedding"]["chosen"] or {})}}
     return Cost(
         operations=float(round(math.fsum(operations))),

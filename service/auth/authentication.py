@@ -119,7 +119,7 @@ async def admit(request: Request) -> None:
             return identify(session)
 
     principal = await _admit(request, lambda identify: run_with_connection(request, partial(in_new_session, identify)))
-    request.state.was_admitted_for_body = True
+    request.state.keeps_its_turn = True
     if (allowed := _allowed_at(request.scope["endpoint"])) is not None:
         await allowed(principal)
 

@@ -96,15 +96,15 @@ async def _reserve_connection(request: Request) -> Callable[[], None]:
     connections: Share = state.shares.connections
     # Before a key has been looked up, its tenant is known if an earlier request was authenticated by it.
     tenant = getattr(request.state, "tenant_id", None) or state.callers.tenant_of(request)
-    await connections.wait(tenant, _CONNECTION_WAIT_SECONDS, is_next=_has_waited(request))
+    await connections.wait(tenant, _CONNECTION_WAIT_SECONDS, is_next=_keeps_its_turn(request))
     return partial(connections.give_back, tenant)
 
 
-def _has_waited(request: Request) -> bool:
-    """Whether the request waited once already, to be admitted before its body was read: it does not go to the end again."""
-    was_admitted: bool = getattr(request.state, "was_admitted_for_body", False)
-    request.state.was_admitted_for_body = False
-    return was_admitted
+def _keeps_its_turn(request: Request) -> bool:
+    """True once for a request that was admitted before its body was read: it has waited, and does not go to the end again."""
+    keeps: bool = getattr(request.state, "keeps_its_turn", False)
+    request.state.keeps_its_turn = False
+    return keeps
 
 
 async def run_with_connection(request: Request, work: Callable[[], Found]) -> Found:

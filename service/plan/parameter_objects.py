@@ -102,8 +102,8 @@ class Refine(Strict):
 
     size: Literal["auto"] | Annotated[float, Field(ge=0, le=1000)] = Field(
         default="auto",
-        description="Times the budget; `auto`: until `min_captured` is promised, or `max_cost` is reached. 0: the propagated"
-        " influence decides",
+        description="Times the budget, at least 1; `auto`: until `min_captured` is promised, or `max_cost` is reached. 0: the"
+        " propagated influence decides",
     )
     share: float | None = Field(default=None, gt=0, le=1, description="In place of `size`: a share of the pool")
     rounds: int = Field(default=8, ge=1, le=64)
@@ -118,8 +118,16 @@ class Refine(Strict):
         default=RDS_PLUS_SHARE,
         gt=0,
         le=10,
-        description="What the job may cost, as a share of method `rds_plus` on the same pool and model; `size: auto` only",
+        description="What the job may cost, as a share of method `rds_plus` on the same pool and model, but that twice the budget"
+        " may always be refined; `size: auto` only",
     )
+
+    @field_validator("size")
+    @classmethod
+    def _holds_the_budget(cls, size: Any) -> Any:
+        if isinstance(size, float) and 0 < size < 1:
+            raise ValueError("must be 0, or at least 1: the budget is selected from what was refined")
+        return size
 
     @model_validator(mode="before")
     @classmethod

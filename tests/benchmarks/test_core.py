@@ -1,14 +1,11 @@
 """The speed benchmark on tiny models: its ratios mean something only where both sides compute the same."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.small_form import run_script
 from support.tiny import EXAMPLES
 
 SMALL = [
@@ -19,18 +16,8 @@ SMALL = [
 
 
 def run_core(model: Path, folder: Path) -> dict[str, Any]:
-    paths = ["--model", model, "--authors", folder / "absent", "--cache", folder / "cache", "--out", folder / "out"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/core.py", *SMALL, *map(str, paths)],
-        cwd=EXAMPLES.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads((folder / "out" / "core.json").read_text())
-    return found
+    paths = ("--model", str(model), "--authors", str(folder / "absent"))
+    return run_script("core", folder, *SMALL, *paths, environment={"PYTHONWARNINGS": "error::UserWarning"})
 
 
 @pytest.mark.slow

@@ -1,31 +1,16 @@
 """The small form of the benchmark of embeddings from text, and a second run that measures nothing again."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.small_form import REPOSITORY
+from support.small_form import run_script
 
 OPTIONS = ("--rows", "300", "--length", "20", "--vocabulary", "500")
 
 
 def run(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "benchmarks/text_embedding.py", *OPTIONS, "--cache", str(folder / "cache")]
-    done = subprocess.run(
-        [*command, "--out", str(folder / "out")],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads((folder / "out" / "text_embedding.json").read_text())
-    return found
+    return run_script("text_embedding", folder, *OPTIONS)
 
 
 @pytest.mark.slow

@@ -1,29 +1,14 @@
 """The small form of the upload benchmark: the same rows from every container, and no line measured twice."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.small_form import REPOSITORY
+from support.small_form import run_script
 
 
 def run(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "benchmarks/upload.py", "--rows", "300", "--cache", str(folder / "cache")]
-    done = subprocess.run(
-        [*command, "--out", str(folder / "out")],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads((folder / "out" / "upload.json").read_text())
-    return found
+    return run_script("upload", folder, "--rows", "300")
 
 
 @pytest.mark.slow

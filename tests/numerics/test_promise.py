@@ -30,7 +30,7 @@ def best_refined(predicted: np.ndarray, count: int) -> np.ndarray:
 
 def ask(P: np.ndarray, residuals: Residuals, refined: np.ndarray, folder: Path, **given: object) -> float | None:
     options = {"unknown": ~refined, "budget": BUDGET, "by_turns": True, "seed": 3, "folder": folder, **given}
-    return promised(P, residuals, refined=refined, **options)  # type: ignore[arg-type]
+    return promised(P, residuals, refined=refined, **options)
 
 
 def captured(truth: np.ndarray, refined: np.ndarray, *, by_turns: bool) -> float:
@@ -68,7 +68,7 @@ def test_the_more_is_exact_the_more_is_promised_up_to_all(tmp_path: Path) -> Non
     for count in (30, 60, 120, N):
         refined = best_refined(predicted, count)
         found.append(ask(np.where(refined[:, None], truth, predicted), residuals, refined, tmp_path))
-    assert found == sorted(found)  # type: ignore[type-var]
+    assert found == sorted(found)
     assert found[-1] == pytest.approx(1)
     assert not list(tmp_path.iterdir()), "scratch files were left"
 

@@ -3,28 +3,17 @@
 from typing import Any
 
 import pytest
+from support.counts import PAPER_COUNTS as COUNTS
+from support.counts import PAPER_SHAPE as SHAPE
 
 from service.plan import estimate
 from service.plan.compared_costs import APART, ComparedCosts, compared
-from service.plan.job_counts import JobCounts
-from service.plan.operations import Shape, TokenCounts
 from service.plan.parameters import Parameters
 from service.plan.rates import Rates
 from service.plan.stage_costs import StageCosts
 from service.plan.stages import JobInputs, Stage
 from worker import costs
 
-# Llama2-7B and 200,000 samples of 300 tokens, as in the paper's first table.
-LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
-SHAPE = Shape.of_config(LLAMA | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32_000})
-COUNTS = JobCounts(
-    pool=TokenCounts(200_000, 6e7, 2e10, 3e7),
-    target=TokenCounts(48, 14_400, 4.6e6, 7_200),
-    budget=10_000,
-    estimated=False,
-    usable=200_000,
-    dtype="bfloat16",
-)
 FORWARD = 2 * SHAPE.weights * 6e7
 """2 d T"""
 

@@ -173,7 +173,7 @@ def test_refine_has_short_forms(short: Any, full: dict[str, Any]) -> None:
     assert Parameters.model_validate({"refine": short}) == Parameters.model_validate({"refine": full})
 
 
-@pytest.mark.parametrize("refine", [2.4, -0.1, "some", True, None, {"size": -1}, {"rounds": 0}])
+@pytest.mark.parametrize("refine", [2.4, -0.1, "some", True, None, {"size": -1}, {"size": 0.5}, {"rounds": 0}])
 def test_refine_is_refused_where_it_says_nothing(refine: Any) -> None:
     with pytest.raises(ValidationError) as refused:
         Parameters.model_validate({"refine": refine})

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from support.counts import PAPER_COUNTS as COUNTS
+from support.counts import PAPER_SHAPE as SHAPE
 
 from service.plan import passes
 from service.plan.job_counts import JobCounts
@@ -13,11 +15,6 @@ from service.plan.refine_cap import RefineCap, refine_cap, shortlist_size
 from service.plan.stage_costs import StageCosts
 from service.plan.stages import Stage
 
-# Llama2-7B and 200,000 samples of 300 tokens, half of them reply: the size that the paper states its costs at.
-LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
-SHAPE = Shape.of_config(LLAMA | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32_000})
-POOL = TokenCounts(200_000, 6e7, 2e10, 3e7)
-COUNTS = JobCounts(pool=POOL, target=TokenCounts(48, 14_400, 4.6e6, 7_200), budget=10_000, estimated=False)
 REFINE = {"size": "auto", "share": None, "rounds": 8, "min_captured": 0.95, "max_cost": 1 / 3.5}
 
 
@@ -89,18 +86,18 @@ def test_the_rest_of_the_pool_is_the_most() -> None:
     found = cap(max_cost=10.0)
     assert found.samples == 200_000 - 4096
     assert not found.is_floor
-    few = JobCounts(pool=POOL, target=COUNTS.target, budget=150_000, estimated=False, usable=154_000)
+    few = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=150_000, estimated=False, usable=154_000)
     assert cap(few, max_cost=0.01).samples == 154_000 - 4096
     everything = cap(landmarks=300_000, max_cost=0.01)
     assert (everything.samples, everything.is_floor, everything.note) == (0, False, None)
 
 
 def test_an_average_sample_is_one_of_the_usable() -> None:
-    half = JobCounts(pool=POOL, target=COUNTS.target, budget=10_000, estimated=False, usable=100_000)
+    half = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=10_000, estimated=False, usable=100_000)
     each, of_half = cap().operations_per_sample, cap(half).operations_per_sample
     assert each is not None
     assert of_half == pytest.approx(2 * each, rel=0.01)  # as many tokens in half of the samples
-    assert half.drawn(100_000).tokens == POOL.tokens
+    assert half.drawn(100_000).tokens == COUNTS.pool.tokens
 
 
 def test_the_warm_up_and_the_validation_do_not_count() -> None:
@@ -164,6 +161,6 @@ def test_nothing_is_left_where_every_sample_is_a_landmark() -> None:
 
 
 def test_rds_plus_costs_a_forward_of_the_pool_and_of_the_target() -> None:
-    linear = 2 * (POOL.tokens + COUNTS.target.tokens) * SHAPE.blocks * SHAPE.block_weights
-    attention = 2 * (POOL.squares + COUNTS.target.squares) * SHAPE.attention_width * SHAPE.blocks
+    linear = 2 * (COUNTS.pool.tokens + COUNTS.target.tokens) * SHAPE.blocks * SHAPE.block_weights
+    attention = 2 * (COUNTS.pool.squares + COUNTS.target.squares) * SHAPE.attention_width * SHAPE.blocks
     assert passes.rds_plus(SHAPE, parameters(), COUNTS) == pytest.approx(linear + attention)

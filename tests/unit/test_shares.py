@@ -9,7 +9,7 @@ from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.db.engine import _has_waited
+from service.db.engine import _keeps_its_turn
 from service.settings import ShareSettings
 from service.shares import Share, Shares, UsedUp
 
@@ -87,8 +87,8 @@ def test_who_is_next_goes_before_its_own_tenant_and_no_other() -> None:
 
 def test_a_request_that_was_admitted_for_its_body_is_next_once() -> None:
     plain, admitted = (Request({"type": "http", "headers": [], "state": {}}) for _ in range(2))
-    admitted.state.was_admitted_for_body = True
-    assert [_has_waited(request) for request in (plain, admitted, admitted)] == [False, True, False]
+    admitted.state.keeps_its_turn = True
+    assert [_keeps_its_turn(request) for request in (plain, admitted, admitted)] == [False, True, False]
 
 
 def test_who_waits_too_long_is_told_whose_fault_it_is_and_holds_nothing() -> None:

@@ -74,7 +74,7 @@ def test_the_centres_bound_the_memory_of_a_regression() -> None:
         costs_of(large, embedding={"kind": "hidden"}, landmarks={"count": 4096}, refine={"size": size})[
             Stage.PROPAGATE
         ].memory_bytes
-        for size in (0.4, 2.4, 10)
+        for size in (1, 2.4, 10)
     )
     centres = 8 * 5 * MAX_CENTRES**2
     assert few < many < most

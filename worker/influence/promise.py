@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +59,8 @@ class Residuals:
         bounds = list(itertools.pairwise(edges))
         at_b = np.array([z[order[a:b]].mean() for a, b in bounds])
         size_b = _positive(np.array([np.sqrt(squares[a:b].mean()) for a, b in bounds]))
-        found = cls(R_lt=R_lt, centre_t=centre_t, width_t=width_t, scale_t=scale_t, at_b=at_b, size_b=size_b)
-        np.divide(R_lt, found.size_at(left_out_lt), out=R_lt)
-        return found
+        sized = cls(R_lt=R_lt, centre_t=centre_t, width_t=width_t, scale_t=scale_t, at_b=at_b, size_b=size_b)
+        return replace(sized, R_lt=R_lt / sized.size_at(left_out_lt))
 
     def size_at(self, predicted_mt: npt.NDArray[np.floating]) -> Vector:
         """The size of residuals at predictions (m, t)."""

@@ -42,17 +42,7 @@ from worker.influence import UnusableInput
 from worker.loading.placement import choose_device
 from worker.process import machine
 from worker.process.conversation import Conversation
-from worker.stages import (
-    curvature,
-    embed,
-    gradients,
-    prepare,
-    propagate,
-    select,
-    select_embedding,
-    validate,
-    warmup,
-)
+from worker.stages import curvature, embed, gradients, prepare, propagate, select, select_embedding, validate, warmup
 from worker.stages.context import ModelCache, StageContext
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from test_limits import limited
 from service.db.engine import make_engine, make_sessions
 from service.http.protocol import TimedHeads
 from service.settings import ApiSettings, DatabaseSettings
+from service.shares import Share
 
 MIB = 2**20
 LIMIT = MIB
@@ -105,6 +106,24 @@ def test_the_rate_is_limited_by_the_head_alone_and_counted_once(api: World) -> N
     counted = Counted(api.app)
     refused = TestClient(counted, headers=client.headers).post(JOBS, content=b"{", headers=JSON)
     assert (refused.status_code, refused.json()["code"], counted.bytes_read) == (429, "rate_limited", 0)
+
+
+def test_a_request_that_waited_to_be_admitted_is_next_for_its_connection(
+    api: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    wait = Share.wait
+
+    async def noting(share: Share, tenant: str, seconds: float | None = None, *, is_next: bool = False) -> None:
+        asked.append(is_next)
+        await wait(share, tenant, seconds, is_next=is_next)
+
+    monkeypatch.setattr(Share, "wait", noting)
+    assert api.client.post(JOBS, json={"model": 5}).status_code == 422
+    assert asked == [False, True]
+    asked.clear()
+    assert api.client.get(JOBS).status_code == 200
+    assert asked == [False]
 
 
 def test_a_database_that_fails_before_the_body_is_read_is_said_as_always(
