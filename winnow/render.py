@@ -152,7 +152,9 @@ def plan(console: Console, planned: Json) -> None:
     table.add_section()
     table.add_row("all", *cells(planned["totals"]), "")
     console.print(table)
-    for sentence in (*planned["warnings"], planned["note"], *costs(planned.get("costs"))):
+    cap = planned.get("refine_cap")
+    capped = cap and f"At most {cap['samples']:,} samples are refined, {cap['times_budget']:.2g} times the budget."
+    for sentence in (capped, *planned["warnings"], planned["note"], *costs(planned.get("costs"))):
         if sentence is not None:
             console.print(sentence, markup=False)
 

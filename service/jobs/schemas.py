@@ -25,6 +25,7 @@ from service.models.registry import HubModel
 from service.names import Text, check_name
 from service.plan.compared_costs import ComparedCosts
 from service.plan.parameters import JobParameters, Parameters
+from service.plan.refine_cap import RefineCap
 from service.plan.stages import Stage
 
 
@@ -180,6 +181,11 @@ class SelectionPlan(BaseModel):
     totals: PlanTotals
     costs: ComparedCosts | None = Field(
         description="Operations and seconds of this job beside other ways to choose; null: the model's shape is unknown"
+    )
+    refine_cap: RefineCap | None = Field(
+        default=None,
+        description="How many samples may be refined: what `refine.max_cost` allows, but no fewer than twice the budget. null:"
+        " the job refines as many as it says, or approximates nothing",
     )
     note: str | None = Field(description="Set if the exact method would cost less than twice this job")
     warnings: list[str] = Field(description="What was lowered, what does not fit, and why figures are missing")

@@ -12,6 +12,7 @@ from service.plan.landmark_count import landmark_count
 from service.plan.operations import Shape
 from service.plan.passes import Parameters
 from service.plan.rates import Rates
+from service.plan.refine_cap import cap_of_job
 from service.plan.stage_costs import StageCost, StageCosts, stages_of
 from service.plan.stages import Stage
 
@@ -44,6 +45,7 @@ def plan(
     except ValueError as error:
         warnings.append(f"Operations, memory and bytes are not known: {error}.")
         stages = dict.fromkeys(stages_of(parameters, counts))
+    cap = cap_of_job(shape, parameters, counts)
     entries = [
         _entry(stage, cost, None if cost is None else rates.seconds(stage, cost, dtype), already.get(stage, 0.0))
         for stage, cost in stages.items()
@@ -58,8 +60,14 @@ def plan(
         "stages": entries,
         "totals": totals,
         "costs": None if costs is None else costs.model_dump(),
+        "refine_cap": None if cap is None else cap.as_dict(),
         "note": None if costs is None or _caps(parameters, counts) else _note(parameters, totals["operations"], costs),
-        "warnings": [*warnings, *_caps(parameters, counts), *_of_weights(parameters)],
+        "warnings": [
+            *warnings,
+            *_caps(parameters, counts),
+            *_of_weights(parameters),
+            *([cap.note] if cap is not None and cap.note is not None else []),
+        ],
         "tokens": {"pool": round(counts.pool.tokens), "target": round(counts.target.tokens)},
         "estimated": counts.estimated,
         "device": rates.device,

@@ -109,11 +109,23 @@ def _cap(
     )
 
 
+def is_capped(refine: Mapping[str, Any]) -> bool:
+    """Whether `max_cost` bounds what is refined, and a promise may end it."""
+    return refine["size"] == "auto" and refine["share"] is None
+
+
+def cap_of_job(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> RefineCap | None:
+    """What `max_cost` allows the job to refine; None where it refines as many as it says, or approximates nothing."""
+    is_exact = (
+        parameters["method"] != "influence_distillation" or passes.landmarks_of(parameters, counts) >= counts.selectable
+    )
+    return None if is_exact or not is_capped(parameters["refine"]) else refine_cap(shape, parameters, counts)
+
+
 def refined_samples(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> int:
     """How many samples the job refines at most."""
     refine, landmarks = parameters["refine"], passes.landmarks_of(parameters, counts)
-    is_capped = refine["size"] == "auto" and refine["share"] is None
-    cap = refine_cap(shape, parameters, counts).samples if is_capped else 0
+    cap = refine_cap(shape, parameters, counts).samples if is_capped(refine) else 0
     usable = math.floor(counts.selectable)
     return shortlist_size(refine, budget=counts.budget, usable=usable, landmarks=math.ceil(landmarks), cap=cap)
 

@@ -140,7 +140,7 @@ WEIGHTED: dict[str, Any] = {"selection": "weighted", "gradient": {"normalize": F
     ],
 )
 def test_a_plan_warns_of_weights_that_were_measured_to_harm(given: dict[str, Any], said: list[str]) -> None:
-    warnings = estimate.plan(SHAPE, parameters(**given), COUNTS, Rates(device="x"), {})["warnings"]
+    warnings = estimate.plan(SHAPE, parameters(**given, refine={"size": 2}), COUNTS, Rates(device="x"), {})["warnings"]
     assert len(warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, warnings, strict=True))
 

@@ -184,7 +184,7 @@ def test_the_exact_method_is_named_where_it_would_cost_less_than_twice() -> None
 def test_landmarks_above_the_pool_are_said_to_be_lowered() -> None:
     assert "landmarks.count is 4096; lowered to the 3000 usable samples of the pool." in planned(**WHOLE)["warnings"][0]
     assert planned(landmarks={"count": 3000})["warnings"][0].startswith("Every sample is a landmark")
-    assert planned(landmarks={"count": 2999})["warnings"] == []
+    assert planned(landmarks={"count": 2999}, refine={"size": 1})["warnings"] == []
 
 
 def test_what_does_not_fit_the_worker_is_said() -> None:

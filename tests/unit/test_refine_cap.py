@@ -6,11 +6,12 @@ import pytest
 from support.counts import PAPER_COUNTS as COUNTS
 from support.counts import PAPER_SHAPE as SHAPE
 
-from service.plan import passes
+from service.plan import estimate, passes
 from service.plan.job_counts import JobCounts
 from service.plan.limits import LEAST_REFINE, UNKNOWN_COST_REFINE
 from service.plan.operations import Shape, TokenCounts
 from service.plan.parameters import Parameters
+from service.plan.rates import Rates
 from service.plan.refine_cap import RefineCap, refine_cap, shortlist_size
 from service.plan.stage_costs import StageCosts
 from service.plan.stages import Stage
@@ -164,3 +165,18 @@ def test_rds_plus_costs_a_forward_of_the_pool_and_of_the_target() -> None:
     linear = 2 * (COUNTS.pool.tokens + COUNTS.target.tokens) * SHAPE.blocks * SHAPE.block_weights
     attention = 2 * (COUNTS.pool.squares + COUNTS.target.squares) * SHAPE.attention_width * SHAPE.blocks
     assert passes.rds_plus(SHAPE, parameters(), COUNTS) == pytest.approx(linear + attention)
+
+
+def test_a_plan_says_what_its_cap_allows() -> None:
+    def planned(**given: Any) -> dict[str, Any]:
+        found = Parameters.model_validate(given).model_dump(mode="json")
+        return estimate.plan(SHAPE, found, COUNTS, Rates(device="x"), {})
+
+    capped, free = planned(refine={"max_cost": 0.01}), planned(refine={"max_cost": 0.5})
+    assert (capped["refine_cap"]["samples"], capped["refine_cap"]["is_floor"]) == (20_000, True)
+    (warning,) = capped["warnings"]
+    assert "up to 20000 samples" in warning
+    assert (free["refine_cap"]["is_floor"], free["warnings"]) == (False, [])
+    assert free["refine_cap"]["samples"] > 20_000
+    for given in ({"refine": {"size": 3}}, {"refine": 0.2}, {"method": "exact_influence"}):
+        assert planned(**given)["refine_cap"] is None

@@ -12,7 +12,7 @@ from service.plan.job_counts import JobCounts
 from service.plan.landmark_count import landmark_count
 from service.plan.limits import COMPARED_LANDMARKS, SCALED_ON
 from service.plan.preparing import is_prepared, is_shard
-from service.plan.refine_cap import refine_cap, shortlist_size
+from service.plan.refine_cap import cap_of_job, refined_samples
 from service.plan.shards import embed_shards, gradient_shards
 from service.plan.stages import JobInputs, Stage
 from worker.errors import NAMED_IN_ERROR, DataError, ParameterError, TooManyUnusable, in_words, max_unusable
@@ -185,21 +185,14 @@ def _landmarks(
 
 
 def _refinement(job: JobInputs, folder: ModelFolder, prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """How many samples may be refined, and what follows for `max_cost`."""
-    parameters = job.parameters
-    if parameters["method"] != "influence_distillation" or prepared["all_exact"]:
+    """How many samples may be refined, and where that does not follow from `max_cost`, why."""
+    if job.parameters["method"] != "influence_distillation" or prepared["all_exact"]:
         return {}
-    cap = refine_cap(shape_in_files(folder), parameters, JobCounts.of_prepared(prepared, job.budget))
-    samples = shortlist_size(
-        parameters["refine"],
-        budget=job.budget,
-        usable=prepared["usable"],
-        landmarks=prepared["landmark_count"],
-        cap=cap.samples,
-    )
-    is_auto = parameters["refine"]["size"] == "auto" and parameters["refine"]["share"] is None
-    notes = [cap.note] if is_auto and cap.note is not None else []
-    return {"refine_cap": {**cap.as_dict(), "samples": samples}, "notes": [*prepared["notes"], *notes]}
+    shape, counts = shape_in_files(folder), JobCounts.of_prepared(prepared, job.budget)
+    cap = cap_of_job(shape, job.parameters, counts)
+    notes = [] if cap is None or cap.note is None else [cap.note]
+    samples = refined_samples(shape, job.parameters, counts)
+    return {"refine_cap": {"samples": samples}, "notes": [*prepared["notes"], *notes]}
 
 
 def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.plan.limits import KERNEL_ROWS
+from service.plan.refine_cap import is_capped
 from service.plan.shards import gradient_shards
 from worker.influence import Residuals, promise, shortlist
 from worker.stages.context import StageContext
@@ -40,7 +41,7 @@ def next_round(
     With `size: auto` it ends once `min_captured` is promised, and never later than at the cap; else at the size.
     """
     refine, prepared = context.job.parameters["refine"], context.prepared
-    is_auto, most = refine["size"] == "auto" and refine["share"] is None, prepared["refine_cap"]["samples"]
+    is_auto, most = is_capped(refine), prepared["refine_cap"]["samples"]
     unknown = known.eligible.copy()
     unknown[known.exact] = False
     left = min(most - known.tried, int(unknown.sum()))
