@@ -29,6 +29,7 @@ from worker.influence import (
 from worker.influence.causal_lm import linear_layers
 from worker.influence.second_order import second_order_terms
 from worker.loading.model_shape import counts_of, shape_of
+from worker.process import machine
 from worker.process.machine import matmul_rate
 
 EQUAL = ragged(*["." * 10 + "r" * 10] * 6)  # one length, so that padding adds nothing
@@ -168,6 +169,19 @@ def test_second_order_terms_count_about_as_many_products_as_really_run(kind: Any
 
 
 def test_matmul_rate_is_positive() -> None:
-    rate = matmul_rate(torch.float32, torch.device("cpu"), size=64, seconds=0.01)
+    rate = matmul_rate(torch.float32, torch.device("cpu"), largest=64, seconds=0.01)
     assert np.isfinite(rate)
     assert rate > 1e6
+
+
+def test_a_slow_product_is_measured_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million operations a second: 1,024 columns would take half an hour."""
+    asked: list[int] = []
+
+    def fastest_product(size: int, dtype: torch.dtype, device: torch.device) -> float:
+        asked.append(size)
+        return 2e-6 * size**3
+
+    monkeypatch.setattr(machine, "fastest_product", fastest_product)
+    assert matmul_rate(torch.bfloat16, torch.device("cpu"), largest=1024, seconds=0.1) == pytest.approx(1e6)
+    assert max(asked) == 64

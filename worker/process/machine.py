@@ -14,9 +14,9 @@ from worker.process.memory import available_memory, hold_to, usual_limit
 
 def capability(device: torch.device) -> dict[str, Any]:
     """For the estimate of a job's time: the device, its memory, and its measured rate of matrix products."""
-    size = 1024 if device.type == "cpu" else 8192
+    largest = 1024 if device.type == "cpu" else 8192
     rates = {
-        str(dtype).removeprefix("torch."): matmul_rate(dtype, device, size=size, seconds=0.1)
+        str(dtype).removeprefix("torch."): matmul_rate(dtype, device, largest=largest, seconds=0.1)
         for dtype in (torch.float32, torch.bfloat16)
     }
     is_cuda = device.type == "cuda"
@@ -24,19 +24,29 @@ def capability(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "memory_bytes": memory, "matmul_rates": rates}
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int, seconds: float) -> float:
-    """Operations a second of a square matrix product, the best of those that fit in `seconds` (at least three)."""
+def matmul_rate(dtype: torch.dtype, device: torch.device, *, largest: int, seconds: float) -> float:
+    """Operations a second of a square matrix product: the fastest of three, as large as takes about `seconds`, up to `largest`.
+
+    A processor without bfloat16 takes hundreds of times as long for it, and each start of a worker waits for this.
+    """
+    size = 64
+    while size < largest and 3 * 8 * fastest_product(size, dtype, device) < seconds:
+        size *= 2
+    return 2 * size**3 / fastest_product(size, dtype, device)
+
+
+def fastest_product(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The seconds of the fastest of three products of two square matrices."""
     a = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    best, spent, runs = float("inf"), 0.0, 0
-    while runs < 3 or spent < seconds:
+    taken = []
+    for _ in range(3):
         start = time.perf_counter()
         torch.mm(a, a, out=out)
         if out.is_cuda:
             torch.cuda.synchronize(out.device)
-        taken = time.perf_counter() - start
-        best, spent, runs = min(best, taken), spent + taken, runs + 1
-    return float(2 * size**3 / best)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def repeat_bits(device: torch.device) -> None:
