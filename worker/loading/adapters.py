@@ -1,16 +1,15 @@
 """What is put on top of a loaded model: LoRA adapters, and the checkpoint of a warm-up.
 
 Adapters are injected (peft) into the transformers model, whose class stays what it was. Their weights are float32 whatever the
-dtype of the base: they are what is trained, and small.
+dtype of the base: they are what is trained, and small. Most jobs have none, and peft takes seconds to import: functions do it.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,6 +20,9 @@ from service.models.configs import ADAPTER_CONFIG, entries, read_adapter_config
 from service.models.registry import adapter_problem
 from worker.errors import ModelError, ParameterError
 from worker.influence.causal_lm import block_list, linear_size
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -58,6 +60,8 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> dict
     Raises:
         ParameterError: the model has adapters already, or none of the named layers.
     """
+    from peft import LoraConfig
+
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise ParameterError(
             "warmup.lora: the model is already an adapter; omit warmup.lora, and that adapter is trained."
@@ -69,7 +73,9 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> dict
     return added
 
 
-def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
+def _inject(model: PreTrainedModel, config: "LoraConfig") -> None:
+    from peft import inject_adapter_in_model
+
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # of GPT-2
     config.lora_dropout = 0.0  # the loss that is trained and measured is that of the whole model
     config.init_lora_weights = True  # another start would change the base's weights or be overwritten at once
@@ -85,6 +91,8 @@ def inject_registered(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ModelError: it is not a plain LoRA, or names layers that the model does not have.
     """
+    from peft import LoraConfig
+
     try:
         if problem := adapter_problem(entries(read_adapter_config(folder / ADAPTER_CONFIG))):
             raise ModelError(f"The adapter cannot be used: {problem}.")
@@ -99,6 +107,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ModelError: it is not a plain LoRA, or its weights do not fit the model.
     """
+    from peft import set_peft_model_state_dict
+
     inject_registered(model, folder)
     try:
         tensors = {name.removeprefix("base_model.model."): t for name, t in load_file(folder / ADAPTER_WEIGHTS).items()}
@@ -121,6 +131,8 @@ def load_checkpoint(model: PreTrainedModel, path: Path) -> None:
     Raises:
         ModelError: the checkpoint is not of this model.
     """
+    from peft import LoraConfig
+
     with safe_open(path, framework="pt") as file:
         if added := (file.metadata() or {}).get("lora"):
             _inject(model, LoraConfig(**json.loads(added)))
