@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -233,12 +234,12 @@ def _conversations(filled: _Columns) -> pa.StringArray:
     role, content = (next((used.pop(key) for key in keys if key in used), None) for keys in (ROLE_KEYS, CONTENT_KEYS))
     if used or role is None or content is None or not pa.types.is_string(role.type) or _text(content).null_count:
         raise _NotPlain
-    codes = pc.index_in(role, _SAID_ROLES)
+    codes = pc.index_in(role, _said_roles())
     if codes.null_count:
         raise _NotPlain
     roles = _CANONICAL_CODES[codes.to_numpy()]
     if (codes.to_numpy() != roles).any():
-        role = _SAID_ROLES.take(pa.array(roles))
+        role = _said_roles().take(pa.array(roles))
     lengths = pc.list_value_length(lists).to_numpy(False)
     if not lengths.all():
         raise _NotPlain
@@ -256,8 +257,12 @@ def _conversations(filled: _Columns) -> pa.StringArray:
     return _join('{"messages":[', pc.binary_join(pa.ListArray.from_arrays(offsets, said), ","), "]}")
 
 
-# The canonical roles come first, so that their codes are their own.
-_SAID_ROLES = pa.array(list(_ROLE_OF))
+@cache  # to make an array pyarrow imports pandas, half a second that most processes do not need
+def _said_roles() -> pa.StringArray:
+    """The canonical roles come first, so that their codes are their own."""
+    return pa.array(list(_ROLE_OF))
+
+
 _CANONICAL_CODES = np.array([ROLES.index(role) for role in _ROLE_OF.values()], np.int32)
 _MAKERS: dict[frozenset[str], Callable[[_Columns], pa.StringArray]] = {
     frozenset({"text"}): _texts,
