@@ -72,6 +72,9 @@ def write_rows(path: Path, text: str, count: int, seed: int) -> None:
 
 
 def upload(client: Winnow, options: argparse.Namespace, corpus: Corpus, state: State, home: Path) -> None:
+    if "target" not in state.found:  # first, since it may not be there
+        lines = (json.dumps(row) + "\n" for row in corpus.target(options.targets[0], "dev"))
+        state.note(target=client.upload_dataset("".join(lines).encode(), "target")["id"])
     if "pool" in state.found:
         return
     words = (message["content"] for row in corpus.pool(BATCH_ROWS, options.seed) for message in row["messages"])
@@ -80,12 +83,8 @@ def upload(client: Winnow, options: argparse.Namespace, corpus: Corpus, state: S
     started = time.monotonic()
     pool = client.upload_dataset(path, POOL)
     seconds = time.monotonic() - started
+    state.note(pool=pool["id"], row_count=pool["row_count"], byte_count=pool["byte_count"], upload=seconds)
     path.unlink()
-    lines = (json.dumps(row) + "\n" for row in corpus.target(options.targets[0], "dev"))
-    target = client.upload_dataset("".join(lines).encode(), "target")
-    state.note(
-        pool=pool["id"], target=target["id"], row_count=pool["row_count"], byte_count=pool["byte_count"], upload=seconds
-    )
 
 
 def job(client: Winnow, options: argparse.Namespace, state: State, name: str, budget: int) -> None:
