@@ -160,7 +160,7 @@ def _fill(folder: Path, url: str, broker: str, keys: list[str], jobs: int, runni
 
 
 @contextmanager
-def serving(world: World, code: Path, workers: int) -> Iterator[tuple[str, psutil.Process]]:
+def serving(world: World, code: Path, workers: int, *, minimal: bool = False) -> Iterator[tuple[str, psutil.Process]]:
     """The URL and the process of an API; with more than one worker, that of their supervisor."""
     settings = {
         "WINNOW_DATABASE__URL": world.database_url,
@@ -171,7 +171,7 @@ def serving(world: World, code: Path, workers: int) -> Iterator[tuple[str, psuti
         "WINNOW_LIMITS__REQUESTS_PER_MINUTE": "0",
         "WINNOW_LIMITS__CONCURRENT_JOBS": "0",
     }
-    with serve_api(code, settings, world.folder / "logs" / "api.log", workers) as (url, process):
+    with serve_api(code, settings, world.folder / "logs" / "api.log", workers, minimal=minimal) as (url, process):
         yield url, psutil.Process(process.pid)
 
 

@@ -55,13 +55,19 @@ class MemoryWatch:
 
 @contextmanager
 def serve_api(
-    code: Path, settings: dict[str, str], log: Path, workers: int = 1
+    code: Path, settings: dict[str, str], log: Path, workers: int = 1, *, minimal: bool = False
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The URL and the process of the API of a checkout, run by uvicorn with these settings alone."""
+    """The URL and the process of the API of a checkout, run by uvicorn with these settings alone; or of `minimal_api`."""
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--no-access-log", *(["--workers", str(workers)] if workers > 1 else [])]
-    if (code / "service" / "http" / "protocol.py").exists():  # as the image and the embedded stack start it
+    command = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
+    command += ["--workers", str(workers)] if workers > 1 else []
+    if minimal:
+        command += ["--app-dir", str(Path(__file__).parent), "minimal_api:app"]
+    else:
+        command += ["service.app:create_app", "--factory"]
+    if (
+        not minimal and (code / "service" / "http" / "protocol.py").exists()
+    ):  # as the image and the embedded stack start it
         command += ["--http", "service.http.protocol:TimedHeads"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
     environment = {**inherited, "PYTHONPATH": str(code), **settings}

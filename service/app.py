@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -20,14 +21,18 @@ from service.datasets.router import router as datasets
 from service.datasets.targets import router as targets
 from service.datasets.uploads.router import router as uploads
 from service.db.engine import make_engine, make_sessions
+from service.db.reader import READERS, Reader
 from service.health import exposition
 from service.health import router as health
 from service.http import docs, errors, openapi
 from service.http.bodies import BodyBudget, GuardBodies
 from service.http.compression import Compress
 from service.http.middleware import EveryAnswer, Observe
+from service.http.quick import QuickAnswer, QuickAnswers
 from service.idempotency import service as idempotency
+from service.jobs import reads
 from service.jobs.notifications import JobNotifications
+from service.jobs.router import get_job, list_jobs
 from service.jobs.router import router as jobs
 from service.keys.router import router as keys
 from service.models.router import router as models
@@ -45,6 +50,11 @@ from service.webhooks.router import router as webhooks
 from service.webhooks.safe_http import Outbound
 
 log = logging.getLogger(__name__)
+
+QUICK = (
+    QuickAnswer(re.compile(r"/v1/selection-jobs/(?P<job_id>job_[0-9a-f]{32})"), get_job, reads.job_at_once),
+    QuickAnswer(re.compile(r"/v1/selection-jobs"), list_jobs, reads.page_at_once),
+)
 
 DESCRIPTION = """
 Which samples of a pool help a target most, and how much: upload a pool and a target, post a selection job, poll it, fetch one
@@ -77,8 +87,10 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         for loop in loops:
             loop.start()
         app.state.notifications.release_on_signals()
+        await app.state.reader.open()
         gc.freeze()  # what was imported stays: collections need not go through it again and again
         yield
+        await app.state.reader.close()
         for loop in reversed(loops):
             loop.stop()
         engine.dispose()
@@ -86,7 +98,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         traces.close()
 
     engine = make_engine(settings.database)
-    shares = Shares(settings.shares, connections=2 * settings.database.pool_size)
+    shares = Shares(settings.shares, connections=2 * settings.database.pool_size, reads=READERS)
     metrics, traces = exposition.ApiMetrics(settings, shares), Traces(settings.telemetry, "winnow-api")
     app = FastAPI(
         title="Winnow",
@@ -99,6 +111,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.engine = engine
     app.state.sessions = make_sessions(engine)
+    app.state.reader = Reader(settings.database, shares.reads)
     app.state.store = ArtifactStore(settings.artifacts.url)
     app.state.store.on_damage = lambda _key, _reason: metrics.storage.damaged.inc()
     app.state.encryptor = Encryptor(settings.secret_key.get_secret_value())
@@ -110,6 +123,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     body = settings.requests
     budget = BodyBudget(body.max_body_bytes, body.grace_seconds, body.bytes_per_second)
     app.add_middleware(GuardBodies, admit=admit, budget=budget)
+    app.add_middleware(QuickAnswers, answers=QUICK)
     app.add_middleware(Compress)
     app.add_middleware(Observe, metrics=metrics.http)
     app.add_middleware(EveryAnswer)

@@ -175,9 +175,9 @@ class Share:
 
 
 class Shares:
-    """All of them. One waits for a connection, a reader or an encoder, which are soon free; the others are refused at once."""
+    """All of them. One waits for a connection, a read, a reader or an encoder, soon free; the others are refused at once."""
 
-    def __init__(self, settings: ShareSettings, connections: int) -> None:
+    def __init__(self, settings: ShareSettings, connections: int, reads: int) -> None:
         def share(name: str, total: int) -> Share:
             return Share(name, total, settings.tenant_fraction)
 
@@ -187,6 +187,7 @@ class Shares:
         self.uploads = share("uploads", settings.uploads)
         self.readers = share("readers", settings.readers)
         self.connections = share("connections", connections)
+        self.reads = share("reads", reads)
         # A stream that waits for its client holds one encoded batch; while it is encoded, several times as much.
         self.encoders = share("encoders", 1)
 

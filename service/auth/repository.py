@@ -1,6 +1,7 @@
 """All SQL of authentication."""
 
 from datetime import timedelta
+from typing import Final
 
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -18,6 +19,15 @@ def are_live() -> tuple[ColumnElement[bool], ...]:
 
 def live_key(session: Session, prefix: str) -> ApiKey | None:
     return session.scalar(select(ApiKey).where(ApiKey.prefix == prefix, *are_live()))
+
+
+# The live key of that prefix, for a WITH of the one statement of a quick answer. `is_noted`: its use need not be recorded.
+LIVE_KEY: Final = """
+    SELECT id AS key_id, tenant_id, digest, scopes, limits,
+        coalesce(last_used_at > clock_timestamp() - interval '1 minute', false) AS is_noted
+    FROM api_keys
+    WHERE prefix = %(prefix)s AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > clock_timestamp())
+"""
 
 
 def is_live(session: Session, key_id: str) -> bool:

@@ -46,15 +46,20 @@ _SERVER_KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c 
 def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: float = 0) -> Engine:
     """`idle_in_transaction_seconds`: the server ends a transaction that was idle for so long, so that a process that was stopped
     or cut off does not keep its row locks for ever; 0: never."""
-    options = f"{_SERVER_KEEPALIVE} -c idle_in_transaction_session_timeout={round(idle_in_transaction_seconds * 1000)}"
     return create_engine(
         settings.url,
         pool_size=settings.pool_size,
         max_overflow=settings.pool_size,
         pool_pre_ping=True,
         hide_parameters=True,  # errors are logged and traced, and values may be user data
-        connect_args={"connect_timeout": 10, "options": options, **KEEPALIVE},
+        connect_args=connection_arguments(idle_in_transaction_seconds),
     )
+
+
+def connection_arguments(idle_in_transaction_seconds: float = 0) -> dict[str, Any]:
+    """For psycopg: as `make_engine` has it."""
+    options = f"{_SERVER_KEEPALIVE} -c idle_in_transaction_session_timeout={round(idle_in_transaction_seconds * 1000)}"
+    return {"connect_timeout": 10, "options": options, **KEEPALIVE}
 
 
 def libpq_url(url: str) -> str:

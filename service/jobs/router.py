@@ -16,13 +16,11 @@ from service.http import etags
 from service.http.errors import Conflict, Forbidden, NotFound, Unauthorized, Unavailable, Unprocessable, responses
 from service.http.pagination import AfterJob, Limit, Page
 from service.idempotency.service import IdempotentDep, IdempotentRequest, UnansweredDep
-from service.jobs import repository, rerun, service, streaming
+from service.jobs import reads, repository, rerun, service, streaming
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.ledger.state import TERMINAL, JobStatus
 
 router = APIRouter(prefix="/selection-jobs", tags=["selection jobs"], responses=responses(Unauthorized, Forbidden))
-
-RETRY_AFTER_SECONDS = "2"
 
 
 @router.post(
@@ -62,20 +60,20 @@ def _create(
     if (new := draft.new_target) is not None:
         audit.record(session, principal, "dataset.imported", job.target_id, hub=new.source.id, commit=new.commit)
     audit.record(session, principal, action, job.id, **(detail or {"pool": job.pool_id, "target": job.target_id}))
-    headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": RETRY_AFTER_SECONDS}
+    headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": reads.RETRY_AFTER_SECONDS}
     return idempotent.keep(session, service.describe(session, [job])[0], status.HTTP_202_ACCEPTED, headers)
 
 
-@router.get("", summary="List your jobs, newest first")
+@router.get("", summary="List your jobs, newest first", response_model=Page[SelectionJobOut])
 def list_jobs(
     session: SessionDep,
     principal: ReadDep,
     limit: Limit = 20,
     after: AfterJob = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state")] = None,
-) -> Page[SelectionJobOut]:
+) -> Response:
     jobs, has_more = repository.page(session, principal.tenant_id, after=after, status=status, limit=limit)
-    return Page.of(service.describe(session, jobs), has_more)
+    return reads.page_answer(service.describe(session, jobs), has_more)
 
 
 @router.get(
@@ -100,10 +98,7 @@ async def get_job(
     if wait and job.status not in TERMINAL:
         await release_connection(session)
         job = await streaming.until_ended(request, principal, job_id, wait)
-    if job.status in TERMINAL:
-        return etags.answer_by_content(request, job)
-    headers = {"Retry-After": "0" if wait else RETRY_AFTER_SECONDS}
-    return Response(job.model_dump_json(), media_type="application/json", headers=headers)
+    return reads.job_answer(request, job, wait)
 
 
 @router.post(

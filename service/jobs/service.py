@@ -208,10 +208,11 @@ def describe(session: Session, jobs: Sequence[SelectionJob]) -> list[SelectionJo
     rows: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in repository.stage_rows(session, [job.id for job in jobs]):
         rows[row.job_id].append(row)
-    return [_describe(job, rows[job.id]) for job in jobs]
+    return [describe_one(job, rows[job.id]) for job in jobs]
 
 
-def _describe(job: SelectionJob, rows: Sequence[Row[Any]]) -> SelectionJobOut:
+def describe_one(job: Any, rows: Sequence[Any]) -> SelectionJobOut:
+    """`job` has the columns of a `SelectionJob`, `rows` those of `repository.stage_rows`."""
     current = next((row for row in rows if row.units_done < row.units), None)
     if job.status in TERMINAL or job.status == JobStatus.QUEUED:
         current = None
@@ -237,7 +238,7 @@ def _describe(job: SelectionJob, rows: Sequence[Row[Any]]) -> SelectionJobOut:
     )
 
 
-def _progress(row: Row[Any]) -> Progress:
+def _progress(row: Any) -> Progress:
     seconds_left = None
     if row.started_at is not None and 0 < row.done < row.total:
         elapsed = (row.now - row.started_at).total_seconds()
@@ -245,7 +246,7 @@ def _progress(row: Row[Any]) -> Progress:
     return Progress(phase=row.stage, done=row.done, total=row.total, seconds_left=seconds_left)
 
 
-def _stage(row: Row[Any]) -> StageReport:
+def _stage(row: Any) -> StageReport:
     is_done = row.units_done == row.units
     seconds = (row.finished_at - row.started_at).total_seconds() if is_done else None
     return StageReport(

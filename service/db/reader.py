@@ -1,0 +1,75 @@
+"""Reads of one statement, in the event loop and on connections of their own: without a thread, a session or a transaction."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, LiteralString, NamedTuple
+
+import orjson
+from psycopg import AsyncConnection, Error
+from psycopg.rows import namedtuple_row
+from psycopg.types.json import set_json_loads
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from service.db.engine import connection_arguments, libpq_url
+from service.settings import DatabaseSettings
+from service.shares import Share
+
+READERS = 4
+"""Connections. One process's event loop cannot keep more of them busy."""
+
+_WAIT_SECONDS = (
+    1.0  # whoever reads here holds one of the reservations, so that a connection is free, or the database away
+)
+
+
+async def _configure(connection: AsyncConnection[Any]) -> None:
+    set_json_loads(orjson.loads, connection)
+
+
+class Away(Exception):
+    """Nothing can be read here now; the usual way may still do it, and says what is wrong."""
+
+
+class Reader:
+    """Of one event loop: the one that opened it."""
+
+    def __init__(self, settings: DatabaseSettings, share: Share) -> None:
+        self._share = share
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pool: AsyncConnectionPool[AsyncConnection[NamedTuple]] = AsyncConnectionPool(
+            libpq_url(settings.url),
+            kwargs={
+                "autocommit": True,
+                "prepare_threshold": 0,
+                "row_factory": namedtuple_row,
+                **connection_arguments(),
+            },
+            configure=_configure,
+            min_size=share.total,
+            max_size=share.total,
+            timeout=_WAIT_SECONDS,
+            open=False,
+        )
+
+    async def open(self) -> None:
+        await self._pool.open(wait=False)
+        self._loop = asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        self._loop = None
+        await self._pool.close()
+
+    async def rows(self, tenant: str, statement: LiteralString, values: Mapping[str, Any]) -> Sequence[Any]:
+        """The rows of the statement; the tenant waits with its own and not with all others.
+
+        Raises:
+            Away: the reader is not open in this event loop, or the database does not answer.
+        """
+        if self._loop is not asyncio.get_running_loop():
+            raise Away
+        async with self._share.waited_for(tenant):
+            try:
+                async with self._pool.connection() as connection:
+                    return await (await connection.execute(statement, values)).fetchall()
+            except (Error, PoolTimeout) as error:
+                raise Away from error

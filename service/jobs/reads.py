@@ -1,0 +1,131 @@
+"""How polls and lists of jobs are answered: usually by one statement that finds the key, the jobs and their stages at once."""
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from fastapi import Request, Response
+
+from service.auth import authentication
+from service.auth.principal import Scope
+from service.auth.repository import LIVE_KEY
+from service.db.reader import Away
+from service.http import etags
+from service.http.pagination import Page
+from service.jobs import service
+from service.jobs.schemas import SelectionJobOut
+from service.ledger.state import TERMINAL, JobStatus
+
+RETRY_AFTER_SECONDS = "2"
+
+# A plain query of a list; what is not of this form is looked at, and refused, by the route.
+_QUERY = re.compile(rb"limit=(?P<limit>\d{1,3})|after=(?P<after>job_[0-9a-f]{32})|status=(?P<status>[a-z]{1,10})")
+_STATUSES = frozenset(JobStatus)
+
+
+class _Stage(NamedTuple):
+    """As `repository.stage_rows` has them."""
+
+    stage: str
+    units: int
+    units_done: int
+    units_reused: int
+    done: int
+    total: int
+    started_at: datetime | None
+    finished_at: datetime | None
+    now: datetime
+
+
+_COLUMNS = """
+    key.*, j.id, j.status, j.model, j.pool_id, j.target_id, j.budget, j.parameters, j.job_metadata, j.error, j.retry_of,
+    j.reproduces, j.created_at, j.started_at, j.cancel_requested_at, j.finished_at, (
+        SELECT json_agg(s) FROM (
+            SELECT stage, count(*) AS units, count(*) FILTER (WHERE state = 'succeeded') AS units_done,
+                count(*) FILTER (WHERE (result ->> 'reused')::boolean) AS units_reused, sum(progress_done)::bigint AS done,
+                sum(progress_total)::bigint AS total, min(started_at) AS started_at, max(finished_at) AS finished_at,
+                clock_timestamp() AS now
+            FROM job_units WHERE job_id = j.id GROUP BY stage ORDER BY stage
+        ) s
+    ) AS stages
+"""
+_JOB = f"""
+    WITH key AS ({LIVE_KEY}) SELECT {_COLUMNS}
+    FROM key JOIN selection_jobs j ON j.id = %(job)s AND j.tenant_id = key.tenant_id AND j.deleted_at IS NULL
+"""
+
+
+def _page(asked: Mapping[str, Any], limit: int) -> str:
+    """The limit is in the text: by a parameter the planner could not tell a page of 20 from all jobs."""
+    more = (" AND id < %(after)s" if "after" in asked else "") + (
+        " AND status = %(status)s" if "status" in asked else ""
+    )
+    return f"""
+        WITH key AS ({LIVE_KEY}) SELECT {_COLUMNS}
+        FROM key LEFT JOIN LATERAL (
+            SELECT * FROM selection_jobs WHERE tenant_id = key.tenant_id AND deleted_at IS NULL{more}
+            ORDER BY id DESC LIMIT {limit}
+        ) j ON true
+        ORDER BY j.id DESC
+    """
+
+
+async def job_at_once(request: Request, job_id: str) -> Response | None:
+    """The answer, where it is a plain 200; None for all else: a query, an error, or a database that is away."""
+    if request.scope["query_string"]:
+        return None
+    found = await _found(request, _JOB, {"job": job_id})
+    return None if found is None else job_answer(request, _described(found[0]), wait=0)
+
+
+async def page_at_once(request: Request) -> Response | None:
+    """The answer, where it is a plain 200; None for all else."""
+    asked: dict[str, Any] = {}
+    for part in filter(None, request.scope["query_string"].split(b"&")):
+        if (match := _QUERY.fullmatch(part)) is None or match.lastgroup in asked:
+            return None
+        asked[str(match.lastgroup)] = match[match.lastgroup or 0].decode()
+    limit = int(asked.pop("limit", 20))
+    if not limit or asked.get("status", JobStatus.QUEUED) not in _STATUSES:
+        return None
+    found = await _found(request, _page(asked, limit + 1), asked)
+    if found is None:
+        return None
+    jobs = [_described(row) for row in found if row.id is not None]
+    return page_answer(jobs[:limit], has_more=len(jobs) > limit)
+
+
+def job_answer(request: Request, job: SelectionJobOut, wait: int) -> Response:
+    """With an ETag once the job has ended."""
+    if job.status in TERMINAL:
+        return etags.answer_by_content(request, job)
+    headers = {"Retry-After": "0" if wait else RETRY_AFTER_SECONDS}
+    return Response(job.model_dump_json(), media_type="application/json", headers=headers)
+
+
+def page_answer(jobs: list[SelectionJobOut], has_more: bool) -> Response:
+    # Made here and not validated again, as it would be by the route.
+    last_id = jobs[-1].id if jobs else None
+    page = Page[SelectionJobOut].model_construct(data=jobs, has_more=has_more, last_id=last_id)
+    return Response(page.model_dump_json(), media_type="application/json")
+
+
+async def _found(request: Request, statement: str, values: Mapping[str, Any]) -> list[Any] | None:
+    """The rows, if there are any and the request may have them."""
+    if (asked := authentication.Asked.by(request)) is None:
+        return None
+    try:
+        rows = await request.app.state.reader.rows(asked.tenant, statement, {"prefix": asked.prefix, **values})
+    except Away:
+        return None
+    return list(rows) if rows and authentication.admit_at_once(request, asked, rows[0], Scope.READ) else None
+
+
+def _described(row: Any) -> SelectionJobOut:
+    return service.describe_one(row, [_stage(stage) for stage in row.stages or ()])
+
+
+def _stage(row: dict[str, Any]) -> _Stage:
+    times = {name: row[name] and datetime.fromisoformat(row[name]) for name in ("started_at", "finished_at", "now")}
+    return _Stage(**{**row, **times})
