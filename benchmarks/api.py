@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import api_cpu
 import numpy as np
 import psutil
 from load_world import Watch, World, ending, make_worlds, serving, upload
@@ -77,7 +78,7 @@ def drive(world: World, scenario: Scenario, code: Path, request: Json) -> Json:
     """Runs one scenario on a freshly started API."""
     warm_up = max((WARM_UP.get(kind, 5.0) for kind in scenario.users), default=5.0)
     warm_up = min(warm_up, 3 * scenario.seconds)
-    postgres = psutil.Process(int((world.folder / "postgres" / "postmaster.pid").read_text().split()[0]))
+    postgres = postgres_of(world)
     with serving(world, code, scenario.workers) as (url, api):
         task = {
             "url": url,
@@ -177,6 +178,26 @@ def measure(worlds: dict[str, World], codes: dict[str, Path], options: argparse.
     return found
 
 
+def compare(world: World, *, small: bool) -> Json:
+    """The processor time of requests beside that of a minimal API."""
+    with serving(world, ROOT, 1) as (url, _):
+        body = upload(url, world.keys[0])
+    return api_cpu.measure(world, ROOT, postgres_of(world), body, requests=40 if small else 2_000)
+
+
+def report_cpu(found: Json) -> str:
+    head = ["ms of processor time", "API", "PostgreSQL", "minimal API", "its PostgreSQL", "factor"]
+    rows = [
+        [call, *of_call["service_ms"].values(), *of_call["minimal_ms"].values(), of_call["over_minimal"]]
+        for call, of_call in found.items()
+    ]
+    return table(head, rows)
+
+
+def postgres_of(world: World) -> psutil.Process:
+    return psutil.Process(int((world.folder / "postgres" / "postmaster.pid").read_text().split()[0]))
+
+
 def report(found: list[Json]) -> str:
     head = ["", "requests a second", "p50, ms", "p95", "p99", "max", "errors", "cores: API; PostgreSQL; clients"]
     head += ["API, MiB", "connections", "bottleneck"]
@@ -211,10 +232,11 @@ def main() -> None:
         folder = Path(name)
         with make_worlds(folder, jobs, min(jobs // 4, 6_000), ProcessGroup(folder), codes) as worlds:
             found = measure(worlds, codes, options)
+            compared = {} if options.only else compare(worlds["now"], small=options.small)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / f"{options.name}.json", {**head, "jobs": jobs, **found})
+    write_json(options.out / f"{options.name}.json", {**head, "jobs": jobs, **found, "cpu": compared})
     (options.out / f"{options.name}.md").write_text(
-        "\n".join(f"{name}\n\n{report(lines)}" for name, lines in found.items())
+        "\n".join([*(f"{name}\n\n{report(lines)}" for name, lines in found.items()), report_cpu(compared)])
     )
 
 

@@ -245,7 +245,12 @@ class Watch:
 
     def _seconds(self) -> dict[str, float]:
         parts = {"api": self._api, "postgres": self._postgres}
-        return {name: sum(_cpu(p) for p in _family(process)) for name, process in parts.items()}
+        return {name: cpu_seconds(process) for name, process in parts.items()}
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """Of a process and its children."""
+    return sum(_cpu(p) for p in _family(process))
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

@@ -32,7 +32,7 @@ from service.http.quick import QuickAnswer, QuickAnswers
 from service.idempotency import service as idempotency
 from service.jobs import reads
 from service.jobs.notifications import JobNotifications
-from service.jobs.router import get_job, list_jobs
+from service.jobs.router import get_job, list_events, list_jobs
 from service.jobs.router import router as jobs
 from service.keys.router import router as keys
 from service.models.router import router as models
@@ -51,9 +51,11 @@ from service.webhooks.safe_http import Outbound
 
 log = logging.getLogger(__name__)
 
+_JOBS, _JOB = "/v1/selection-jobs", "/v1/selection-jobs/(?P<job_id>job_[0-9a-f]{32})"
 QUICK = (
-    QuickAnswer(re.compile(r"/v1/selection-jobs/(?P<job_id>job_[0-9a-f]{32})"), get_job, reads.job_at_once),
-    QuickAnswer(re.compile(r"/v1/selection-jobs"), list_jobs, reads.page_at_once),
+    QuickAnswer(re.compile(_JOB), get_job, reads.job_at_once),
+    QuickAnswer(re.compile(_JOBS), list_jobs, reads.page_at_once),
+    QuickAnswer(re.compile(f"{_JOB}/events"), list_events, reads.events_at_once),
 )
 
 DESCRIPTION = """

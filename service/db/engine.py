@@ -56,9 +56,9 @@ def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: floa
     )
 
 
-def connection_arguments(idle_in_transaction_seconds: float = 0) -> dict[str, Any]:
-    """For psycopg: as `make_engine` has it."""
-    options = f"{_SERVER_KEEPALIVE} -c idle_in_transaction_session_timeout={round(idle_in_transaction_seconds * 1000)}"
+def connection_arguments(idle_in_transaction_seconds: float = 0, planned: str = "") -> dict[str, Any]:
+    """For psycopg: as `make_engine` has it; `planned`: settings of how the connection's statements are planned."""
+    options = f"{_SERVER_KEEPALIVE} -c idle_in_transaction_session_timeout={round(idle_in_transaction_seconds * 1000)} {planned}"
     return {"connect_timeout": 10, "options": options, **KEEPALIVE}
 
 

@@ -31,7 +31,8 @@ class Away(Exception):
 
 
 class Reader:
-    """Of one event loop: the one that opened it."""
+    """Of one event loop: the one that opened it. A statement is planned once for each connection, which takes longer than
+    running it."""
 
     def __init__(self, settings: DatabaseSettings, share: Share) -> None:
         self._share = share
@@ -39,10 +40,10 @@ class Reader:
         self._pool: AsyncConnectionPool[AsyncConnection[NamedTuple]] = AsyncConnectionPool(
             libpq_url(settings.url),
             kwargs={
+                **connection_arguments(planned="-c plan_cache_mode=force_generic_plan -c jit=off"),
                 "autocommit": True,
                 "prepare_threshold": 0,
                 "row_factory": namedtuple_row,
-                **connection_arguments(),
             },
             configure=_configure,
             min_size=share.total,

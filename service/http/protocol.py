@@ -6,12 +6,43 @@ bodies.py.
 """
 
 import asyncio
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 65_536
+_MOST_HELD = 65_536
 _TOO_LARGE = f"The head of the request is larger than {MAX_HEAD_BYTES:,} bytes."
+
+
+class _OneWrite:
+    """A transport that writes at the end of the loop's turn what was written during it: uvicorn writes the head and the body of
+    an answer one after the other, which are two system calls, and two packets."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._held: list[bytes] = []
+        self._bytes = 0
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._flush)
+        self._held.append(data)
+        self._bytes += len(data)
+        if self._bytes > _MOST_HELD:  # a stream may write without an end within one turn
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._held:
+            held, self._held, self._bytes = self._held, [], 0
+            self._transport.write(held[0] if len(held) == 1 else b"".join(held))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class TimedHeads(HttpToolsProtocol):
@@ -24,7 +55,7 @@ class TimedHeads(HttpToolsProtocol):
     _more_of_head = 0  # bytes, after the piece in which it began
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _OneWrite(transport, self.loop)))
         self._watch()
 
     def data_received(self, data: bytes) -> None:

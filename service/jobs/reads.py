@@ -14,13 +14,14 @@ from service.db.reader import Away
 from service.http import etags
 from service.http.pagination import Page
 from service.jobs import service
-from service.jobs.schemas import SelectionJobOut
+from service.jobs.schemas import EventOut, EventPage, SelectionJobOut
 from service.ledger.state import TERMINAL, JobStatus
 
 RETRY_AFTER_SECONDS = "2"
 
-# A plain query of a list; what is not of this form is looked at, and refused, by the route.
-_QUERY = re.compile(rb"limit=(?P<limit>\d{1,3})|after=(?P<after>job_[0-9a-f]{32})|status=(?P<status>[a-z]{1,10})")
+# Plain queries of lists; what is not of this form is looked at, and refused, by the route.
+_JOBS_QUERY = re.compile(r"limit=(?P<limit>\d{1,3})|after=(?P<after>job_[0-9a-f]{32})|status=(?P<status>[a-z]{1,10})")
+_EVENTS_QUERY = re.compile(r"limit=(?P<limit>\d{1,3})|after=(?P<after>\d{1,18})")
 _STATUSES = frozenset(JobStatus)
 
 
@@ -56,7 +57,7 @@ _JOB = f"""
 """
 
 
-def _page(asked: Mapping[str, Any], limit: int) -> str:
+def _page(asked: Mapping[str, str], limit: int) -> str:
     """The limit is in the text: by a parameter the planner could not tell a page of 20 from all jobs."""
     more = (" AND id < %(after)s" if "after" in asked else "") + (
         " AND status = %(status)s" if "status" in asked else ""
@@ -71,6 +72,17 @@ def _page(asked: Mapping[str, Any], limit: int) -> str:
     """
 
 
+def _events(limit: int) -> str:
+    return f"""
+        WITH key AS ({LIVE_KEY}) SELECT key.*, e.id, e.type, e.created_at, e.data
+        FROM key JOIN selection_jobs j ON j.id = %(job)s AND j.tenant_id = key.tenant_id AND j.deleted_at IS NULL
+        LEFT JOIN LATERAL (
+            SELECT * FROM job_events WHERE job_id = j.id AND id > %(after)s ORDER BY id LIMIT {limit}
+        ) e ON true
+        ORDER BY e.id
+    """
+
+
 async def job_at_once(request: Request, job_id: str) -> Response | None:
     """The answer, where it is a plain 200; None for all else: a query, an error, or a database that is away."""
     if request.scope["query_string"]:
@@ -81,19 +93,38 @@ async def job_at_once(request: Request, job_id: str) -> Response | None:
 
 async def page_at_once(request: Request) -> Response | None:
     """The answer, where it is a plain 200; None for all else."""
-    asked: dict[str, Any] = {}
-    for part in filter(None, request.scope["query_string"].split(b"&")):
-        if (match := _QUERY.fullmatch(part)) is None or match.lastgroup in asked:
-            return None
-        asked[str(match.lastgroup)] = match[match.lastgroup or 0].decode()
-    limit = int(asked.pop("limit", 20))
-    if not limit or asked.get("status", JobStatus.QUEUED) not in _STATUSES:
+    asked = _asked(request, _JOBS_QUERY, 20)
+    if asked is None or asked.get("status", JobStatus.QUEUED) not in _STATUSES:
         return None
+    limit = int(asked.pop("limit"))
     found = await _found(request, _page(asked, limit + 1), asked)
     if found is None:
         return None
     jobs = [_described(row) for row in found if row.id is not None]
     return page_answer(jobs[:limit], has_more=len(jobs) > limit)
+
+
+async def events_at_once(request: Request, job_id: str) -> Response | None:
+    """The answer, where it is a plain 200; None for all else, as is a stream."""
+    asked = _asked(request, _EVENTS_QUERY, 100)
+    if asked is None or "text/event-stream" in request.headers.get("accept", "") or "last-event-id" in request.headers:
+        return None
+    limit = int(asked["limit"])
+    found = await _found(request, _events(limit + 1), {"job": job_id, "after": int(asked.get("after", 0))})
+    if found is None:
+        return None
+    events = [EventOut.model_validate(row) for row in found if row.id is not None]
+    return events_answer(events[:limit], has_more=len(events) > limit)
+
+
+def _asked(request: Request, form: re.Pattern[str], limit: int) -> dict[str, str] | None:
+    """The parameters of a query of that form, each once, with the limit or the usual one."""
+    asked = {"limit": str(limit)}
+    parts = list(filter(None, request.scope["query_string"].decode("latin-1").split("&")))
+    matches = [match for part in parts if (match := form.fullmatch(part)) is not None]
+    asked |= {match.lastgroup: match[match.lastgroup] for match in matches if match.lastgroup is not None}
+    is_plain = len(matches) == len(parts) == len({match.lastgroup for match in matches})
+    return asked if is_plain and int(asked["limit"]) else None
 
 
 def job_answer(request: Request, job: SelectionJobOut, wait: int) -> Response:
@@ -108,6 +139,11 @@ def page_answer(jobs: list[SelectionJobOut], has_more: bool) -> Response:
     # Made here and not validated again, as it would be by the route.
     last_id = jobs[-1].id if jobs else None
     page = Page[SelectionJobOut].model_construct(data=jobs, has_more=has_more, last_id=last_id)
+    return Response(page.model_dump_json(), media_type="application/json")
+
+
+def events_answer(events: list[EventOut], has_more: bool) -> Response:
+    page = EventPage.model_construct(data=events, has_more=has_more, last_id=events[-1].id if events else None)
     return Response(page.model_dump_json(), media_type="application/json")
 
 

@@ -193,4 +193,4 @@ def list_events(
             return Response(status_code=status.HTTP_204_NO_CONTENT)
         return streaming.EventStream(request, principal, job_id, after)
     events, has_more = repository.events(session, job_id, after=after, limit=limit)
-    return EventPage.of([EventOut.model_validate(event) for event in events], has_more)
+    return reads.events_answer([EventOut.model_validate(event) for event in events], has_more)

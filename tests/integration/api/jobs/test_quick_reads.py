@@ -122,6 +122,22 @@ def test_lists_are_those_of_the_route(quick: Quick, api: World, body: dict[str, 
         assert_same(quick, api, f"{URL}{query}")
 
 
+def test_pages_of_events_are_those_of_the_route(
+    quick: Quick, api: World, running: tuple[str, ledger.Claim], body: dict[str, Any]
+) -> None:
+    path = f"{URL}/{running[0]}/events"
+    with api.sessions.begin() as session:
+        ledger.add_event(session, running[0], "test.event", text="ä", number=1e-7, none=None)
+    last = quick.get(path).json()["last_id"]
+    for query in ("", "?limit=1", f"?after={last}", f"?after={last - 1}&limit=5", "?after=999999999999999999"):
+        assert_same(quick, api, f"{path}{query}")
+    for query in ("?after=-1", "?after=9999999999999999999", "?limit=0", "?status=queued"):
+        assert quick.get(f"{path}{query}").status_code == 503
+    for headers in ({"accept": "text/event-stream"}, {"last-event-id": "x"}):
+        assert quick.get(path, headers=headers).status_code == 503
+    assert quick.get(f"{URL}/job_{'0' * 32}/events").status_code == 503
+
+
 @pytest.mark.parametrize(
     ("query", "status"),
     [
