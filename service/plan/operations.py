@@ -7,6 +7,7 @@ what they cost. A test compares the counts with the products that really run.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Self
 
 Size = tuple[int, int]
@@ -138,7 +139,7 @@ class Shape:
         """With the embeddings counted once, as where they are tied."""
         return self.blocks * self.block_weights + self.head_weights
 
-    def measured(self, modules: str) -> list[tuple[int, Size]]:
+    def measured(self, modules: str) -> Sequence[tuple[int, Size]]:
         """(block, size) of each layer that influence is measured on. All adapters where there are any.
 
         Raises:
@@ -148,16 +149,21 @@ class Shape:
             sizes = [self.layers[name] for name in sorted(self.adapters)]
             pairs = [size for out, into in sizes for size in ((self.rank, into), (out, self.rank))]
             return [(block, size) for block in range(self.blocks) for size in pairs]
-        ends = _MLP_OUTPUTS if modules == "down_proj" else (modules,)
-        found = [
-            (block, size)
-            for block in range(self.blocks)
-            for name, size in self.layers.items()
-            if any(f".layers.{block}.{name}".endswith(f".{end}") for end in ends)
-        ]
+        found = _layers_named(tuple(self.layers.items()), self.blocks, modules)
         if not found:
             raise ValueError(f"gradient.modules {modules} matches none of the block layers {', '.join(self.layers)}")
         return found
+
+
+@lru_cache(maxsize=256)  # a plan asks some thirty times, and most of its time was spent here
+def _layers_named(layers: tuple[tuple[str, Size], ...], blocks: int, modules: str) -> tuple[tuple[int, Size], ...]:
+    ends = _MLP_OUTPUTS if modules == "down_proj" else (modules,)
+    return tuple(
+        (block, size)
+        for block in range(blocks)
+        for name, size in layers
+        if any(f".layers.{block}.{name}".endswith(f".{end}") for end in ends)
+    )
 
 
 def forward(shape: Shape, counts: TokenCounts) -> float:
