@@ -1,7 +1,7 @@
 """The dispatcher: wakes workers for pending units and tasks and takes back expired leases, in the API process that leads.
 
-It acts at once on NOTIFY and on every sweep, so a lost notification or a lost message delays work by one sweep and loses
-nothing. Only here is the broker touched by the API: a request never waits for it.
+It acts at once on NOTIFY, once for all of a burst, and on every sweep, so a lost notification or a lost message delays work by
+one sweep and loses nothing. Only here is the broker touched by the API: a request never waits for it.
 """
 
 import logging
@@ -47,6 +47,7 @@ class Dispatcher(BackgroundLoop):
     name = "dispatcher"
     channel = "winnow_units"
     leader_lock = Lock.DISPATCHER
+    rest_seconds = 0.02
 
     def __init__(self, settings: ApiSettings, metrics: DispatchMetrics | None = None) -> None:
         super().__init__(settings.database, retry_seconds=settings.ledger.sweep_seconds)

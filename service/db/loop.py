@@ -24,12 +24,13 @@ class BackgroundLoop(ABC):
     """A thread that calls `work` at once, on every notification and whenever the wait that `work` returned is over.
 
     `start` and `stop` it once. `channel`: what it listens on. `leader_lock`: of all processes, only the one that holds the lock
-    works, until its connection is lost.
+    works, until its connection is lost. `rest_seconds`: after each pass, in which the notifications of a burst gather for one.
     """
 
     name: ClassVar[str]
     channel: ClassVar[str | None] = None
     leader_lock: ClassVar[Lock | None] = None
+    rest_seconds: ClassVar[float] = 0.0
 
     def __init__(self, database: DatabaseSettings, *, retry_seconds: float, first_after_seconds: float = 0.0) -> None:
         """`retry_seconds`: before the next attempt to connect, to lead, or to do work that failed."""
@@ -93,6 +94,8 @@ class BackgroundLoop(ABC):
             if self._stopping.is_set():
                 return
             wait_seconds = self.run_pass(payloads)
+            if self.rest_seconds:
+                self._stopping.wait(self.rest_seconds)
 
     def run_pass(self, payloads: Sequence[str] = ()) -> float:
         """`work`, but an error (a deadlock, a failover, a store that is away) is logged, and the pass repeated soon."""
