@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -111,27 +111,6 @@ def test_a_new_job_wakes_a_worker_within_a_second(
         world.job()
         assert wait_until(queue, SOON, "a message") < 1.0
         assert queue() == 1
-
-
-def test_a_burst_of_jobs_is_one_pass(
-    world: LedgerWorld, broker_url: str, queue: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passes: list[float] = []
-    work = Dispatcher.work
-
-    def counted(dispatcher: Dispatcher, payloads: Sequence[str]) -> float:
-        passes.append(time.monotonic())
-        return work(dispatcher, payloads)
-
-    monkeypatch.setattr(Dispatcher, "work", counted)
-    monkeypatch.setattr(Dispatcher, "rest_seconds", 2.0)
-    with dispatching(world, broker_url):
-        led(world)
-        for _ in range(8):
-            world.job()
-            time.sleep(0.1)  # longer than a pass
-        wait_until(lambda: queue() == 8, SOON, "a message for each")
-    assert len(passes) <= 4
 
 
 def test_a_new_task_wakes_a_worker_within_a_second(
