@@ -23,9 +23,13 @@ class Connection:
         lines = [f"{method} {path} HTTP/1.1", "host: x", *(f"{name}: {value}" for name, value in named.items())]
         self.send("\r\n".join([*lines, "", ""]).encode())
 
+    def status(self) -> int:
+        """Of the next answer, of which nothing else is read."""
+        return int(self._answers.readline().split()[1])
+
     def answer(self) -> tuple[int, dict[str, Any]]:
         """Status and JSON of the next answer, which has a length."""
-        status = int(self._answers.readline().split()[1])
+        status = self.status()
         headers = {}
         while line := self._answers.readline().strip().decode():
             name, _, value = line.partition(": ")
