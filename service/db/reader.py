@@ -12,14 +12,14 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from service.db.engine import connection_arguments, libpq_url
 from service.settings import DatabaseSettings
-from service.shares import Share
+from service.shares import Share, UsedUp
 
 READERS = 4
 """Connections. One process's event loop cannot keep more of them busy."""
 
-_WAIT_SECONDS = (
-    1.0  # whoever reads here holds one of the reservations, so that a connection is free, or the database away
-)
+_TURN_SECONDS = 30.0
+_WAIT_SECONDS = 1.0  # for a connection: whoever waits has had its turn, so one is free, or the database away
+_AWAY_SECONDS = 1.0  # after a failure, in which nobody tries again: each would wait
 
 
 async def _configure(connection: AsyncConnection[Any]) -> None:
@@ -37,6 +37,7 @@ class Reader:
     def __init__(self, settings: DatabaseSettings, share: Share) -> None:
         self._share = share
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._away_until = 0.0
         self._pool: AsyncConnectionPool[AsyncConnection[NamedTuple]] = AsyncConnectionPool(
             libpq_url(settings.url),
             kwargs={
@@ -66,11 +67,23 @@ class Reader:
         Raises:
             Away: the reader is not open in this event loop, or the database does not answer.
         """
-        if self._loop is not asyncio.get_running_loop():
+        loop = self._here()
+        try:
+            await self._share.wait(tenant, _TURN_SECONDS)
+        except UsedUp as error:
+            raise Away from error
+        try:
+            self._here()  # it may have turned out to be away meanwhile
+            async with self._pool.connection() as connection:
+                return await (await connection.execute(statement, values)).fetchall()
+        except (Error, PoolTimeout) as error:
+            self._away_until = loop.time() + _AWAY_SECONDS
+            raise Away from error
+        finally:
+            self._share.give_back(tenant)
+
+    def _here(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop or loop.time() < self._away_until:
             raise Away
-        async with self._share.waited_for(tenant):
-            try:
-                async with self._pool.connection() as connection:
-                    return await (await connection.execute(statement, values)).fetchall()
-            except (Error, PoolTimeout) as error:
-                raise Away from error
+        return loop

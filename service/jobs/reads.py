@@ -23,6 +23,7 @@ RETRY_AFTER_SECONDS = "2"
 _JOBS_QUERY = re.compile(r"limit=(?P<limit>\d{1,3})|after=(?P<after>job_[0-9a-f]{32})|status=(?P<status>[a-z]{1,10})")
 _EVENTS_QUERY = re.compile(r"limit=(?P<limit>\d{1,3})|after=(?P<after>\d{1,18})")
 _STATUSES = frozenset(JobStatus)
+_MOST = 100  # entries: more of them would hold up the event loop, and are written in a thread
 
 
 class _Stage(NamedTuple):
@@ -124,7 +125,7 @@ def _asked(request: Request, form: re.Pattern[str], limit: int) -> dict[str, str
     matches = [match for part in parts if (match := form.fullmatch(part)) is not None]
     asked |= {match.lastgroup: match[match.lastgroup] for match in matches if match.lastgroup is not None}
     is_plain = len(matches) == len(parts) == len({match.lastgroup for match in matches})
-    return asked if is_plain and int(asked["limit"]) else None
+    return asked if is_plain and 0 < int(asked["limit"]) <= _MOST else None
 
 
 def job_answer(request: Request, job: SelectionJobOut, wait: int) -> Response:

@@ -1,5 +1,7 @@
 """Polls and lists that are answered by one statement: the same bytes as the route answers, and only where it would answer 200."""
 
+import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +11,14 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 from support.job_requests import URL, posted, set_status, upload
+from support.waiting import until
 from support.world import World, serving
 
 from service import ledger
 from service.app import create_app
 from service.auth.rate_limit import RateLimiter
 from service.db.engine import make_engine, make_sessions
-from service.db.reader import Reader
+from service.db.reader import Away, Reader
 from service.settings import DatabaseSettings
 from service.shares import Share
 
@@ -113,6 +116,7 @@ def test_lists_are_those_of_the_route(quick: Quick, api: World, body: dict[str, 
         "",
         "?limit=2",
         "?limit=4",
+        "?limit=100",
         "?limit=3&status=queued",
         "?status=running",
         "?status=failed",
@@ -131,7 +135,7 @@ def test_pages_of_events_are_those_of_the_route(
     last = quick.get(path).json()["last_id"]
     for query in ("", "?limit=1", f"?after={last}", f"?after={last - 1}&limit=5", "?after=999999999999999999"):
         assert_same(quick, api, f"{path}{query}")
-    for query in ("?after=-1", "?after=9999999999999999999", "?limit=0", "?status=queued"):
+    for query in ("?after=-1", "?after=9999999999999999999", "?limit=0", "?limit=101", "?status=queued"):
         assert quick.get(f"{path}{query}").status_code == 503
     for headers in ({"accept": "text/event-stream"}, {"last-event-id": "x"}):
         assert quick.get(path, headers=headers).status_code == 503
@@ -144,7 +148,10 @@ def test_pages_of_events_are_those_of_the_route(
         *(("?limit=" + value, 422) for value in ("0", "", "x", "1001")),
         *(("?status=" + value, 422) for value in ("paused", "", "%71ueued%00")),
         ("?after=job_", 422),
-        *((query, 200) for query in ("?limit=1000", "?limit=1&limit=2", "?x=1", "?limit=%31", "?limit=2&")),
+        *(
+            (query, 200)
+            for query in ("?limit=101", "?limit=1000", "?limit=1&limit=2", "?x=1", "?limit=%31", "?limit=2&")
+        ),
     ],
 )
 def test_another_query_is_left_to_the_route(
@@ -216,8 +223,7 @@ def test_where_nothing_can_be_read_the_route_answers(
 ) -> None:
     path = f"{URL}/{posted(api.client, body)['id']}"
     monkeypatch.setattr(quick.app.state, "sessions", api.sessions)
-    away = Reader(NOWHERE, Share("reads", 1, 1.0))
-    monkeypatch.setattr(quick.app.state, "reader", away)
+    monkeypatch.setattr(quick.app.state, "reader", Reader(NOWHERE, Share("reads", 1, 1.0)))
     assert_same(quick, api, path)
     monkeypatch.undo()
     with api.engine.begin() as connection:  # its connections are lost, as by a restart
@@ -229,3 +235,23 @@ def test_where_nothing_can_be_read_the_route_answers(
     monkeypatch.setattr(quick.app.state, "sessions", api.sessions)
     for _ in range(8):
         assert_same(quick, api, path)
+    monkeypatch.undo()
+    until("it reads again", lambda: quick.get(path).status_code == 200)
+
+
+def test_a_database_that_is_away_is_waited_for_by_few() -> None:
+    """Each that tries waits a second for a connection; the others are told at once, also those whose turn comes meanwhile."""
+
+    async def tried() -> tuple[list[bool], float]:
+        reader = Reader(NOWHERE, Share("reads", 2, 1.0))
+        await reader.open()
+        started = time.monotonic()
+        try:
+            found = await asyncio.gather(*(reader.rows("t", "SELECT 1", {}) for _ in range(50)), return_exceptions=True)
+        finally:
+            await reader.close()
+        return [isinstance(each, Away) for each in found], time.monotonic() - started
+
+    are_away, seconds = asyncio.run(tried())
+    assert all(are_away)
+    assert seconds < 10  # 25 turns would be 25 seconds
