@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import api_cpu
+import api_rates
 import numpy as np
 import psutil
 from load_world import Watch, World, ending, make_worlds, serving, upload
@@ -185,6 +186,19 @@ def compare(world: World, *, small: bool) -> Json:
     return api_cpu.measure(world, ROOT, postgres_of(world), body, requests=40 if small else 2_000)
 
 
+def at_rates(world: World, *, small: bool) -> Json:
+    """Polls and submissions at fixed rates, to two processes."""
+    with serving(world, ROOT, 2) as (url, _):
+        posts = api_cpu.submissions(world, upload(url, world.keys[0]))
+        calls = {"poll": (api_cpu.polls(world), 1000, 200), "submission": (posts, 100, 202)}
+        found = {}
+        for call, (request, rate, expected) in calls.items():
+            rate, seconds = (rate // 10, 1.0) if small else (rate, 20.0)
+            found[call] = api_rates.at_rate(url, request, rate, seconds, expected)
+            console.print(call, found[call])
+        return found
+
+
 def report_cpu(found: Json) -> str:
     head = ["ms of processor time", "API", "PostgreSQL", "minimal API", "its PostgreSQL", "factor"]
     rows = [
@@ -192,6 +206,11 @@ def report_cpu(found: Json) -> str:
         for call, of_call in found.items()
     ]
     return table(head, rows)
+
+
+def report_rates(found: Json) -> str:
+    head = ["two processes, at a fixed rate", "a second", "answered a second", "p50, ms", "p99", "max", "errors"]
+    return table(head, [[call, *of_call.values()] for call, of_call in found.items()])
 
 
 def postgres_of(world: World) -> psutil.Process:
@@ -233,10 +252,19 @@ def main() -> None:
         with make_worlds(folder, jobs, min(jobs // 4, 6_000), ProcessGroup(folder), codes) as worlds:
             found = measure(worlds, codes, options)
             compared = {} if options.only else compare(worlds["now"], small=options.small)
+            rates = {} if options.only else at_rates(worlds["now"], small=options.small)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / f"{options.name}.json", {**head, "jobs": jobs, **found, "cpu": compared})
+    write_json(
+        options.out / f"{options.name}.json", {**head, "jobs": jobs, **found, "cpu": compared, "at_rates": rates}
+    )
     (options.out / f"{options.name}.md").write_text(
-        "\n".join([*(f"{name}\n\n{report(lines)}" for name, lines in found.items()), report_cpu(compared)])
+        "\n".join(
+            [
+                *(f"{name}\n\n{report(lines)}" for name, lines in found.items()),
+                report_cpu(compared),
+                report_rates(rates),
+            ]
+        )
     )
 
 

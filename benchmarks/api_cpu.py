@@ -12,13 +12,12 @@ from statistics import median
 from typing import Any
 
 import psutil
+from api_rates import Request
 from load_world import World, cpu_seconds, serving
 
 Json = dict[str, Any]
 CONNECTIONS, TURNS = 4, 3
 JOBS = "/v1/selection-jobs"
-
-Request = Callable[[int], bytes]
 
 
 def measure(world: World, code: Path, postgres: psutil.Process, body: Json, requests: int) -> Json:
@@ -26,11 +25,10 @@ def measure(world: World, code: Path, postgres: psutil.Process, body: Json, requ
 
     `requests` are made of each call in each turn; of submissions a tenth.
     """
-    running = [job for key, job in world.running if key == world.keys[0]]
     calls: dict[str, tuple[Request, int]] = {
-        "poll": (_get(world, lambda number: f"{JOBS}/{running[number % len(running)]}"), requests),
+        "poll": (polls(world), requests),
         "list of 20": (_get(world, lambda _: f"{JOBS}?limit=20"), requests // 4),
-        "submission": (_post(world, body), requests // 10),
+        "submission": (submissions(world, body), requests // 10),
     }
     found: dict[str, dict[str, list[tuple[float, float]]]] = {call: {"service": [], "minimal": []} for call in calls}
     for _ in range(TURNS):
@@ -53,12 +51,18 @@ def _compared(service: list[tuple[float, float]], minimal: list[tuple[float, flo
     return {"service_ms": milliseconds(service), "minimal_ms": milliseconds(minimal), "over_minimal": round(factor, 2)}
 
 
+def polls(world: World) -> Request:
+    """Of the running jobs of the tenant that has most, one after the other."""
+    running = [job for key, job in world.running if key == world.keys[0]]
+    return _get(world, lambda number: f"{JOBS}/{running[number % len(running)]}")
+
+
 def _get(world: World, path: Callable[[int], str]) -> Request:
     head = f" HTTP/1.1\r\nHost: api\r\nAuthorization: Bearer {world.keys[0]}\r\n\r\n"
     return lambda number: f"GET {path(number)}{head}".encode()
 
 
-def _post(world: World, body: Json) -> Request:
+def submissions(world: World, body: Json) -> Request:
     content = json.dumps(body)
     head = f"POST {JOBS} HTTP/1.1\r\nHost: api\r\nAuthorization: Bearer {world.keys[0]}\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(content)}\r\n"

@@ -1,0 +1,80 @@
+"""Requests at a fixed rate, whatever the answers do (an open loop): how long each took since it was due."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import uvloop
+
+Json = dict[str, Any]
+Request = Callable[[int], bytes]
+
+CONNECTIONS = 256
+"""Kept open; a request that finds all of them busy waits, and its time runs."""
+WARM_UP_SECONDS = 3.0
+
+
+def at_rate(url: str, request: Request, rate: int, seconds: float, expected: int = 200) -> Json:
+    """Sends `rate` requests a second, after a warm-up as fast. Percentiles are milliseconds from when a request was due to the
+    last byte of its answer."""
+    return uvloop.run(_at_rate(url, request, rate, seconds, expected))
+
+
+async def _at_rate(url: str, request: Request, rate: int, seconds: float, expected: int) -> Json:
+    host, port = url.removeprefix("http://").split(":")
+    idle: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+    for _ in range(CONNECTIONS):
+        idle.put_nowait(Connection(host, int(port)))
+    loop, took, statuses = asyncio.get_running_loop(), list[float](), Counter[str]()
+    begin = loop.time() + 0.1
+    warm_up, count = round(WARM_UP_SECONDS * rate), round((WARM_UP_SECONDS + seconds) * rate)
+
+    async def one(number: int, due: float) -> None:
+        connection = await idle.get()
+        try:
+            status = await connection.status_of(request(number))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            status = type(error).__name__
+            connection.close()
+        idle.put_nowait(connection)
+        if number >= warm_up:
+            took.append(loop.time() - due)
+            statuses[status] += 1
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(count):
+            due = begin + number / rate
+            if (ahead := due - loop.time()) > 0:
+                await asyncio.sleep(ahead)
+            group.create_task(one(number, due))
+    lasted = loop.time() - begin - WARM_UP_SECONDS
+    while not idle.empty():
+        idle.get_nowait().close()
+    p50, p99 = 1000 * np.percentile(took, [50, 99])
+    errors = {status: number for status, number in statuses.items() if status != str(expected)}
+    figures = {"p50": round(float(p50), 1), "p99": round(float(p99), 1), "max": round(1000 * max(took), 1)}
+    return {"rate": rate, "answered_a_second": round(len(took) / lasted, 1), **figures, "errors": errors}
+
+
+class Connection:
+    """One that is kept open, and opened when it is first needed."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._where = (host, port)
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def status_of(self, request: bytes) -> str:
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(*self._where)
+        reader, writer = self._streams
+        writer.write(request)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        return head.split()[1].decode()
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
