@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
@@ -15,6 +16,7 @@ from service.auth.authentication import require_live
 from service.auth.principal import Principal
 from service.auth.repository import is_live
 from service.db.engine import Sessions, is_away, run_with_connection
+from service.db.reader import Away
 from service.jobs import repository, service
 from service.jobs.notifications import JobNotifications
 from service.jobs.schemas import EventOut, SelectionJobOut
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 _READ_EVENTS = 100
 _KEEPALIVE_SECONDS = 15.0
 _RECONNECT_MILLISECONDS = 2_000
+_STATUS = "SELECT status FROM selection_jobs WHERE id = %(job)s AND tenant_id = %(tenant)s AND deleted_at IS NULL"
 
 
 async def until_ended(request: Request, principal: Principal, job_id: str, seconds: float) -> SelectionJobOut:
@@ -41,7 +44,15 @@ async def until_ended(request: Request, principal: Principal, job_id: str, secon
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
 
-    def has_ended() -> bool:
+    async def has_ended() -> bool:
+        """All who wait look every few seconds: in the event loop, or where that fails in a thread, which says what is wrong."""
+        job = {"job": job_id, "tenant": principal.tenant_id}
+        with suppress(Away):
+            if found := await request.app.state.reader.rows(principal.tenant_id, _STATUS, job):
+                return found[0].status in TERMINAL
+        return await run_with_connection(request, look)
+
+    def look() -> bool:
         with sessions() as session:
             return ledger.require_job(session, principal.tenant_id, job_id).status in TERMINAL
 
@@ -52,11 +63,7 @@ async def until_ended(request: Request, principal: Principal, job_id: str, secon
 
     with request.app.state.shares.waiters.taken(principal.tenant_id):
         async with notifications.waiting(job_id, request) as waiter:
-            while (
-                not await run_with_connection(request, has_ended)
-                and not waiter.gone
-                and (left := deadline - loop.time()) > 0
-            ):
+            while not await has_ended() and not waiter.gone and (left := deadline - loop.time()) > 0:
                 await waiter.wait(left)
     return await run_with_connection(request, describe)
 
