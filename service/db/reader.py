@@ -20,6 +20,7 @@ READERS = 4
 _TURN_SECONDS = 30.0
 _WAIT_SECONDS = 1.0  # for a connection: whoever waits has had its turn, so one is free, or the database away
 _AWAY_SECONDS = 1.0  # after a failure, in which nobody tries again: each would wait
+_GIVE_UP_SECONDS = 2.0  # of connecting again, ever more slowly; the next request begins anew
 
 
 async def _configure(connection: AsyncConnection[Any]) -> None:
@@ -50,6 +51,7 @@ class Reader:
             min_size=share.total,
             max_size=share.total,
             timeout=_WAIT_SECONDS,
+            reconnect_timeout=_GIVE_UP_SECONDS,
             open=False,
         )
 

@@ -1,7 +1,5 @@
 """Polls and lists that are answered by one statement: the same bytes as the route answers, and only where it would answer 200."""
 
-import asyncio
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +16,7 @@ from service import ledger
 from service.app import create_app
 from service.auth.rate_limit import RateLimiter
 from service.db.engine import make_engine, make_sessions
-from service.db.reader import Away, Reader
+from service.db.reader import Reader
 from service.settings import DatabaseSettings
 from service.shares import Share
 
@@ -237,21 +235,3 @@ def test_where_nothing_can_be_read_the_route_answers(
         assert_same(quick, api, path)
     monkeypatch.undo()
     until("it reads again", lambda: quick.get(path).status_code == 200)
-
-
-def test_a_database_that_is_away_is_waited_for_by_few() -> None:
-    """Each that tries waits a second for a connection; the others are told at once, also those whose turn comes meanwhile."""
-
-    async def tried() -> tuple[list[bool], float]:
-        reader = Reader(NOWHERE, Share("reads", 2, 1.0))
-        await reader.open()
-        started = time.monotonic()
-        try:
-            found = await asyncio.gather(*(reader.rows("t", "SELECT 1", {}) for _ in range(50)), return_exceptions=True)
-        finally:
-            await reader.close()
-        return [isinstance(each, Away) for each in found], time.monotonic() - started
-
-    are_away, seconds = asyncio.run(tried())
-    assert all(are_away)
-    assert seconds < 10  # 25 turns would be 25 seconds
