@@ -64,11 +64,7 @@ def serve_api(
     if minimal:
         command += ["--app-dir", str(Path(__file__).parent), "minimal_api:app"]
     else:
-        command += ["service.app:create_app", "--factory"]
-    if (
-        not minimal and (code / "service" / "http" / "protocol.py").exists()
-    ):  # as the image and the embedded stack start it
-        command += ["--http", "service.http.protocol:TimedHeads"]
+        command += ["service.app:create_app", "--factory", *_served_as(code)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
     environment = {**inherited, "PYTHONPATH": str(code), **settings}
     with log.open("ab") as output:
@@ -80,6 +76,13 @@ def serve_api(
     finally:
         process.terminate()
         process.wait()
+
+
+def _served_as(code: Path) -> list[str]:
+    """How the checkout serves itself. One that does not depend on uvloop and httptools has neither, though they are installed."""
+    own = (code / "service" / "http" / "protocol.py").exists()
+    http = ["--http", "service.http.protocol:TimedHeads" if own else "h11"]
+    return http if "uvloop" in (code / "pyproject.toml").read_text() else [*http, "--loop", "asyncio"]
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
