@@ -66,6 +66,8 @@ class Connection:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def status_of(self, request: bytes) -> str:
+        if self._streams is not None and self._streams[0].at_eof():  # closed by the server, as it was idle for seconds
+            self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection(*self._where)
         reader, writer = self._streams
