@@ -21,7 +21,7 @@ from service.datasets.router import router as datasets
 from service.datasets.targets import router as targets
 from service.datasets.uploads.router import router as uploads
 from service.db.engine import make_engine, make_sessions
-from service.db.reader import READERS, Reader
+from service.db.reader import Reader
 from service.health import exposition
 from service.health import router as health
 from service.http import docs, errors, openapi
@@ -100,7 +100,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         traces.close()
 
     engine = make_engine(settings.database)
-    shares = Shares(settings.shares, connections=2 * settings.database.pool_size, reads=READERS)
+    shares = Shares(settings.shares, connections=2 * settings.database.pool_size)
     metrics, traces = exposition.ApiMetrics(settings, shares), Traces(settings.telemetry, "winnow-api")
     app = FastAPI(
         title="Winnow",

@@ -174,10 +174,14 @@ class Share:
             self.give_back(tenant)
 
 
+READS = 4
+"""Connections that read in the event loop (`db/reader`), which cannot keep more of them busy."""
+
+
 class Shares:
     """All of them. One waits for a connection, a read, a reader or an encoder, soon free; the others are refused at once."""
 
-    def __init__(self, settings: ShareSettings, connections: int, reads: int) -> None:
+    def __init__(self, settings: ShareSettings, connections: int) -> None:
         def share(name: str, total: int) -> Share:
             return Share(name, total, settings.tenant_fraction)
 
@@ -187,7 +191,7 @@ class Shares:
         self.uploads = share("uploads", settings.uploads)
         self.readers = share("readers", settings.readers)
         self.connections = share("connections", connections)
-        self.reads = share("reads", reads)
+        self.reads = share("reads", READS)
         # A stream that waits for its client holds one encoded batch; while it is encoded, several times as much.
         self.encoders = share("encoders", 1)
 

@@ -14,9 +14,6 @@ from service.db.engine import connection_arguments, libpq_url
 from service.settings import DatabaseSettings
 from service.shares import Share, UsedUp
 
-READERS = 4
-"""Connections. One process's event loop cannot keep more of them busy."""
-
 _TURN_SECONDS = 30.0
 _WAIT_SECONDS = 1.0  # for a connection: whoever waits has had its turn, so one is free, or the database away
 _AWAY_SECONDS = 1.0  # after a failure, in which nobody tries again: each would wait
