@@ -1,18 +1,15 @@
-"""uvicorn's HTTP protocol with a budget of time and bytes for the head of a request: `--http service.http.protocol:TimedHeads`.
+"""uvicorn's HTTP protocol with a budget of time for the head of a request: `--http service.http.protocol:TimedHeads`.
 
 uvicorn waits for ever for the first request of a connection, and for the end of a head that has begun; each costs a file
-descriptor, of which a process has few. Nor does its parser bound what it keeps of a head. The body has its own budget, see
-bodies.py.
+descriptor, of which a process has few. The body has its own budget, see bodies.py.
 """
 
 import asyncio
 from typing import Any, ClassVar, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MAX_HEAD_BYTES = 65_536
 _MOST_HELD = 65_536
-_TOO_LARGE = f"The head of the request is larger than {MAX_HEAD_BYTES:,} bytes."
 
 
 class _OneWrite:
@@ -45,37 +42,20 @@ class _OneWrite:
         return getattr(self._transport, name)
 
 
-class TimedHeads(HttpToolsProtocol):
+class TimedHeads(H11Protocol):
     """Closes a connection on which for `head_seconds` nothing was answered and no head has become whole, be it that nothing
-    came, that too little of a head came, or the rest of a body that was refused; and one whose head is too large."""
+    came, that too little of a head came, or the rest of a body that was refused."""
 
     head_seconds: ClassVar[float] = 15.0
     _deadline: asyncio.TimerHandle | None = None
-    _is_in_head = False
-    _more_of_head = 0  # bytes, after the piece in which it began
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(cast(asyncio.Transport, _OneWrite(transport, self.loop)))
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        if self._is_in_head:
-            self._more_of_head += len(data)
-            if self._more_of_head > MAX_HEAD_BYTES:
-                self.send_400_response(_TOO_LARGE)
-                return
         super().data_received(data)
         self._watch()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._is_in_head, self._more_of_head = True, 0
-
-    def on_headers_complete(self) -> None:
-        self._is_in_head = False
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
-            raise ValueError(_TOO_LARGE)  # for the parser, whose error is answered with 400
-        super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()

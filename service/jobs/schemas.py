@@ -22,7 +22,7 @@ from service.datasets.presets import MAX_COUNT, PRESETS
 from service.http.pagination import NumberedPage
 from service.ledger.state import JobStatus
 from service.models.registry import HubModel
-from service.names import Text, check_name
+from service.names import Name, Text, check_name
 from service.plan.compared_costs import ComparedCosts
 from service.plan.parameters import JobParameters, Parameters
 from service.plan.refine_cap import RefineCap
@@ -63,7 +63,7 @@ class PresetTarget(BaseModel):
         examples=[48],
     )
     seed: StrictInt = Field(default=0, ge=0, lt=2**32, description="Which samples: the same ones for the same seed")
-    revision: str = Field(
+    revision: Name = Field(
         default="main",
         min_length=1,
         max_length=200,

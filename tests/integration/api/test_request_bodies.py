@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -14,7 +13,7 @@ from support.world import DATASETS, JOBS, World, serving
 from test_limits import limited
 
 from service.db.engine import make_engine, make_sessions
-from service.http.protocol import MAX_HEAD_BYTES, TimedHeads
+from service.http.protocol import TimedHeads
 from service.settings import ApiSettings, DatabaseSettings
 from service.shares import Share
 
@@ -211,28 +210,6 @@ def test_a_head_that_trickles_is_not_waited_for(impatient: str) -> None:
         connection.send(b"GET /healthz HTTP/1.1\r\nx-long: ")
         trickle(connection, b"a", GRACE / 10)
         assert connection.is_closed_by_peer()
-
-
-def test_a_head_that_grows_without_an_end_is_refused(url: str) -> None:
-    started = time.monotonic()
-    with connected(url) as connection:
-        connection.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-long: ")
-        with suppress(ConnectionError):  # closed while the rest is on its way
-            for _ in range(40):
-                connection.send(b"a" * (MAX_HEAD_BYTES // 2))
-                time.sleep(0.02)
-        assert connection.is_closed_by_peer()
-    assert time.monotonic() - started < TimedHeads.head_seconds  # for its size, not for its time
-
-
-@pytest.mark.parametrize(("size", "status"), [(MAX_HEAD_BYTES // 2, 200), (2 * MAX_HEAD_BYTES, 400)])
-def test_a_whole_head_has_a_most(url: str, size: int, status: int) -> None:
-    lines = "\r\n".join(f"x-{number}: {'a' * 4000}" for number in range(size // 4000))
-    with connected(url) as connection:
-        with suppress(ConnectionError):
-            connection.send(f"GET /healthz HTTP/1.1\r\nhost: x\r\n{lines}\r\n\r\n".encode())
-        assert connection.status() == status
-    assert httpx.get(f"{url}/healthz").status_code == 200
 
 
 def test_requests_that_come_at_once_are_answered_in_order(api: World, url: str) -> None:
