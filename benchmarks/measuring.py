@@ -62,7 +62,15 @@ def serve_api(
     command = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
     command += ["--workers", str(workers)] if workers > 1 else []
     if minimal:
-        command += ["--app-dir", str(Path(__file__).parent), "minimal_api:app"]
+        command += [
+            "--app-dir",
+            str(Path(__file__).parent),
+            "minimal_api:app",
+            "--http",
+            "httptools",
+            "--loop",
+            "uvloop",
+        ]
     else:
         command += ["service.app:create_app", "--factory", *_served_as(code)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
@@ -79,7 +87,7 @@ def serve_api(
 
 
 def _served_as(code: Path) -> list[str]:
-    """How the checkout serves itself. One that does not depend on uvloop and httptools has neither, though they are installed."""
+    """How the checkout serves itself: without uvloop where it does not depend on it, though it is installed here."""
     own = (code / "service" / "http" / "protocol.py").exists()
     http = ["--http", "service.http.protocol:TimedHeads" if own else "h11"]
     return http if "uvloop" in (code / "pyproject.toml").read_text() else [*http, "--loop", "asyncio"]

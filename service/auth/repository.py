@@ -3,35 +3,37 @@
 from datetime import timedelta
 from typing import Final
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import Boolean, ColumnElement, func, literal_column, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.auth.tables import ApiKey
 
 USE_INTERVAL = timedelta(minutes=1)  # how exactly the last use of a key is known
 
-
-def are_live() -> tuple[ColumnElement[bool], ...]:
-    """The conditions under which a key opens anything: neither revoked nor expired, by the clock of the database."""
-    lasts = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.clock_timestamp())
-    return ApiKey.revoked_at.is_(None), lasts
-
-
-def live_key(session: Session, prefix: str) -> ApiKey | None:
-    return session.scalar(select(ApiKey).where(ApiKey.prefix == prefix, *are_live()))
-
+# Neither revoked nor expired, by the clock of the database.
+_IS_LIVE = """
+    (api_keys.revoked_at IS NULL AND (api_keys.expires_at IS NULL OR api_keys.expires_at > clock_timestamp()))
+"""
 
 # The live key of that prefix, for a WITH of the one statement of a quick answer. `is_noted`: its use need not be recorded.
-LIVE_KEY: Final = """
+LIVE_KEY: Final = f"""
     SELECT id AS key_id, tenant_id, digest, scopes, limits,
-        coalesce(last_used_at > clock_timestamp() - interval '1 minute', false) AS is_noted
-    FROM api_keys
-    WHERE prefix = %(prefix)s AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > clock_timestamp())
+        coalesce(last_used_at > clock_timestamp() - interval '{USE_INTERVAL.total_seconds():.0f} seconds', false) AS is_noted
+    FROM api_keys WHERE prefix = %(prefix)s AND {_IS_LIVE}
 """
 
 
+def lives() -> ColumnElement[bool]:
+    """Whether a key opens anything: `_IS_LIVE` as a condition."""
+    return literal_column(_IS_LIVE, Boolean)
+
+
+def live_key(session: Session, prefix: str) -> ApiKey | None:
+    return session.scalar(select(ApiKey).where(ApiKey.prefix == prefix, lives()))
+
+
 def is_live(session: Session, key_id: str) -> bool:
-    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, *are_live())) is not None
+    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, lives())) is not None
 
 
 def record_use(session: Session, key_id: str) -> None:

@@ -1,9 +1,10 @@
 """How polls and lists of jobs are answered: usually by one statement that finds the key, the jobs and their stages at once."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from fastapi import Request, Response
 
@@ -24,20 +25,6 @@ _JOBS_QUERY = re.compile(r"limit=(?P<limit>\d{1,3})|after=(?P<after>job_[0-9a-f]
 _EVENTS_QUERY = re.compile(r"limit=(?P<limit>\d{1,3})|after=(?P<after>\d{1,18})")
 _STATUSES = frozenset(JobStatus)
 _MOST = 100  # entries: more of them would hold up the event loop, and are written in a thread
-
-
-class _Stage(NamedTuple):
-    """As `repository.stage_rows` has them."""
-
-    stage: str
-    units: int
-    units_done: int
-    units_reused: int
-    done: int
-    total: int
-    started_at: datetime | None
-    finished_at: datetime | None
-    now: datetime
 
 
 _COLUMNS = """
@@ -136,16 +123,12 @@ def job_answer(request: Request, job: SelectionJobOut, wait: int) -> Response:
     return Response(job.model_dump_json(), media_type="application/json", headers=headers)
 
 
-def page_answer(jobs: list[SelectionJobOut], has_more: bool) -> Response:
-    # Made here and not validated again, as it would be by the route.
-    last_id = jobs[-1].id if jobs else None
-    page = Page[SelectionJobOut].model_construct(data=jobs, has_more=has_more, last_id=last_id)
-    return Response(page.model_dump_json(), media_type="application/json")
+def page_answer(jobs: Sequence[SelectionJobOut], has_more: bool) -> Response:
+    return Response(Page[SelectionJobOut].of(jobs, has_more).model_dump_json(), media_type="application/json")
 
 
-def events_answer(events: list[EventOut], has_more: bool) -> Response:
-    page = EventPage.model_construct(data=events, has_more=has_more, last_id=events[-1].id if events else None)
-    return Response(page.model_dump_json(), media_type="application/json")
+def events_answer(events: Sequence[EventOut], has_more: bool) -> Response:
+    return Response(EventPage.of(events, has_more).model_dump_json(), media_type="application/json")
 
 
 async def _found(request: Request, statement: str, values: Mapping[str, Any]) -> list[Any] | None:
@@ -163,6 +146,7 @@ def _described(row: Any) -> SelectionJobOut:
     return service.describe_one(row, [_stage(stage) for stage in row.stages or ()])
 
 
-def _stage(row: dict[str, Any]) -> _Stage:
+def _stage(row: Mapping[str, Any]) -> SimpleNamespace:
+    """As `repository.stage_rows` has it; in JSON times are text."""
     times = {name: row[name] and datetime.fromisoformat(row[name]) for name in ("started_at", "finished_at", "now")}
-    return _Stage(**{**row, **times})
+    return SimpleNamespace(**{**row, **times})

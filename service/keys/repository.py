@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from service import ids
 from service.auth.principal import Scope
-from service.auth.repository import are_live
+from service.auth.repository import lives
 from service.auth.tables import ApiKey, Tenant
 from service.db.pagination import paginate
 
@@ -46,7 +46,7 @@ def has_live_admin_beside(session: Session, key: ApiKey) -> bool:
 
 
 def _live_admin() -> tuple[ColumnElement[bool], ...]:
-    return *are_live(), ApiKey.scopes.contains([Scope.ADMIN.value])
+    return lives(), ApiKey.scopes.contains([Scope.ADMIN.value])
 
 
 def revoke(session: Session, key: ApiKey) -> bool:
