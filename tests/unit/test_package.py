@@ -131,3 +131,18 @@ def test_a_file_is_checked_without_torch_and_a_model_says_what_it_needs(tmp_path
     assert one.startswith("0 "), done.stderr
     assert other.startswith("2 ")
     assert "pip install 'winnow-select[worker]'" in other
+
+
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [
+        ("worker.process.main", {"peft", "bitsandbytes", "pandas"}),
+        ("service.app", {"pandas"}),
+        ("worker.units", {"pandas"}),
+    ],
+)
+def test_a_process_does_not_begin_with_what_it_may_never_need(module: str, others: set[str]) -> None:
+    """Each of these takes half a second or more, at every start."""
+    program = f"import sys, {module}; print(*sorted({others!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.split() == []
