@@ -139,7 +139,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
             router,
             prefix="/v1",
             dependencies=[Depends(admitted)],
-            responses=errors.responses(errors.TooManyRequests),
+            responses=errors.responses(errors.TooManyRequests, errors.Unavailable),
         )
     openapi.install(app, bodies=[ImportRequest])
     return app

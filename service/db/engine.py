@@ -43,6 +43,9 @@ KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count
 _SERVER_KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 
 
+_POOL_SECONDS = 10.0  # requests have a reservation, and do not wait here; what has none is told soon
+
+
 def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: float = 0) -> Engine:
     """`idle_in_transaction_seconds`: the server ends a transaction that was idle for so long, so that a process that was stopped
     or cut off does not keep its row locks for ever; 0: never."""
@@ -50,6 +53,7 @@ def make_engine(settings: DatabaseSettings, *, idle_in_transaction_seconds: floa
         settings.url,
         pool_size=settings.pool_size,
         max_overflow=settings.pool_size,
+        pool_timeout=_POOL_SECONDS,
         pool_pre_ping=True,
         hide_parameters=True,  # errors are logged and traced, and values may be user data
         connect_args=connection_arguments(idle_in_transaction_seconds),

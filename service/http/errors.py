@@ -16,6 +16,7 @@ from fastapi.routing import iter_route_contexts
 from psycopg.errors import DiskFull
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -121,7 +122,11 @@ class Problem(BaseModel):
     type: str = "about:blank"
     title: str = Field(examples=["Invalid request"])
     status: int = Field(examples=[422])
-    code: str = Field(examples=["invalid_request"])
+    code: str = Field(
+        description="What went wrong, for programs. Any call may be answered 503: `busy` (all database connections of"
+        " the server are in use), `database_away`, `database_full`",
+        examples=["invalid_request"],
+    )
     detail: str
     param: str | None = None
     errors: list[FieldError] | None = None
@@ -224,12 +229,20 @@ def install(app: FastAPI) -> None:
         )
         return problem_response(request, Unavailable(detail, code="database_away", headers={"Retry-After": "2"}))
 
+    @app.exception_handler(PoolTimeout)
+    async def _exhausted(request: Request, error: PoolTimeout | UsedUp) -> JSONResponse:
+        log.warning("%s %s: no database connection is free (%s)", request.method, request.url.path, error)
+        detail = "All database connections of this server are in use. Retry shortly."
+        return problem_response(request, Unavailable(detail, code="busy", headers={"Retry-After": "5"}))
+
     @app.exception_handler(UsedUp)
     async def _used_up(request: Request, error: UsedUp) -> JSONResponse:
         kept: dict[str, Any] = {"param": error.name, "headers": {"Retry-After": "5"}}
         if error.of_tenant:
             detail = f"Your tenant holds {error.most:,} {error.name}, its share; nothing was done. Wait until one ends."
             return problem_response(request, TooManyRequests(detail, code="share_used_up", **kept))
+        if error.name == "connections":
+            return await _exhausted(request, error)
         detail = f"All {error.most:,} {error.name} of this server are in use; nothing was done. Retry shortly."
         return problem_response(request, Unavailable(detail, code=f"too_many_{error.name}", **kept))
 

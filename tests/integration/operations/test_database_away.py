@@ -83,6 +83,43 @@ def test_a_database_that_goes_in_the_midst_of_a_request(served: tuple[TestClient
     assert client.get(JOBS).status_code == 200
 
 
+CALLS = (
+    ("GET", JOBS, None),
+    ("GET", f"{JOBS}?limit=101", None),
+    ("POST", JOBS, b"{}"),
+    ("POST", "/v1/datasets?name=pool", b'{"text": "t"}'),
+)
+
+
+def busy(client: TestClient) -> None:
+    for method, path, sent in CALLS:
+        response = client.request(method, path, content=sent)
+        problem(response, 503, "busy")
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.headers["x-should-retry"] == "true"
+
+
+def test_a_pool_that_is_exhausted_is_busy_and_not_away(
+    served: tuple[TestClient, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, engine = served
+    monkeypatch.setattr(engine.pool, "_timeout", 0.1)
+    with engine.connect(), engine.connect():  # all that a pool of one, and one more, may have
+        busy(client)
+    assert client.get(JOBS).status_code == 200
+
+
+def test_where_no_connection_becomes_free_the_service_is_busy(
+    served: tuple[TestClient, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = served
+    monkeypatch.setattr("service.db.engine._CONNECTION_WAIT_SECONDS", 0.1)
+    connections = client.app.state.shares.connections
+    with connections.taken("one"), connections.taken("another"):
+        busy(client)
+    assert client.get(JOBS).status_code == 200
+
+
 def test_a_fault_of_ours_is_not_called_a_database_that_is_away(served: tuple[TestClient, Engine]) -> None:
     client, engine = served
     with engine.begin() as connection:
