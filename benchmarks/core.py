@@ -1,6 +1,6 @@
-"""Speed of the numerical stages relative to the machine's matrix-product rate and to the authors' code; cost of whole selections.
+"""Speed of the numerical stages relative to the machine's matrix-product rate and to the authors' code.
 
-    python benchmarks/core.py --model DIR --corpus DIR --authors DIR --out DIR
+    python benchmarks/core.py --model DIR --authors DIR --out DIR
     python benchmarks/core.py --shapes 135m 1b 7b --device cuda --dtypes bfloat16 --samples 128 --longest 1024 --out DIR
 
 Every figure is the best of `--rounds`. Rounds of all stages and measurements of the rate alternate, so that other load on the
@@ -22,7 +22,6 @@ from typing import Any
 
 import authors
 import core_report
-import pipeline
 from core_stages import Stage, data_stages, model_stages, random_samples
 from core_timing import clock_of, load, matmul_rate, timed
 from llama_shapes import LLAMA
@@ -50,7 +49,6 @@ def main() -> None:
         **heading(options),
         "stages": measured,
         "authors": authors_report(options),
-        "pipeline": pipeline_report(options),
     }
     tables = core_report.tables(result)
     print(tables)
@@ -81,15 +79,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--authors", type=Path, help="a checkout of their repository, to compare with")
-    parser.add_argument(
-        "--corpus", type=Path, help="a folder with a pool and targets, for whole selections (needs --model)"
-    )
-    parser.add_argument("--target", default="target")
-    parser.add_argument("--rows", type=int, default=120, help="rows of the pool, drawn by --seed")
-    parser.add_argument("--target-rows", type=int, default=12)
-    parser.add_argument("--landmarks", type=int, default=20)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--pipeline-rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder for measured pieces, so that an interrupted run can resume")
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the result")
@@ -125,12 +114,6 @@ def authors_report(options: argparse.Namespace) -> dict[str, Any] | str:
         return authors.measure(model, samples_for(model, options), options, clock_of(options.device))
 
     return piece(options, "authors", make)
-
-
-def pipeline_report(options: argparse.Namespace) -> dict[str, Any] | str:
-    if options.model is None or options.corpus is None:
-        return "not run: no --model and --corpus"
-    return piece(options, "pipeline", lambda: pipeline.measure(options, clock_of(options.device)))
 
 
 def samples_for(model: Any, options: argparse.Namespace) -> Samples:

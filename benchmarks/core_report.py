@@ -44,7 +44,6 @@ def breakdown(run: Callable[[], Any]) -> dict[str, float]:
 def tables(result: dict[str, Any]) -> str:
     parts = [_stages(one) for one in result["stages"]]
     parts += [found if isinstance(found := result["authors"], str) else _authors(found)]
-    parts += [found] if isinstance(found := result["pipeline"], str) else [_pipeline(found), _large(found)]
     return "\n".join(f"{part.rstrip()}\n" for part in parts)
 
 
@@ -88,38 +87,6 @@ def _authors(found: dict[str, Any]) -> str:
         )
         for name, cosine in (("gradients", "gradient_cosine"), ("jvp", "jvp_cosine"))
     ]
-    return table(header, rows)
-
-
-def _pipeline(found: dict[str, Any]) -> str:
-    header = [
-        f"selection from {found['rows']} rows, {found['landmarks']} landmarks, {found['dtype']}",
-        *("s", "GFLOP", "rds_plus / this: operations", "seconds", "exact / this: operations", "seconds"),
-    ]
-    rows = []
-    for name, one in found["settings"].items():
-        ratios = [one[f"{other}_over_this"] for other in ("rds_plus", "exact_influence")]
-        shown = [(f"{r['operations']:.2f}", _spread(r["seconds"], r["seconds_sd"], "{:.2f}")) for r in ratios]
-        rows.append((name, f"{min(one['seconds']):.1f}", f"{one['operations'] / 1e9:,.0f}", *shown[0], *shown[1]))
-    return table(header, rows)
-
-
-def _large(found: dict[str, Any]) -> str:
-    large = found["large"]
-    counted = large["counted"]
-    titles = ("this model", "7b")
-    header = [
-        f"operations alone, {counted['rows']:,} rows, {counted['landmarks']:,} landmarks",
-        *(f"{title}: {what}" for title in titles for what in ("PFLOP", "rds_plus / this", "exact / this")),
-    ]
-    rows = []
-    for name in large[titles[0]]:
-        cells: list[str] = []
-        for title in titles:
-            one = large[title][name]
-            ratios = one["rds_plus_over_this"], one["exact_influence_over_this"]
-            cells += [f"{one['operations'] / 1e15:,.3g}", *(f"{ratio:.2f}" for ratio in ratios)]
-        rows.append((name, *cells))
     return table(header, rows)
 
 

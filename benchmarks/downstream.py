@@ -20,14 +20,25 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import common_arguments, model_folder
-from downstream_tasks import ACCURACIES, FULL_POOL, JOBS, RANDOM, ZERO_SHOT, NotMeasured, Run, Setup, bench
+from downstream_tasks import (
+    ACCURACIES,
+    EQUAL_WEIGHTS,
+    FULL_POOL,
+    JOBS,
+    RANDOM,
+    ZERO_SHOT,
+    NotMeasured,
+    Run,
+    Setup,
+    bench,
+)
 from measuring import heading
 from reporting import plt, save_plot, table, write_json
 from rich.console import Console
 from scipy import stats
 
 EXACT = "exact_influence"
-CHAINS = ((EXACT,), ("rds_plus", "authors' setting", "default", "weighted"))
+CHAINS = ((EXACT,), ("rds_plus", "authors' setting", "default", "weighted", EQUAL_WEIGHTS))
 """Selections that one process makes in sequence; the two chains share no substantial work, so they can run concurrently."""
 REFERENCES = (RANDOM, "rds_plus")
 """The methods that the others are compared with, seed by seed and row by row."""

@@ -39,6 +39,7 @@ from worker.process.main import Compute
 from worker.training import Training, train
 
 RANDOM, ZERO_SHOT, FULL_POOL = "random", "zero-shot", "full pool"
+EQUAL_WEIGHTS = "weighted, trained with equal weights"
 JOBS: Mapping[str, Mapping[str, Any]] = {
     RANDOM: {"method": "random"},
     "rds_plus": {"method": "rds_plus"},
@@ -50,6 +51,7 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
     },
     "default": {},
     "weighted": {"selection": "weighted"},
+    EQUAL_WEIGHTS: {"selection": "weighted"},
 }
 """The parameters of each method's job; the setup gives the number of landmarks and of embedded blocks."""
 GENERATED_TOKENS = 128
@@ -223,7 +225,8 @@ class Bench:
             return rows, [1.0] * len(rows)
         selection = self.selection(run.method, run.targets[0], self.selection_seed(run))
         by_id = {row["id"]: row for row in self.pool}
-        return [by_id[each] for each in selection["ids"]], selection["weights"]
+        weights = [1.0] * len(selection["ids"]) if run.method == EQUAL_WEIGHTS else selection["weights"]
+        return [by_id[each] for each in selection["ids"]], weights
 
     def selection_seed(self, run: Run) -> int:
         return run.seed if run.method == RANDOM or self.setup.varied_selection else self.setup.seed

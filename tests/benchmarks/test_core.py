@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 from support.small_form import run_script
-from support.tiny import EXAMPLES
 
 SMALL = [
     *("--shapes", "tiny", "--dtypes", "float32", "--samples", "4", "--longest", "120", "--matmul-size", "256"),
-    *("--kernel-landmarks", "48", "--pool-rows", "400", "--rounds", "2", "--corpus", str(EXAMPLES), "--rows", "40"),
-    *("--target-rows", "6", "--landmarks", "8", "--pipeline-rounds", "1"),
+    *("--kernel-landmarks", "48", "--pool-rows", "400", "--rounds", "2"),
 ]
 
 
@@ -40,17 +38,5 @@ def test_small_form(tiny_llama: Path, tmp_path: Path) -> None:
         assert max(compared.values()) < 1e-5, compared
 
     assert found["authors"] == "not run: --authors has no folder infdist"
-
-    settings = found["pipeline"]["settings"]
-    assert settings["rds_plus"]["rds_plus_over_this"]["operations"] == 1
-    work = {name: one["operations_by_stage"] for name, one in settings.items()}
-    assert all(set(one["seconds_by_stage"][0]) >= set(work[name]) for name, one in settings.items())
-    # The landmarks' share of the exact method's gradients, all of which are of the pool's samples.
-    landmarks = work["default"]["landmark_gradients"] / work["exact_influence"]["landmark_gradients"]
-    assert math.isclose(landmarks, 8 / 40, rel_tol=1e-6)
-    large = found["pipeline"]["large"]["7b"]
-    costs = [large[name]["operations"] for name in ("default", "5 times the budget", "hidden, a fifth of the pool")]
-    assert costs == sorted(costs)
-    assert large["default"]["rds_plus_over_this"] > 3
 
     assert run_core(tiny_llama, tmp_path) == found, "the second run measures nothing again"

@@ -50,7 +50,7 @@ def test_it_trains_on_what_is_selected_and_never_on_the_test(run_benchmark: Run,
     assert losses["random"]["test"][0] != losses["random"]["test"][1]
 
     selections, runs = measured(cache, "selections"), measured(cache, "runs")
-    assert (len(selections), len(runs)) == (2 + 5, 2 + 5 * 2 + 2)
+    assert (len(selections), len(runs)) == (2 + 5, 2 + 6 * 2 + 2)
     tests, pool = set(ids("target.jsonl")[1::2]), set(ids("pool.jsonl"))
     assert all(len(run["tested_on"]["target"]) == 12 and {*run["tested_on"]["target"]} <= tests for run in runs)
     assert all({*run["trained_on"]} <= pool and not tests & {*run["trained_on"]} for run in runs)
