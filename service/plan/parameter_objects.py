@@ -136,6 +136,10 @@ class Refine(Strict):
         if given == "auto":
             return {}
         if isinstance(given, int | float) and not isinstance(given, bool):
+            if given > 1:
+                raise ValueError(
+                    f'a number is a share of the pool, at most 1; {given:g} times the budget is {{"size": {given:g}}}'
+                )
             return {"share": given, "rounds": 1} if given else {"size": 0}
         return given
 

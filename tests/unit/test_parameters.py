@@ -180,6 +180,13 @@ def test_refine_is_refused_where_it_says_nothing(refine: Any) -> None:
     assert {error["loc"][0] for error in refused.value.errors()} == {"refine"}
 
 
+def test_who_gives_multiples_of_the_budget_as_a_number_is_shown_how() -> None:
+    with pytest.raises(ValidationError) as refused:
+        Parameters.model_validate({"refine": 2.4})
+    (error,) = refused.value.errors()
+    assert (error["loc"], '{"size": 2.4}' in error["msg"]) == (("refine",), True)
+
+
 @pytest.mark.parametrize(("kind", "rate"), [("none", 1e-3), ("sgd", 1e-3), ("adam", 2e-5), ("adamw", 2e-5)])
 def test_the_learning_rate_follows_the_optimizer(kind: str, rate: float) -> None:
     parameters = Parameters.model_validate({"optimizer": {"type": kind}})
