@@ -24,6 +24,9 @@ Vector = npt.NDArray[np.float64]
 DRAWS = 3
 """Simulated truths that a promise is the mean of."""
 
+ROUNDING = 1e-5
+"""A gain for each selected sample that is smaller than this share of the mean influence is rounding: the samples are alike."""
+
 _ROWS = 4096
 _SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.96, 1.0)
 """Of the predictions, in rising order: between two of these, the size of residuals is measured."""
@@ -97,10 +100,11 @@ def promise(
     on the target whose turn it is; else by `top_k`, and it is that of the mean over targets. budget: at most as many as are
     refined. folder: where a simulated truth of n x t values is kept while it is used.
 
-    None where the best selection gains nothing.
+    None where the best selection gains nothing beyond rounding.
     """
     counted = refined | unknown
     mean_t = _mean(P_nt, counted)
+    nothing = ROUNDING * budget * float(np.abs(mean_t).mean())
     generator = np.random.Generator(np.random.Philox([seed, 0x9801]))
     shares = []
     for _ in range(DRAWS):
@@ -109,7 +113,7 @@ def promise(
             simulated[rows] = truth_mt
         own = _gain(simulated, refined, budget, by_turns, seed, mean_t)
         best = _gain(simulated, counted, budget, by_turns, seed, mean_t)
-        if best > 0:
+        if best > nothing:
             shares.append(own / best)
         del simulated
     (folder / "simulated.npy").unlink()
