@@ -100,8 +100,9 @@ def _commands(console: Console, stack: Stack, paths: list[str]) -> None:
         f"  export WINNOW_API_KEY=$(cat {shlex.quote(f'{stack.home}/api_key')})", soft_wrap=True, highlight=False
     )
     for path in paths:
-        output = " -o selection.parquet" if "parquet" in path else ""
-        command = f"  curl -sH \"Authorization: Bearer $WINNOW_API_KEY\" '{stack.url}{path}'{output}"
+        is_file = "parquet" in path
+        flags, output = ("-fsSH", " -o selection.parquet") if is_file else ("-sH", "")  # no file is made of an error
+        command = f"  curl {flags} \"Authorization: Bearer $WINNOW_API_KEY\" '{stack.url}{path}'{output}"
         console.print(command, soft_wrap=True, highlight=False, markup=False)
 
 
