@@ -63,6 +63,5 @@ CMD ["celery", "-A", "worker.celery_app", "worker", "-P", "threads", "-c", "1", 
 FROM runtime AS api
 COPY --from=build-api /opt/winnow /opt/winnow
 EXPOSE 8000
-# Its requests get 20 seconds to end. The access log is the service's own.
-CMD ["uvicorn", "service.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--no-access-log", \
-     "--http", "service.http.protocol:TimedHeads", "--timeout-graceful-shutdown", "20"]
+# Its requests get 20 seconds to end.
+CMD ["python", "-m", "service.serve", "--host", "0.0.0.0", "--port", "8000"]

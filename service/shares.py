@@ -7,7 +7,7 @@ is for the others.
 import asyncio
 import resource
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Lock
@@ -65,6 +65,7 @@ class Share:
 
     def __init__(self, name: str, total: int, tenant_fraction: float) -> None:
         self.name, self.total = name, total
+        self.on_change: Callable[[int], object] = int  # told how many are held, whenever that changes
         self.each = max(1, int(total * tenant_fraction))
         self._lock = Lock()
         self.held = 0
@@ -110,6 +111,7 @@ class Share:
     def give_back(self, tenant: str) -> None:
         with self._lock:
             self.held -= 1
+            self.on_change(self.held)
             self._held[tenant] -= 1
             if not self._held[tenant]:
                 del self._held[tenant]
@@ -142,6 +144,7 @@ class Share:
 
     def _hold(self, tenant: str) -> None:
         self.held += 1
+        self.on_change(self.held)
         self._held[tenant] += 1
 
     def _used_up(self, tenant: str) -> UsedUp:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from service.local import demo as demonstration
-from service.local.process_group import StackError
+from service.local.process_group import StackError, usual_api_processes
 from service.local.stack import StackProcess, stop_stack
 from winnow.cli.console import AsJson, Home, cli_errors, err, out, require
 from winnow.stack import DEFAULT_HOME
@@ -21,10 +21,14 @@ def up(
     home: Home = None,
     port: Annotated[int, typer.Option(help="Port of the API on 127.0.0.1")] = 8000,
     workers: Annotated[int, typer.Option(min=1, max=64)] = 1,
+    api_processes: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Processes of the API, which share its port; one for each core, at most 4"),
+    ] = usual_api_processes(),
 ) -> None:
     """Start the embedded stack and keep it running until Ctrl-C."""
     with cli_errors(StackError), _stopped_by_signals():
-        process = StackProcess(home or DEFAULT_HOME, port=port, workers=workers)
+        process = StackProcess(home or DEFAULT_HOME, port=port, workers=workers, api_processes=api_processes)
         try:
             with err.status("Starting"):
                 stack = process.wait_ready()

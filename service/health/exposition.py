@@ -1,4 +1,4 @@
-"""`/metrics`: the counters of this process, and the state of the ledger at the moment of the scrape."""
+"""`/metrics`: the counters of the API, and the state of the ledger at the moment of the scrape."""
 
 import asyncio
 import logging
@@ -7,12 +7,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -24,7 +23,14 @@ from service.db.engine import make_engine
 from service.health.checks import CheckResult, System, run_checks
 from service.jobs import repository
 from service.ledger.state import TERMINAL, JobStatus
-from service.observability.api_metrics import DispatchMetrics, HttpMetrics, StorageMetrics, WebhookMetrics
+from service.observability import processes
+from service.observability.api_metrics import (
+    DispatchMetrics,
+    HttpMetrics,
+    ShareMetrics,
+    StorageMetrics,
+    WebhookMetrics,
+)
 from service.settings import ApiSettings, DatabaseSettings
 from service.shares import Shares
 
@@ -122,23 +128,27 @@ def _ledger_gauges(rows: Sequence[Row[Any]]) -> Iterable[GaugeMetricFamily]:
 
 
 class ApiMetrics:
-    """Everything that one application exports."""
+    """Everything that one application exports: of this process, or of all those that share a port with it."""
 
     def __init__(self, settings: ApiSettings, shares: Shares) -> None:
+        folder = processes.shared_folder()
         self.registry = CollectorRegistry()
-        held = Gauge(
-            "winnow_shares_held", "What requests in progress hold of what is shared", ["share"], registry=self.registry
-        )
+        own = self.registry if folder is None else CollectorRegistry()
+        held = ShareMetrics(own).held
         for share in shares:
-            held.labels(share.name).set_function(partial(getattr, share, "held"))
-        self.http = HttpMetrics(self.registry)
-        self.dispatch = DispatchMetrics(self.registry)
-        self.webhooks = WebhookMetrics(self.registry)
-        self.storage = StorageMetrics(self.registry)
+            share.on_change = held.labels(share.name).set
+            share.on_change(share.held)
+        self.http = HttpMetrics(own)
+        self.dispatch = DispatchMetrics(own)
+        self.webhooks = WebhookMetrics(own)
+        self.storage = StorageMetrics(own)
         self._ledger = LedgerCollector(settings)
         self.registry.register(self._ledger)
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
+        if folder is None:
+            ProcessCollector(registry=self.registry)
+            GCCollector(registry=self.registry)
+        else:
+            self.registry.register(processes.AllProcesses(folder))
         # Not the pool that requests use: while the database is unavailable they may hold all of it.
         self._thread = ThreadPoolExecutor(1, "metrics")
 

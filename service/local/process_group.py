@@ -61,6 +61,15 @@ def free_port(port: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usual_api_processes() -> int:
+    """One for each core, as Python computes on one at a time; at most four, each of which takes memory and connections."""
+    return min(cores(), 4)
+
+
 def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:
     """Run in a new process, on Linux: it gets the signal when the thread that started it ends, however that ends."""
     if sys.platform == "linux":

@@ -1,6 +1,6 @@
 """The embedded stack: PostgreSQL, Valkey, the API and workers under one process, with all state in one folder.
 
-    python -m service.local.stack --home .winnow --port 8000 --workers 1
+    python -m service.local.stack --home .winnow --port 8000 --workers 1 --api-processes 2
 
 It says `ready` once it answers, and stops everything it started on SIGTERM or SIGINT, and with --watch-stdin when its stdin
 closes. In a separate session (see `StackProcess`), a Ctrl-C in the terminal reaches only the command in the foreground, which
@@ -31,6 +31,7 @@ from service.local.process_group import (
     ProcessGroup,
     StackError,
     Stopped,
+    cores,
     end_leftovers,
     free_port,
     parts,
@@ -55,10 +56,9 @@ def _persistent_secret(path: Path, make: Callable[[], str]) -> str:
 
 def _environment(home: Path, database_url: str, broker_url: str, workers: int) -> dict[str, str]:
     """The settings of API and workers; those that are set in our own environment stay."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # The whole hub: the user who starts the stack is the one who posts jobs to it.
     defaults = {
-        "WINNOW_WORKER__THREADS": str(max(1, cores // workers)),
+        "WINNOW_WORKER__THREADS": str(max(1, cores() // workers)),
         "WINNOW_MODELS__HUB": '["*/*"]',
         "WINNOW_DATASETS__HUB": '["*/*"]',
     }
@@ -92,7 +92,7 @@ def _make_key(home: Path, database_url: str, secret_key: str) -> str:
         engine.dispose()
 
 
-def _start(home: Path, port: int, workers: int, group: ProcessGroup) -> Stack:
+def _start(home: Path, port: int, workers: int, api_processes: int, group: ProcessGroup) -> Stack:
     """Starts everything in order."""
     from service.db.migrate import MigrationError, upgrade
 
@@ -107,8 +107,7 @@ def _start(home: Path, port: int, workers: int, group: ProcessGroup) -> Stack:
         raise StackError(str(error)) from error
     environment = _environment(home, database_url, broker_url, workers)
     api_key = _make_key(home, database_url, environment["WINNOW_SECRET_KEY"])
-    api = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", "--host", "127.0.0.1"]
-    api += ["--port", str(port), "--http", "service.http.protocol:TimedHeads", "--no-access-log"]
+    api = [sys.executable, "-m", "service.serve", "--port", str(port), "--processes", str(api_processes)]
     group.start(ManagedProcess("api", api, environment))
     metrics_port = os.environ.get("WINNOW_WORKER__METRICS_PORT", "0")
     for i in range(workers):
@@ -147,7 +146,7 @@ def _locked(home: Path) -> Iterator[None]:
         yield
 
 
-def serve(home: Path, port: int, workers: int, stopping: threading.Event) -> None:
+def serve(home: Path, port: int, workers: int, api_processes: int, stopping: threading.Event) -> None:
     """Runs the stack until `stopping` is set; what ends is started again.
 
     Raises:
@@ -165,7 +164,7 @@ def serve(home: Path, port: int, workers: int, stopping: threading.Event) -> Non
             log.warning("ended what an earlier stack had left: %s", ", ".join(left))
         group = ProcessGroup(home, stopping)
         try:
-            stack = _start(home, port, workers, group)
+            stack = _start(home, port, workers, api_processes, group)
             write_private(home / STACK, stack.model_dump_json())
             print(_READY, flush=True)
             while not stopping.wait(0.5):
@@ -207,10 +206,11 @@ def stop_stack(home: Path) -> None:
 class StackProcess:
     """A stack in a separate process and session. It ends with `stop`, and with this process unless it is to `outlive` it."""
 
-    def __init__(self, home: Path, *, port: int, workers: int, outlive: bool = False) -> None:
+    def __init__(self, home: Path, *, port: int, workers: int, api_processes: int = 1, outlive: bool = False) -> None:
         self.home = Path(os.path.realpath(home))
         command = [sys.executable, "-m", "service.local.stack", "--home", str(self.home), "--port", str(port)]
-        command += ["--workers", str(workers), *([] if outlive else ["--watch-stdin"])]
+        command += ["--workers", str(workers), "--api-processes", str(api_processes)]
+        command += [] if outlive else ["--watch-stdin"]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL if outlive else subprocess.PIPE,
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--api-processes", type=int, default=1)
     parser.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes")
     arguments = parser.parse_args()
     os.umask(0o077)  # what it keeps is its user's alone
@@ -281,7 +282,8 @@ def main() -> None:
 
         threading.Thread(target=watch, daemon=True).start()
     try:
-        serve(Path(os.path.realpath(arguments.home)), arguments.port, arguments.workers, stopping)
+        home = Path(os.path.realpath(arguments.home))
+        serve(home, arguments.port, arguments.workers, arguments.api_processes, stopping)
     except Exception as error:
         kind = "" if isinstance(error, (StackError, OSError)) else f"{type(error).__name__}: "
         sys.exit(kind + " ".join(str(error).split()))

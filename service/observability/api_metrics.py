@@ -1,9 +1,12 @@
 """Counters and histograms of the API. Each application has its own registry; every label has a bounded set of values."""
 
+from typing import Literal
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, with its start time, which nobody reads
 
+_SUMMED: Literal["livesum"] = "livesum"  # of a gauge, over the processes that run
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 
 
@@ -21,14 +24,32 @@ class HttpMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.in_flight = Gauge("winnow_http_requests_in_flight", "Requests not yet answered", registry=registry)
+        self.in_flight = Gauge(
+            "winnow_http_requests_in_flight", "Requests not yet answered", registry=registry, multiprocess_mode=_SUMMED
+        )
+
+
+class ShareMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.held = Gauge(
+            "winnow_shares_held",
+            "What requests in progress hold of what is shared",
+            ["share"],
+            registry=registry,
+            multiprocess_mode=_SUMMED,
+        )
 
 
 class DispatchMetrics:
     """What the dispatcher of this process does; only the one that leads does anything."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.leading = Gauge("winnow_dispatch_leading", "Whether this process leads the dispatch", registry=registry)
+        self.leading = Gauge(
+            "winnow_dispatch_leading",
+            "Whether one of these processes leads the dispatch",
+            registry=registry,
+            multiprocess_mode=_SUMMED,
+        )
         self.leases = Counter(
             "winnow_leases_taken_back",
             "Units reclaimed from workers that stopped sending heartbeats",

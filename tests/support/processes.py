@@ -46,6 +46,13 @@ class Process:
         return cls(command, {**environment_of(settings), **secret, **environment}, log)
 
     @classmethod
+    def apis(cls, settings: ApiSettings, port: int, log: Path, count: int, **environment: str) -> Self:
+        """Several that share the port, as the image starts them."""
+        secret = {"WINNOW_SECRET_KEY": settings.secret_key.get_secret_value()}
+        command = ["service.serve", "--port", str(port), "--processes", str(count)]
+        return cls(command, {**environment_of(settings), **secret, **environment}, log)
+
+    @classmethod
     def worker(cls, settings: ApiSettings, log: Path, **environment: str) -> Self:
         """As the embedded stack starts it, without the secret of the API."""
         command = ["celery", "-A", "worker.celery_app", "worker", "-P", "threads", "-c", "1", "--without-gossip"]

@@ -143,7 +143,7 @@ def test_prometheus_looks_where_the_services_answer() -> None:
     assert looked == {"api": int(command[command.index("--port") + 1]), **own}
 
 
-@pytest.mark.parametrize(("target", "program"), [("api", "uvicorn"), ("worker", "celery")])
+@pytest.mark.parametrize(("target", "program"), [("api", "python"), ("worker", "celery")])
 def test_an_image_runs_without_root_and_without_tools_to_build(target: str, program: str) -> None:
     found = stage(target)
     names = [name for name, _ in found]
