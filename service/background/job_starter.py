@@ -1,11 +1,12 @@
-"""Starts the jobs that waited for an import when it ends, in the API process that leads. Apart from the dispatcher: a plan may
-ask the hub, and no worker's wake-up waits for that."""
+"""Plans the jobs that were posted, and starts those that waited for an import when it ends, in the API process that leads. Apart
+from the dispatcher: a plan may ask the hub, and no worker's wake-up waits for that."""
 
 from collections.abc import Sequence
 
 from service.db.engine import make_engine, make_sessions
 from service.db.locks import Lock
 from service.db.loop import BackgroundLoop
+from service.jobs.first_plans import plan_new
 from service.jobs.waiting import end_waiting
 from service.settings import ApiSettings, DatabaseSettings
 from service.storage.artifacts import ArtifactStore
@@ -15,6 +16,7 @@ class JobStarter(BackgroundLoop):
     name = "job starter"
     channel = "winnow_imports"
     leader_lock = Lock.JOB_STARTER
+    rest_seconds = 0.02
 
     def __init__(self, settings: ApiSettings, store: ArtifactStore) -> None:
         super().__init__(settings.database, retry_seconds=settings.ledger.sweep_seconds)
@@ -27,6 +29,7 @@ class JobStarter(BackgroundLoop):
         self._engine.dispose()
 
     def work(self, payloads: Sequence[str]) -> float:  # noqa: ARG002
-        while end_waiting(self._sessions, self._store, self._settings) and not self._stopping.is_set():
+        work = (self._sessions, self._store, self._settings)
+        while (plan_new(*work) or end_waiting(*work)) and not self._stopping.is_set():
             pass
         return self._settings.ledger.sweep_seconds

@@ -42,13 +42,19 @@ class _Known:
 
 
 def plan(
-    session: Session, store: ArtifactStore, settings: ModelSettings, job: SelectionJob, pool: Dataset, target: Dataset
+    session: Session,
+    store: ArtifactStore,
+    settings: ModelSettings,
+    job: SelectionJob,
+    pool: Dataset,
+    target: Dataset,
+    rates: Rates | None = None,
 ) -> dict[str, Any]:
-    """What the job, not yet written, will cost (`estimate.plan`). Token counts are estimates where no earlier job counted them.
+    """What the job will cost (`estimate.plan`). Token counts are estimates where no earlier job counted them.
 
     Queries the hub and the store, which may be remote, after it has ended the session's transaction.
     """
-    known = _look_up(session, job, pool, target)
+    known = _look_up(session, job, pool, target, rates or measured_rates(session))
     session.close()
     already = {stage: _share_in(store, parts) for stage, parts in known.artifacts.items()}
     return estimate.plan(shape_of(settings, job.model), job.parameters, known.counts, known.rates, already)
@@ -59,7 +65,7 @@ def _share_in(store: ArtifactStore, parts: Sequence[tuple[str | None, int]]) -> 
     return sum(work for key, work in parts if key is not None and store.exists(key)) / total if total else 0.0
 
 
-def _look_up(session: Session, job: SelectionJob, pool: Dataset, target: Dataset) -> _Known:
+def _look_up(session: Session, job: SelectionJob, pool: Dataset, target: Dataset, rates: Rates) -> _Known:
     """Considers the tenant's own jobs only: artifacts of other tenants' jobs are reused but not revealed."""
     contents = {"pool": pool.fingerprint, "target": target.fingerprint}
     earlier = repository.similar_jobs(session, job.tenant_id, model=job.model, limit=_EARLIER_JOBS, **contents)
@@ -84,7 +90,7 @@ def _look_up(session: Session, job: SelectionJob, pool: Dataset, target: Dataset
     )
     # A reproduction uses nothing of earlier jobs.
     if job.reproduces:
-        return _Known(counts=job_counts, rates=measured_rates(session), artifacts={})
+        return _Known(counts=job_counts, rates=rates, artifacts={})
     own = _names(job, pool.fingerprint, target.fingerprint, job_counts.selectable)
     names = [(other.id, _names(other, p, t, job_counts.selectable)) for other, p, t in earlier]
     artifacts: dict[Stage, Sequence[tuple[str | None, int]]] = {Stage.PREPARE: tokens}
@@ -93,7 +99,7 @@ def _look_up(session: Session, job: SelectionJob, pool: Dataset, target: Dataset
         units = [] if same is None else ledger.unit_results(session, same, stage)
         looked_up = units[:: max(1, len(units) // _MAX_LOOKUPS)]
         artifacts[stage] = [(result_key(unit.artifact_key), 1) for unit in looked_up]
-    return _Known(counts=job_counts, rates=measured_rates(session), artifacts=artifacts)
+    return _Known(counts=job_counts, rates=rates, artifacts=artifacts)
 
 
 def _names(job: SelectionJob, pool: str, target: str, selectable: float) -> dict[Stage, list[str]]:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session, aliased
 
 from service.datasets.tables import Dataset
 from service.db.pagination import paginate
+from service.ledger.claims import PLAN_SECONDS
 from service.ledger.state import TERMINAL, JobStatus, UnitState
 from service.ledger.tables import JobEvent, JobUnit, SelectionJob
 from service.settings import LedgerSettings
@@ -174,14 +175,16 @@ def stage_rates(session: Session) -> Sequence[Row[Any]]:
 
 _GAUGES = text("""
     WITH open_jobs AS (
-        SELECT id, status FROM selection_jobs WHERE status IN ('queued', 'running', 'cancelling')
+        SELECT id, status, awaits_plan AND created_at > clock_timestamp() - make_interval(secs => :plan_seconds) AS is_unplanned
+        FROM selection_jobs WHERE status IN ('queued', 'running', 'cancelling')
     ), open_units AS (
-        SELECT u.stage, u.state, u.artifact_key, u.created_at, u.started_at, u.not_before, u.waits_for, j.status
+        SELECT u.stage, u.state, u.artifact_key, u.created_at, u.started_at, u.not_before, u.waits_for, j.status, j.is_unplanned
         FROM job_units u JOIN open_jobs j ON j.id = u.job_id
     ), claimable AS (
         SELECT extract(epoch FROM clock_timestamp() - greatest(created_at, started_at, not_before)) AS seconds
         FROM open_units u
-        WHERE status <> 'cancelling' AND state = 'pending' AND (not_before IS NULL OR not_before <= clock_timestamp())
+        WHERE status <> 'cancelling' AND NOT is_unplanned AND state = 'pending'
+            AND (not_before IS NULL OR not_before <= clock_timestamp())
             AND (waits_for IS NULL OR (SELECT m.state FROM job_units m WHERE m.id = u.waits_for) = 'succeeded')
             AND (SELECT true FROM job_units o WHERE o.artifact_key = u.artifact_key AND o.state = 'running') IS NULL
     )
@@ -204,7 +207,7 @@ def gauges(session: Session, *, alive_seconds: float, timeout_seconds: float) ->
     A worker without a heartbeat for `alive_seconds` is not counted. `claim_unit` defines what is claimable.
     """
     session.execute(func.set_config("statement_timeout", f"{round(timeout_seconds * 1000)}ms", True).select())
-    return session.execute(_GAUGES, {"alive_seconds": alive_seconds}).all()
+    return session.execute(_GAUGES, {"alive_seconds": alive_seconds, "plan_seconds": PLAN_SECONDS}).all()
 
 
 def trace(session: Session, job_id: str) -> str | None:

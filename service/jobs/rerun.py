@@ -12,20 +12,19 @@ from service.datasets import repository as dataset_repository
 from service.datasets import service as datasets
 from service.datasets.tables import Dataset
 from service.http.errors import Conflict, Unprocessable
-from service.jobs.service import Draft, new_job, plan
+from service.jobs.service import Draft, new_job, ready
 from service.ledger.state import JobStatus
 from service.models import registry
 from service.plan.parameters import JobParameters
 from service.results import repository as results
 from service.settings import ModelSettings
-from service.storage.artifacts import ArtifactStore
 
 # What the provenance records of the model beyond the fields that identify it.
 _DERIVED = frozenset({"fingerprint", "files", "chat_template", "tokenizer_fingerprint"})
 _COPIED = ("request", "job_metadata")
 
 
-def retry(session: Session, principal: Principal, job_id: str, settings: ModelSettings, store: ArtifactStore) -> Draft:
+def retry(session: Session, principal: Principal, job_id: str, settings: ModelSettings) -> Draft:
     """Drafts a copy of a failed or cancelled job, including the model's commit. What it had computed is reused.
 
     Raises:
@@ -45,12 +44,10 @@ def retry(session: Session, principal: Principal, job_id: str, settings: ModelSe
     copied = {name: getattr(first, name) for name in ("model", "parameters", "budget", "reproduces", *_COPIED)}
     job = new_job(principal, pool, target, retry_of=first.id, **copied)
     _check_model(settings, job.model)
-    return plan(session, job, pool, target, settings, store)
+    return ready(job, pool, target, settings)
 
 
-def reproduce(
-    session: Session, principal: Principal, job_id: str, settings: ModelSettings, store: ArtifactStore
-) -> Draft:
+def reproduce(session: Session, principal: Principal, job_id: str, settings: ModelSettings) -> Draft:
     """Drafts a job that recomputes, from nothing but the data and the model, what the provenance of a succeeded job records.
 
     The job may be deleted. A deleted dataset is replaced by another with the same content.
@@ -77,7 +74,7 @@ def reproduce(
     made = {"model": model, "parameters": parameters, "budget": record["budget"]}
     job = new_job(principal, pool, target, reproduces=first.id, **made, **copied)
     _check_model(settings, model)
-    return plan(session, job, pool, target, settings, store)
+    return ready(job, pool, target, settings)
 
 
 def _same_content(session: Session, tenant_id: str, recorded: Mapping[str, Any], name: str) -> Dataset:

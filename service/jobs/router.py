@@ -127,7 +127,7 @@ def retry_job(
 ) -> JSONResponse:
     """A new job with the same request, parameters, metadata and model. What the first one computed is reused."""
     state = request.app.state
-    draft = rerun.retry(session, principal, job_id, state.settings.models, state.store)
+    draft = rerun.retry(session, principal, job_id, state.settings.models)
     return _create(request, session, principal, idempotent, draft, "selection_job.retried", retry_of=job_id)
 
 
@@ -144,7 +144,7 @@ def reproduce_job(
     """A new job from the audit record: the same data, model, parameters and seeds, reusing nothing computed before. Also
     of a deleted job. It fails if the model's files differ; an event `job.reproduction` lists all other differences."""
     state = request.app.state
-    draft = rerun.reproduce(session, principal, job_id, state.settings.models, state.store)
+    draft = rerun.reproduce(session, principal, job_id, state.settings.models)
     return _create(request, session, principal, idempotent, draft, "selection_job.reproduced", reproduces=job_id)
 
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from sqlalchemy import Row
@@ -31,12 +31,12 @@ from service.storage.artifacts import ArtifactStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A job that can be written: validated, its model resolved, and planned; or without a plan, which needs the rows, where a
-    dataset is being imported."""
+    """A job that can be written: validated, its model resolved. `sample_count` is that of the datasets that are ready. Only a dry
+    run has its plan."""
 
     job: SelectionJob
     sample_count: int
-    plan: dict[str, Any] | None
+    plan: dict[str, Any] | None = None
     new_target: PresetImport | None = None
     """The import that begins with the job, where its target is none of the key's datasets yet."""
 
@@ -44,7 +44,7 @@ class Draft:
 def draft(
     session: Session, principal: Principal, request: JobRequest, settings: ApiSettings, store: ArtifactStore
 ) -> Draft:
-    """Validates, resolves and plans a job, and writes nothing.
+    """Validates and resolves a job, for a dry run plans it too, and writes nothing.
 
     Asks the hub and the store, and ends the session's transaction before each of them.
 
@@ -78,8 +78,11 @@ def draft(
     if awaited or (new_target is not None and not request.dry_run):
         job.awaits_datasets, job.model = True, registry.with_fingerprints(settings.models, job.model)
         known = sum(dataset.row_count for dataset in (pool, target) if dataset.is_ready)
-        return Draft(job=job, sample_count=known, plan=None, new_target=new_target)
-    return plan(session, job, pool, target, settings.models, store)
+        return Draft(job=job, sample_count=known, new_target=new_target)
+    drafted = ready(job, pool, target, settings.models)
+    if not request.dry_run:
+        return drafted
+    return replace(drafted, plan=planning.plan(session, store, settings.models, job, pool, target))
 
 
 def _target(
@@ -111,18 +114,15 @@ def new_job(principal: Principal, pool: Dataset, target: Dataset, **columns: Any
     return SelectionJob(id=new_id("job"), status=JobStatus.QUEUED, **owner, **data, **columns)
 
 
-def plan(
-    session: Session, job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSettings, store: ArtifactStore
-) -> Draft:
-    """The draft of a job whose model is resolved. Call it while no transaction is open; its own ends before it asks the store."""
-    job.model = registry.with_fingerprints(settings, job.model)
-    planned = planning.plan(session, store, settings, job, pool, target)
-    return Draft(job=job, sample_count=pool.row_count + target.row_count, plan=planned)
+def ready(job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSettings) -> Draft:
+    """The draft of a job whose model is resolved and whose datasets are ready. Reads the model's files."""
+    job.awaits_plan, job.model = True, registry.with_fingerprints(settings, job.model)
+    return Draft(job=job, sample_count=pool.row_count + target.row_count)
 
 
 def create(session: Session, principal: Principal, draft: Draft, settings: ApiSettings) -> SelectionJob:
-    """Writes the job, its first unit, and its first events: `job.queued` and, with its plan, `job.planned`. Every new job goes
-    through here. The broker is not used: the dispatcher is notified of the unit.
+    """Writes the job, its first unit and `job.queued`; where it waits for an import no unit, and `job.waiting`. Every new job
+    goes through here. Its plan follows (`first_plans`), and then the dispatcher is notified of the unit.
 
     Raises:
         Unprocessable: a dataset was deleted since the draft; `param` names it.
@@ -136,13 +136,12 @@ def create(session: Session, principal: Principal, draft: Draft, settings: ApiSe
     target = datasets.require(session, job.tenant_id, job.target_id, "target")
     quotas.check(session, principal, settings.limits, draft.sample_count)
     job.trace = traceparent()
-    if draft.plan is None:
+    if job.awaits_datasets:
         ledger.create_job(session, job, [])
         awaited = [found.id for found in (pool, target) if not found.is_ready]
         ledger.add_event(session, job.id, "job.waiting", reason="A dataset is being imported.", datasets=awaited)
     else:
         ledger.create_job(session, job, [prepare_unit(job.id, draft.sample_count)])
-        ledger.add_event(session, job.id, "job.planned", **draft.plan)
     session.flush()
     session.refresh(job)
     return job

@@ -4,7 +4,15 @@ Order of locks, always: the job row, then its units. A claim holds for a lease; 
 none of its later writes takes effect. Every change writes its event in the same transaction.
 """
 
-from service.ledger.claims import beat, claim_unit, claimable_count, create_job, record_event, start_stages
+from service.ledger.claims import (
+    beat,
+    claim_unit,
+    claimable_count,
+    create_job,
+    record_event,
+    start_stages,
+    write_plans,
+)
 from service.ledger.lookup import find_job, require_job
 from service.ledger.outcomes import (
     fail_unit,
@@ -63,4 +71,5 @@ __all__ = [
     "start_waiting",
     "succeed_job",
     "unit_results",
+    "write_plans",
 ]

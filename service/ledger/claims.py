@@ -7,7 +7,22 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Select, bindparam, exists, func, literal, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Select,
+    and_,
+    bindparam,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    text,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, aliased
 
 from service.auth.tables import Tenant
@@ -34,6 +49,9 @@ from service.plan.stages import UnitSpec
 _BUSY_SECONDS = 1.0
 _PAUSE_SECONDS = (0.01, 0.03)
 
+# How long a unit waits for its job's first plan; nothing but the order of events depends on that.
+PLAN_SECONDS = 10
+
 
 def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -> None:
     """Adds the job, its first units and its first event to the session's transaction."""
@@ -41,6 +59,25 @@ def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -
     session.flush()
     add_event(session, job.id, "job.queued")
     create_units(session, job.id, first, None)
+
+
+_WRITE_PLANS = text("""
+    WITH unplanned AS (
+        SELECT j.id, p.plan FROM jsonb_to_recordset(:plans) AS p (id text, plan jsonb) JOIN selection_jobs j ON j.id = p.id
+        WHERE j.awaits_plan AND j.status IN ('queued', 'running')
+        ORDER BY j.id FOR NO KEY UPDATE OF j SKIP LOCKED
+    ), planned AS (
+        UPDATE selection_jobs j SET awaits_plan = false FROM unplanned u WHERE j.id = u.id RETURNING j.id, u.plan
+    )
+    INSERT INTO job_events (job_id, type, data) SELECT id, 'job.planned', plan FROM planned ORDER BY id RETURNING job_id
+""").bindparams(bindparam("plans", type_=JSONB))
+
+
+def write_plans(session: Session, plans: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Writes the first plans of jobs, by their ids, and returns which were written: not of a job that has one or has ended,
+    nor, for this time, of one whose row someone holds."""
+    sent = [{"id": job_id, "plan": plan} for job_id, plan in plans.items()]
+    return set(session.scalars(_WRITE_PLANS, {"plans": sent}))
 
 
 def start_stages(session: Session, job: SelectionJob, specs: Sequence[UnitSpec], *, code: str | None = None) -> None:
@@ -99,7 +136,13 @@ def _units() -> Select[int]:
 
 def _is_claimable() -> tuple[ColumnElement[bool], ...]:
     """Conditions on a unit joined to its job: a worker may take it now."""
-    return SelectionJob.status.in_(OPEN), *_is_free()
+    return _is_open(), *_is_free()
+
+
+def _is_open() -> ColumnElement[bool]:
+    """A condition on a job: its units may be claimed."""
+    waited = SelectionJob.created_at < func.clock_timestamp() - timedelta(seconds=PLAN_SECONDS)
+    return and_(SelectionJob.status.in_(OPEN), or_(~SelectionJob.awaits_plan, waited))
 
 
 def _is_free() -> tuple[ColumnElement[bool], ...]:
@@ -228,7 +271,7 @@ def claimable_count(session: Session, *, most: int | None = None) -> int:
 @cache  # building it takes longer than running it
 def _claimable_count() -> Select[int]:
     # Not joined: PostgreSQL may go through all jobs and all units in their order then, for the few that are asked for.
-    is_open = select(SelectionJob.status.in_(OPEN)).where(SelectionJob.id == JobUnit.job_id).scalar_subquery()
+    is_open = select(_is_open()).where(SelectionJob.id == JobUnit.job_id).scalar_subquery()
     units = select(JobUnit.id).where(is_open, *_is_free()).limit(bindparam("most", type_=Integer))
     return select(func.count()).select_from(units.subquery())
 

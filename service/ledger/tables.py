@@ -44,6 +44,11 @@ class SelectionJob(CreatedAt, Base):
             postgresql_where="status IN ('queued', 'running', 'cancelling')",
         ),
         Index("ix_selection_jobs_awaiting", "id", postgresql_where="awaits_datasets AND status = 'queued'"),
+        Index(
+            "ix_selection_jobs_unplanned",
+            "id",
+            postgresql_where="awaits_plan AND status IN ('queued', 'running')",
+        ),
         CheckConstraint("budget IS NOT NULL OR awaits_datasets", name="budget_once_started"),
         CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_when_terminal"),
     )
@@ -68,6 +73,7 @@ class SelectionJob(CreatedAt, Base):
     deleted_at: Mapped[datetime | None]
     trace: Mapped[str | None]  # of the request that posted it (W3C traceparent), for the spans of its units
     awaits_datasets: Mapped[bool] = mapped_column(server_default="false")  # being imported; it has no units before
+    awaits_plan: Mapped[bool] = mapped_column(server_default="false")  # which its first unit waits for a moment
     retry_of: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
     reproduces: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
 

@@ -26,6 +26,7 @@ from service.ledger.state import TERMINAL
 from service.ledger.tables import StoreIdentity
 from service.settings import ApiSettings
 from service.storage.artifacts import ArtifactStore
+from support.planned import PlannedAtOnce
 from support.processes import Process, running
 from support.servers import Servers, new_database
 from support.waiting import PATIENCE, until
@@ -142,12 +143,15 @@ class World(User):
     @classmethod
     @contextmanager
     def made(cls, settings: ApiSettings, *, runs: bool = False, **keys: Any) -> Iterator[Self]:
-        """Only where it `runs` are there the dispatcher, the sweeper and the sender of webhooks beside it.
+        """Only where it `runs` are there the dispatcher, the sweeper and the sender of webhooks beside it. A job has its plan
+        when it is answered.
 
         Args:
             keys: what `of` takes.
         """
-        world = cls.of(create_app(settings), **keys)
+        app = create_app(settings)
+        app.add_middleware(PlannedAtOnce)
+        world = cls.of(app, **keys)
         try:
             if runs:
                 with world.client:

@@ -120,11 +120,13 @@ def test_no_transaction_while_the_name_of_a_webhook_is_looked_up(world: World, w
 def test_the_pool_of_a_draft_may_be_deleted_before_it_is_written(
     world: World, dataset: str, monkeypatch: pytest.MonkeyPatch, waits: dict[str, list[int]]
 ) -> None:
-    def meanwhile(*_: Any, **__: Any) -> str:
-        assert world.client.delete(f"{DATASETS}/{dataset}").status_code == 204
-        return "/nonexistent"
+    resolve = registry.resolve
 
-    monkeypatch.setattr(planning, "hf_hub_download", meanwhile)
+    def meanwhile(*args: Any) -> Any:
+        assert world.client.delete(f"{DATASETS}/{dataset}").status_code == 204
+        return resolve(*args)
+
+    monkeypatch.setattr(registry, "resolve", meanwhile)
     answer = world.client.post(JOBS, json=request(dataset))
     assert (answer.status_code, answer.json()["code"], answer.json()["param"]) == (422, "dataset_not_found", "pool")
 
