@@ -134,12 +134,13 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     idempotency.install(app)
     for router in (health.router, exposition.router, docs.router):
         app.include_router(router)
+    anywhere = errors.responses(errors.AddressTooLong, errors.TooManyRequests, errors.HeadTooLarge, errors.Unavailable)
     for router in (models, datasets, previews, targets, uploads, jobs, results, keys, usage, audit, webhooks):
         app.include_router(
             router,
             prefix="/v1",
             dependencies=[Depends(admitted)],
-            responses=errors.responses(errors.TooManyRequests, errors.Unavailable),
+            responses=anywhere,
         )
     openapi.install(app, bodies=[ImportRequest])
     return app

@@ -44,7 +44,8 @@ TemplateQuery = Annotated[
     Query(
         max_length=MAX_LENGTH,
         description="What makes messages of any row, as a JSON object with `user`, `assistant` and optionally `system`: each is"
-        " Jinja over the columns of the row, all of which `row` has too.",
+        " Jinja over the columns of the row, all of which `row` has too. The whole address may have 65,535 bytes, of which a"
+        " character beyond ASCII takes up to twelve; long text of that kind can be a column of the rows.",
         examples=['{"user": "{{ question }}", "assistant": "{{ choices[answer] }}"}'],
     ),
 ]

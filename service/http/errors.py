@@ -99,12 +99,20 @@ class TooLarge(ApiError):
     status, code, title = 413, "too_large", "Content too large"
 
 
+class AddressTooLong(ApiError):
+    status, code, title = 414, "address_too_long", "Address too long"
+
+
 class Unprocessable(ApiError):
     status, code, title = 422, "invalid_request", "Invalid request"
 
 
 class TooManyRequests(ApiError):
     status, code, title = 429, "too_many_requests", "Too many requests"
+
+
+class HeadTooLarge(ApiError):
+    status, code, title = 431, "head_too_large", "Head too large"
 
 
 class Unavailable(ApiError):
@@ -134,8 +142,12 @@ class Problem(BaseModel):
 
 
 def problem_response(request: Request, error: ApiError) -> JSONResponse:
-    request_id = getattr(request.state, "request_id", "")
-    problem = Problem(
+    return problem(error, getattr(request.state, "request_id", ""))
+
+
+def problem(error: ApiError, request_id: str) -> JSONResponse:
+    """The answer, also where there is no request that could be read."""
+    said = Problem(
         title=error.title,
         status=error.status,
         code=error.problem_code,
@@ -147,7 +159,7 @@ def problem_response(request: Request, error: ApiError) -> JSONResponse:
     # Set here as well as by the middleware: the answer to a crash is made outside of it.
     headers = {"X-Request-Id": request_id, **SECURITY_HEADERS, **error.headers}
     return JSONResponse(
-        problem.model_dump(exclude_none=True), status_code=error.status, media_type=MEDIA_TYPE, headers=headers
+        said.model_dump(exclude_none=True), status_code=error.status, media_type=MEDIA_TYPE, headers=headers
     )
 
 

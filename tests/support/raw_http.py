@@ -36,6 +36,13 @@ class Connection:
             headers[name.lower()] = value
         return status, json.loads(self._answers.read(int(headers["content-length"])) or b"{}")
 
+    def read_line(self) -> bytes:
+        return self._answers.readline()
+
+    def rest(self) -> bytes:
+        """All that comes until the connection ends."""
+        return self._answers.read()
+
     def is_closed_by_peer(self) -> bool:
         """Waits for the end of the connection, whatever comes before it."""
         try:

@@ -22,7 +22,14 @@ from service.ids import new_id
 from service.ledger.state import JobStatus
 from service.plan.parameters import JobParameters
 
-config = schemathesis.Config.from_dict({"generation": {"allow-extra-parameters": False}})
+# Too long a parameter may make too long an address, which is refused before its parameters are looked at.
+REFUSALS = ["400", "401", "403", "404", "405", "406", "409", "414", "415", "422", "428", "429", "5xx"]
+config = schemathesis.Config.from_dict(
+    {
+        "generation": {"allow-extra-parameters": False},
+        "checks": {"negative_data_rejection": {"expected-statuses": REFUSALS}},
+    }
+)
 schema = schemathesis.openapi.from_dict(document(), config=config)
 UPLOAD = "POST /v1/datasets"
 # What the schema alone cannot say, and is refused with the field's name: which fields go together, what a file must hold, where a
