@@ -197,9 +197,22 @@ def _teraflop(operations: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+_LEVELS = {"ok": "green", "look": "yellow", "bad": "bold red"}
+
+
+def verdict(console: Console, findings: Sequence[Json]) -> None:
+    """Prints the findings on a result: level, what it is about, what it means, and what to do."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for each in findings:
+        meaning = each["meaning"] if each["advice"] is None else f"{each['meaning']} {each['advice']}"
+        level = f"[{_LEVELS.get(each['level'], '')}]{each['level']}[/]"
+        table.add_row(level, each["about"], escape(meaning))
+    console.print(table)
+
+
 def results(console: Console, summary: Json, selected: Sequence[Json], *, top: int = 10) -> None:
-    """Prints the first of the selection, its sources, time and memory of each stage, what was left out, and the findings in
-    sentences."""
+    """Prints the first of the selection, its sources, time and memory of each stage, what was left out, the findings in
+    sentences, and the verdict."""
     first = selected[:top]
     table = _table(
         f"The first {len(first)} selected", ["rank", "id", "source"], ["influence", "weight", "exact"], key="id"
@@ -226,6 +239,7 @@ def results(console: Console, summary: Json, selected: Sequence[Json], *, top: i
             _unusable(console, name, found, top=top)
     for sentence in (*summary.get("sentences", ()), *costs(summary.get("costs"))):
         console.print(sentence, markup=False)
+    verdict(console, summary.get("verdict", ()))
 
 
 def _unusable(console: Console, name: str, found: Json, *, top: int) -> None:

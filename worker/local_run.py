@@ -36,7 +36,7 @@ from service.storage.artifacts import ArtifactStore
 from service.storage.tempdirs import temporary_directory
 from winnow import render
 from winnow.options import Reading, read_budget
-from worker import costs, summary
+from worker import chosen, costs, summary, verdict
 from worker.artifact_cache import known_result
 from worker.errors import ArtifactUnusable, ParameterError, UnitError, check_shards
 from worker.given_options import parameters_of, row_options_of
@@ -242,15 +242,29 @@ def _run(options: Options, folder: Path, console: Console) -> None:
         _write(options.out, store, pool.fingerprint, arrays, options.selected_only)
         computed = {stage: [unit.result for unit in units] for stage, units in done.items()}
         nonfinite = summary.nonfinite(store, pool.fingerprint, target.fingerprint, done[Stage.SELECT][0].result)
-    unusable = done[Stage.PREPARE][-1].result["unusable"]
+        selected = arrays["selected"]
+        ids, sources = chosen.names(store, pool.fingerprint, selected)
+        said = chosen.read(store, pool.fingerprint, target.fingerprint, selected, ids)
+    prepared = done[Stage.PREPARE][-1].result
+    unusable = prepared["unusable"]
     found = summary.of_method(computed)
     cost = costs.of_job(shape_in_files(compute.models.folder(job.model)), job, computed, found, Rates())
-    found |= {"costs": cost, "unusable": unusable, "nonfinite": nonfinite}
+    found |= {
+        **said,
+        "costs": cost,
+        "unusable": unusable,
+        "nonfinite": nonfinite,
+        "rendering": prepared["rendering"],
+        "sources": chosen.by_source(sources, arrays["weight"][selected], pool.sources),
+        "pool": prepared["pool_counts"],
+        "target": prepared["target_counts"],
+        "chat_template": prepared["chat_template"],
+    }
+    found["verdict"] = verdict.of(found)
     if options.as_json:
-        print(json.dumps({**found, "prepared": done[Stage.PREPARE][-1].result, "budget": job.budget}))
+        print(json.dumps({**found, "prepared": prepared, "budget": job.budget}))
         return
-    count = len(arrays["selected"])
-    console.print(f"Selected {count} of {pool.row_count} samples; wrote {options.out}.", soft_wrap=True)
+    console.print(f"Selected {len(selected)} of {pool.row_count} samples; wrote {options.out}.", soft_wrap=True)
     for sentence in (*found["sentences"], *render.costs(cost)):
         console.print(sentence, soft_wrap=True)
     for name, left_out in unusable.items():
@@ -259,6 +273,7 @@ def _run(options: Options, folder: Path, console: Console) -> None:
     for name, left_out in nonfinite.items():
         for sample in left_out["samples"]:
             console.print(f"Not finite in the {name}: {sample['id']}", soft_wrap=True, markup=False)
+    render.verdict(console, found["verdict"])
 
 
 def main(options: Options) -> None:

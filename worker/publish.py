@@ -3,19 +3,16 @@ it differs from its provenance."""
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 from sqlalchemy.orm import Session
 
 from service import ledger
-from service.datasets.storage import iter_ids
 from service.datasets.tables import Dataset
 from service.jobs.planning import measured_rates
 from service.ledger.tables import JobUnit, SelectionJob
@@ -25,7 +22,7 @@ from service.plan.stages import History, JobInputs, Stage
 from service.plan.versions import code_version
 from service.results import service as results
 from service.storage.artifacts import ArtifactStore
-from worker import costs, summary
+from worker import chosen, costs, summary, verdict
 from worker.errors import ModelError
 
 Units = Mapping[Stage, Sequence[JobUnit]]
@@ -35,13 +32,15 @@ Units = Mapping[Stage, Sequence[JobUnit]]
 class Publication:
     """What of a job's results is in the store, read before the transaction that ends the job.
 
-    `arrays` are those of the select stage; `ids` and `sources` those of the selected samples in rank order; `nonfinite` names the
-    samples that were left out; `landmarks` are rows of the pool, rising, or `all`; `shape` of the model, or why it is unknown.
+    `arrays` are those of the select stage; `ids` and `sources` those of the selected samples in rank order, `said` what they say
+    beside one another; `nonfinite` names the samples that were left out; `landmarks` are rows of the pool, rising, or `all`;
+    `shape` of the model, or why it is unknown.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
     ids: Sequence[str]
     sources: Sequence[str | None]
+    said: Mapping[str, Any]
     nonfinite: Mapping[str, Any]
     landmarks: Sequence[int] | str
     job: JobInputs
@@ -52,11 +51,12 @@ class Publication:
         selection = done[Stage.SELECT][0]
         with store.local(selection.artifact_key) as path:
             arrays = load_file(path)
-        ids, sources = _ids_of(store, job.pool, arrays["selected"])
+        ids, sources = chosen.names(store, job.pool, arrays["selected"])
         return cls(
             arrays=arrays,
             ids=ids,
             sources=sources,
+            said=chosen.read(store, job.pool, job.target, arrays["selected"], ids),
             nonfinite=summary.nonfinite(store, job.pool, job.target, selection.result),
             landmarks=_landmarks(store, done),
             job=job,
@@ -86,47 +86,23 @@ class Publication:
         computed = {stage: [unit.result for unit in each] for stage, each in units.items()}
         found = summary.of_method(computed)
         weights = self.arrays["weight"][self.arrays["selected"]]
-        weight_by_source: Counter[str] = Counter()
-        for source, weight in zip(self.sources, weights.tolist(), strict=True):
-            weight_by_source[source or "(none)"] += weight
-        return {
-            **found,
+        found |= {
+            **self.said,
             "costs": costs.of_job(self.shape, self.job, computed, found, rates),
             "unusable": prepared.get("unusable"),  # prepared by the version before: not counted, as the next
             "rendering": prepared.get("rendering"),
             "nonfinite": self.nonfinite,
             "influence": results.distribution(self.arrays["influence"]),
             "weight": results.distribution(weights),
-            "sources": {
-                source: {
-                    "pool": pool_sources.get(source, 0),
-                    "selected": count,
-                    "weight": round(weight_by_source[source], 4),
-                }
-                for source, count in Counter(source or "(none)" for source in self.sources).most_common()
-            },
+            "sources": chosen.by_source(self.sources, weights, pool_sources),
             "pool": prepared["pool_counts"],
             "target": prepared["target_counts"],
             "dtype": prepared["dtype"],
             "device": prepared["device"],
+            "chat_template": prepared["chat_template"],
             "stages": [_stage_summary(stage, each) for stage, each in units.items() if each],
         }
-
-
-def _ids_of(
-    store: ArtifactStore, fingerprint: str, selected: npt.NDArray[np.int64]
-) -> tuple[list[str], list[str | None]]:
-    """Ids and sources of the selected samples, in rank order; one pass over the pool's ids, a batch at a time."""
-    found: dict[int, tuple[str, str | None]] = {}
-    wanted = np.sort(selected)
-    start = 0
-    for ids, sources in iter_ids(store, fingerprint):
-        low, high = np.searchsorted(wanted, [start, start + len(ids)])
-        for index in wanted[low:high].tolist():
-            found[index] = (ids[index - start], sources[index - start])
-        start += len(ids)
-    rows = [found[index] for index in selected.tolist()]
-    return [row[0] for row in rows], [row[1] for row in rows]
+        return {**found, "verdict": verdict.of(found)}
 
 
 def _prepared(units: Units) -> dict[str, Any]:

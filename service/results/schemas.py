@@ -16,12 +16,33 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Finding(_Strict):
+    about: Literal["choice", "fidelity", "step", "rows", "repeats", "sources"] = Field(
+        description="`choice`: how near the selection is to the one from exact gradients. `fidelity`: whether propagation knows"
+        " more than guessing. `step`: what a step on the selection does to the loss, beside one on random samples. `rows`: what"
+        " took no part, was cut or rendered otherwise. `repeats`: selected samples that say the same, or are of the target."
+        " `sources`: whether nearly all are of one"
+    )
+    level: Literal["ok", "look", "bad"] = Field(
+        description="`look`: worth a look before training on it; `bad`: not to be trained on before it is understood"
+    )
+    figure: float | None = Field(description="What the level was decided by; null: there is none", examples=[0.93])
+    meaning: str = Field(
+        examples=[
+            "The selection is expected to have 93% of the influence, beyond the pool's mean, that the exact selection has."
+        ]
+    )
+    advice: str | None = Field(description="What to do; null: nothing", examples=[None])
+
+
 class SelectionResult(BaseModel):
     """The summary. Besides the fields of this schema it has these, null if the job's method did not compute them:
 
     * `sentences`: the main findings in words; `notes`: among these, what was lowered, excluded or not reached
     * `influence`, `weight`: histogram (64 bins), quantiles, mean and std, of all samples and of the selected
     * `sources`: for each source, samples in the pool, samples selected, and the sum of their weights
+    * `repeats`: selected samples that say the same as one selected before (`duplicates`) or as one of the target (`overlap`),
+      white space aside: `count`, and of the `first` hundred `id` and `same_as`
     * `landmark_count`, `refined_count`: samples whose gradients were computed, as landmarks and as the shortlist
     * `refinement`: of what was computed exactly besides landmarks: `refined` samples, `times_budget`, the `most` that were
       allowed, the `promise` (share of the best selection's influence beyond the pool's mean that the selection is expected to
@@ -40,6 +61,7 @@ class SelectionResult(BaseModel):
     * `rendering`: for pool and target, in how many samples the rendered text is not what the messages say, by the code of a note
     * `nonfinite`: for pool and target, how many samples have no finite loss, gradient or embedding, and the first hundred ids
     * `pool`, `target`: samples, tokens, how many were truncated
+    * `conversations`: how many of the selected are messages and no plain text; `chat_template`: what they were rendered with
     * `dtype`, `device`, `stages`: how, where and for how long it was computed
     """
 
@@ -52,6 +74,10 @@ class SelectionResult(BaseModel):
     created_at: datetime
     sample_count: int = Field(description="Number of samples in the pool, each with a weight", examples=[600])
     selected_count: int = Field(description="Number of selected samples", examples=[60])
+    verdict: list[Finding] = Field(
+        default=[],
+        description="What to know before training on the selection, the worst first; empty in results of earlier versions",
+    )
     costs: ComparedCosts | None = Field(
         default=None,
         description="What the job has cost beside other ways to choose, from its own counts of samples and tokens; null: the"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -305,6 +306,22 @@ class TestCommand:
         printed = json.loads(capsys.readouterr().out)
         assert printed["budget"] == 6
         assert -1 <= printed["fidelity"]["mean_spearman"] <= 1
+        assert {each["about"] for each in printed["verdict"]} >= {"choice", "fidelity", "step", "rows", "repeats"}
+
+    def test_a_pool_that_holds_the_target_three_times_is_told_apart(
+        self, select: Callable[..., None], target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [
+            {**row, "id": f"{row['id']}-{copy}"} for copy in range(3) for row in target_rows(TARGET, "python_function")
+        ]
+        pool = write_jsonl(tmp_path / "pool.jsonl", [*rows, *pool_rows(POOL)])
+        select(tmp_path / "out.jsonl", "--json", pool=str(pool))
+        printed = json.loads(capsys.readouterr().out)
+        repeats = {name: found["count"] for name, found in printed["repeats"].items()}
+        assert repeats["overlap"] == 6 > repeats["duplicates"] >= 2
+        assert (printed["verdict"][0]["about"], printed["verdict"][0]["level"]) == ("repeats", "bad")
+        select(tmp_path / "out.jsonl", pool=str(pool))
+        assert re.search(r"^bad +repeats ", capsys.readouterr().out, re.MULTILINE)
 
     @pytest.mark.parametrize(
         ("replaced", "more", "message"),

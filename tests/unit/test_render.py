@@ -114,6 +114,23 @@ def test_targets_that_do_not_count_are_not_ranked() -> None:
     assert [line[0] for line in lines if line[0].startswith("dev-")] == ["dev-1"]
 
 
+def test_the_verdict_is_a_line_a_finding_with_what_to_do() -> None:
+    found = [
+        {
+            "about": "repeats",
+            "level": "bad",
+            "figure": 0.5,
+            "meaning": "Half of [them] repeat.",
+            "advice": "Take them out.",
+        },
+        {"about": "rows", "level": "ok", "figure": 0.0, "meaning": "All took part.", "advice": None},
+    ]
+    written = io.StringIO()
+    render.verdict(Console(file=written, width=140), found)
+    lines = [line.strip().split(None, 2) for line in written.getvalue().splitlines()]
+    assert lines == [["bad", "repeats", "Half of [them] repeat. Take them out."], ["ok", "rows", "All took part."]]
+
+
 def test_the_results_list_what_was_left_out() -> None:
     first = [{"index": i, "id": f"row-[{i}]", "reason": "no_reply", "detail": "nothing"} for i in range(12)]
     none = {"count": 0, "by_reason": {}, "first": []}

@@ -81,6 +81,16 @@ class TestJob:
         assert len(exact) == LANDMARKS + summary["refined_count"]
         assert exact >= {row["index"] for row in world.selected(job_id)}
 
+    def test_the_verdict_judges_what_the_job_found(self, world: World, job_id: str) -> None:
+        summary = world.get(f"{job_id}/results")
+        found = {each["about"]: each for each in summary["verdict"]}
+        assert found.keys() == {"choice", "fidelity", "step", "rows", "repeats", "sources"}
+        assert found["choice"]["figure"] == summary["refinement"]["promise"]
+        assert found["fidelity"]["figure"] == summary["fidelity"]["mean_spearman"]
+        assert found["repeats"]["figure"] == max(each["count"] for each in summary["repeats"].values()) / BUDGET
+        assert found["rows"]["level"] == "ok"
+        assert summary["conversations"] == BUDGET
+
     def test_the_summary_says_how_far_to_trust_it(self, world: World, job_id: str) -> None:
         summary = world.get(f"{job_id}/results")
         assert -1 <= summary["fidelity"]["mean_spearman"] <= 1
