@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI
 from service.audit.router import router as audit
 from service.auth.authentication import admit, admitted
 from service.auth.callers import Callers
-from service.auth.rate_limit import RateLimiter
+from service.auth.rate_limit import Rates
 from service.background.dispatcher import Dispatcher
 from service.background.job_starter import JobStarter
 from service.background.sweeper import Sweeper
@@ -38,6 +38,7 @@ from service.keys.router import router as keys
 from service.models.router import router as models
 from service.observability import logs
 from service.observability.traces import Traces
+from service.peers import Peers
 from service.previews.router import router as previews
 from service.results.export import bound_memory
 from service.results.router import router as results
@@ -90,8 +91,10 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
             loop.start()
         app.state.notifications.release_on_signals()
         await app.state.reader.open()
+        await peers.open()
         gc.freeze()  # what was imported stays: collections need not go through it again and again
         yield
+        await peers.close()
         await app.state.reader.close()
         for loop in reversed(loops):
             loop.stop()
@@ -100,7 +103,8 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         traces.close()
 
     engine = make_engine(settings.database)
-    shares = Shares(settings.shares, connections=2 * settings.database.pool_size)
+    peers = Peers(settings.broker.url)
+    shares = Shares(settings.shares, connections=2 * settings.database.pool_size, peers=peers)
     metrics, traces = exposition.ApiMetrics(settings, shares), Traces(settings.telemetry, "winnow-api")
     app = FastAPI(
         title="Winnow",
@@ -110,6 +114,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
         docs_url=None,  # FastAPI's own loads its scripts from elsewhere
         redoc_url=None,
     )
+    peers.on_alone = metrics.shares.counting_alone.set
     app.state.settings = settings
     app.state.engine = engine
     app.state.sessions = make_sessions(engine)
@@ -120,7 +125,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.state.outbound = Outbound(settings.webhooks)
     app.state.notifications = JobNotifications(settings.database)
     app.state.metrics = metrics
-    app.state.rate = RateLimiter()
+    app.state.rate = Rates(peers)
     app.state.shares, app.state.callers = shares, Callers()
     body = settings.requests
     budget = BodyBudget(body.max_body_bytes, body.grace_seconds, body.bytes_per_second)

@@ -168,7 +168,7 @@ class UploadSettings(_Group):
 class LimitSettings(_Group):
     """What one API key may use, unless the key has its own limits. 0: no limit."""
 
-    requests_per_minute: int = Field(default=3_000, ge=0, description="In each API process")
+    requests_per_minute: int = Field(default=3_000, ge=0)
     concurrent_jobs: int = Field(default=100, ge=0, description="Jobs that have not ended")
     stored_bytes: int = Field(
         default=100 * 2**30, ge=0, description="Total size of the rows of its datasets, and of its uploads in parts"
@@ -178,7 +178,7 @@ class LimitSettings(_Group):
 
 
 class ShareSettings(_Group):
-    """What requests in progress may hold at a time in each API process; who finds nothing free is told when to retry."""
+    """What requests in progress may hold at a time; who finds nothing free is told when to retry."""
 
     tenant_fraction: float = Field(
         default=0.5, gt=0, le=1, description="Of each, and of the database connections, for one tenant"
@@ -190,7 +190,9 @@ class ShareSettings(_Group):
         default=64, ge=1, description="Uploads that are received or converted, each with its file in TMPDIR"
     )
     readers: int = Field(
-        default=4, ge=1, description="Uploads that are converted; the others wait, and no tenant behind another"
+        default=4,
+        ge=1,
+        description="Uploads that are converted in each API process; the others wait, and no tenant behind another",
     )
 
 

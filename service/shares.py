@@ -1,17 +1,18 @@
 """What the requests in progress may hold of each scarce thing: so much in all, and a part of that for one tenant.
 
-Every process of the API has shares of its own. A tenant that has used up its part is refused or waits behind itself; what is left
-is for the others.
+A tenant that has used up its part is refused or waits behind itself; what is left is for the others. What is refused at once is
+counted over all processes of the API (`peers`), what is waited for in each.
 """
 
 import asyncio
 import resource
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Lock
 
+from service.peers import Alone, Peers
 from service.settings import ShareSettings
 
 
@@ -63,8 +64,11 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 class Share:
     """One scarce thing, of which there are `total`, at most `each` for one tenant. Safe to use from any thread and event loop."""
 
-    def __init__(self, name: str, total: int, tenant_fraction: float) -> None:
-        self.name, self.total = name, total
+    def __init__(self, name: str, total: int, tenant_fraction: float, peers: Peers | None = None) -> None:
+        """`peers`: there are so many for all processes, as far as `taken` is concerned."""
+        self.name, self.total, self.peers = name, total, peers
+        if peers is not None:
+            peers.tell(name, self.by_tenant)
         self.on_change: Callable[[int], object] = int  # told how many are held, whenever that changes
         self.each = max(1, int(total * tenant_fraction))
         self._lock = Lock()
@@ -80,7 +84,7 @@ class Share:
         """
         with self._lock:
             if not self._is_free(tenant):
-                raise self._used_up(tenant)
+                raise self._used_up(of_tenant=self._has_its_part(tenant))
             self._hold(tenant)
 
     async def wait(self, tenant: str, seconds: float | None = None, *, is_next: bool = False) -> None:
@@ -105,7 +109,7 @@ class Share:
         except BaseException as error:
             self._leave(tenant, turn)
             if isinstance(error, TimeoutError):
-                raise self._used_up(tenant) from None
+                raise self._used_up(of_tenant=self._has_its_part(tenant)) from None
             raise
 
     def give_back(self, tenant: str) -> None:
@@ -117,18 +121,31 @@ class Share:
                 del self._held[tenant]
             self._pass_on()
 
-    @contextmanager
-    def taken(self, tenant: str) -> Iterator[None]:
-        """Holds one.
+    @asynccontextmanager
+    async def taken(self, tenant: str) -> AsyncIterator[None]:
+        """Holds one; of a share of all processes, as far as the others can be asked.
 
         Raises:
             UsedUp: none is free for this tenant.
         """
         self.take(tenant)
         try:
+            if self.peers is not None:
+                await self._agree(self.peers, tenant)
             yield
         finally:
             self.give_back(tenant)
+            if self.peers is not None:
+                self.peers.gave_back()
+
+    async def _agree(self, peers: Peers, tenant: str) -> None:
+        with suppress(Alone):
+            if whose := await peers.take(self.name, tenant, self.total, self.each):
+                raise self._used_up(of_tenant=whose == "tenant")
+
+    def by_tenant(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._held)
 
     @asynccontextmanager
     async def waited_for(self, tenant: str) -> AsyncIterator[None]:
@@ -140,15 +157,17 @@ class Share:
             self.give_back(tenant)
 
     def _is_free(self, tenant: str) -> bool:
-        return self.held < self.total and self._held[tenant] < self.each
+        return self.held < self.total and not self._has_its_part(tenant)
+
+    def _has_its_part(self, tenant: str) -> bool:
+        return self._held[tenant] >= self.each
 
     def _hold(self, tenant: str) -> None:
         self.held += 1
         self.on_change(self.held)
         self._held[tenant] += 1
 
-    def _used_up(self, tenant: str) -> UsedUp:
-        of_tenant = self._held[tenant] >= self.each
+    def _used_up(self, *, of_tenant: bool) -> UsedUp:
         return UsedUp(self.name, self.each if of_tenant else self.total, of_tenant=of_tenant)
 
     def _pass_on(self) -> None:
@@ -184,14 +203,14 @@ READS = 4
 class Shares:
     """All of them. One waits for a connection, a read, a reader or an encoder, soon free; the others are refused at once."""
 
-    def __init__(self, settings: ShareSettings, connections: int) -> None:
-        def share(name: str, total: int) -> Share:
-            return Share(name, total, settings.tenant_fraction)
+    def __init__(self, settings: ShareSettings, connections: int, peers: Peers | None = None) -> None:
+        def share(name: str, total: int, peers: Peers | None = None) -> Share:
+            return Share(name, total, settings.tenant_fraction, peers)
 
-        self.streams = share("streams", settings.streams)
-        self.waiters = share("waiters", settings.waiters)
-        self.downloads = share("downloads", settings.downloads)
-        self.uploads = share("uploads", settings.uploads)
+        self.streams = share("streams", settings.streams, peers)
+        self.waiters = share("waiters", settings.waiters, peers)
+        self.downloads = share("downloads", settings.downloads, peers)
+        self.uploads = share("uploads", settings.uploads, peers)
         self.readers = share("readers", settings.readers)
         self.connections = share("connections", connections)
         self.reads = share("reads", READS)

@@ -144,7 +144,7 @@ async def _admit(
     principal = await with_session(identify)
     request.state.tenant_id = principal.tenant_id
     request.app.state.callers.remember(request, principal.tenant_id)
-    request.app.state.rate.hit(principal.key_id, limits_of(principal, settings.limits).requests_per_minute)
+    await request.app.state.rate.hit(principal.key_id, limits_of(principal, settings.limits).requests_per_minute)
     request.state.principal = principal
     return principal
 
@@ -167,7 +167,7 @@ class Asked:
         return cls(key, parts[1], request.app.state.callers.tenant_of(request))
 
 
-def admit_at_once(request: Request, asked: Asked, row: Any, scope: Scope) -> bool:
+async def admit_at_once(request: Request, asked: Asked, row: Any, scope: Scope) -> bool:
     """Admits a request for which everything else was found, by a row of `repository.LIVE_KEY`; False: the usual way must look at
     it, since it is to be refused, or the key's use to be recorded."""
     state = request.app.state
@@ -177,7 +177,7 @@ def admit_at_once(request: Request, asked: Asked, row: Any, scope: Scope) -> boo
         return False
     limits = limits_of(row, settings.limits)
     try:
-        state.rate.hit(row.key_id, limits.requests_per_minute)
+        await state.rate.hit(row.key_id, limits.requests_per_minute)
     except TooManyRequests:
         return False
     request.state.tenant_id = row.tenant_id

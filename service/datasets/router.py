@@ -160,20 +160,22 @@ async def upload(
         if has_body(request):
             raise BadRequest("upload: send either a body or the id of an upload, not both.", param="upload")
         await release_connection(session)
-        with shares.uploads.taken(tenant):
-            async with shares.readers.waited_for(tenant):
-                named = partial(converted, name=name)
-                return await run_sync(
-                    _keep_parts, request, upload_id, principal, idempotency_key, name, named, limiter=apart
-                )
+        async with shares.uploads.taken(tenant), shares.readers.waited_for(tenant):
+            named = partial(converted, name=name)
+            return await run_sync(
+                _keep_parts, request, upload_id, principal, idempotency_key, name, named, limiter=apart
+            )
     await run_in_threadpool(_check_room, session, principal, settings.limits, idempotency_key)
     # An upload may last for hours, and its conversion for minutes: no connection and no transaction is kept meanwhile.
     await release_connection(session)
     set_budget(request, BodyBudget(None, uploads.idle_seconds, settings.requests.bytes_per_second))
-    with shares.uploads.taken(tenant):
-        async with received(request, uploads) as (file, file_name), shares.readers.waited_for(tenant):
-            named = partial(converted, file, name=file_name if "." in file_name else name)
-            return await run_sync(_keep_body, request, file, principal, idempotency_key, name, named, limiter=apart)
+    async with (
+        shares.uploads.taken(tenant),
+        received(request, uploads) as (file, file_name),
+        shares.readers.waited_for(tenant),
+    ):
+        named = partial(converted, file, name=file_name if "." in file_name else name)
+        return await run_sync(_keep_body, request, file, principal, idempotency_key, name, named, limiter=apart)
 
 
 async def _import(request: Request, principal: Principal, session: Session, idempotency_key: str | None) -> Response:

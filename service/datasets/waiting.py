@@ -29,11 +29,13 @@ async def until_imported(request: Request, principal: Principal, dataset_id: str
             require_live(session, principal)
             return imports.describe(session, [service.find(session, principal.tenant_id, dataset_id)])[0]
 
-    with state.shares.waiters.taken(principal.tenant_id):
-        async with state.notifications.waiting(dataset_id, request) as waiter:
-            while True:
-                dataset = await run_with_connection(request, describe)
-                left = deadline - loop.time()
-                if dataset.status != "importing" or waiter.gone or left <= 0:
-                    return dataset
-                await waiter.wait(left)
+    async with (
+        state.shares.waiters.taken(principal.tenant_id),
+        state.notifications.waiting(dataset_id, request) as waiter,
+    ):
+        while True:
+            dataset = await run_with_connection(request, describe)
+            left = deadline - loop.time()
+            if dataset.status != "importing" or waiter.gone or left <= 0:
+                return dataset
+            await waiter.wait(left)

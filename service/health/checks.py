@@ -203,7 +203,7 @@ def _broker(system: System) -> Outcome:
             messages = int(client.llen(QUEUE))
         except redis.AuthenticationError as error:
             detail = f"it rejects the password ({error})"
-            return "FAIL", detail, "correct WINNOW_BROKER__URL or WINNOW_BROKER__PASSWORD"
+            return "FAIL", detail, f"correct WINNOW_BROKER__URL or WINNOW_BROKER__PASSWORD; {_COUNTED_ALONE}"
     return "ok", "answers", "", {"broker_messages": messages}
 
 
@@ -361,6 +361,7 @@ _REPAIR = (
     "test the store's disk and this host's memory; artifacts are made again by the next job that needs them, datasets"
     " (datasets/...) have to be uploaded again"
 )
+_COUNTED_ALONE = "until then each API process counts rates and shares for itself"
 _CORRECT_FOLDER = "correct WINNOW_MODELS__FOLDER or its permissions"
 _SEE_LOG = "check the server's log"
 CHECKS = (
@@ -368,7 +369,7 @@ CHECKS = (
     Check("migrations", _migrations, _SEE_LOG, ("database",)),
     Check("leader", _leader, _SEE_LOG, ("database",)),
     Check("workers", _workers, _SEE_LOG, ("database", "migrations")),
-    Check("broker", _broker, "start it, or correct WINNOW_BROKER__URL"),
+    Check("broker", _broker, f"start it, or correct WINNOW_BROKER__URL; {_COUNTED_ALONE}"),
     Check("queue", _queue, _SEE_LOG, ("broker", "database", "migrations")),
     Check("store", _store, "correct WINNOW_ARTIFACTS__URL or its permissions, or free space"),
     Check("artifacts", _artifacts, "correct WINNOW_ARTIFACTS__URL or its permissions", ("store",)),

@@ -134,9 +134,9 @@ class ApiMetrics:
         folder = processes.shared_folder()
         self.registry = CollectorRegistry()
         own = self.registry if folder is None else CollectorRegistry()
-        held = ShareMetrics(own).held
+        self.shares = ShareMetrics(own)
         for share in shares:
-            share.on_change = held.labels(share.name).set
+            share.on_change = self.shares.held.labels(share.name).set
             share.on_change(share.held)
         self.http = HttpMetrics(own)
         self.dispatch = DispatchMetrics(own)

@@ -35,7 +35,7 @@ class Download(StreamingResponse):
         super().__init__((), media_type=media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._shares.downloads.taken(self._tenant_id):
+        async with self._shares.downloads.taken(self._tenant_id):
             try:
                 # A failure before the first bytes still gets its own status, since none has been sent.
                 first = await self._next()

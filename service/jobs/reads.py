@@ -139,7 +139,7 @@ async def _found(request: Request, statement: str, values: Mapping[str, Any]) ->
         rows = await request.app.state.reader.rows(asked.tenant, statement, {"prefix": asked.prefix, **values})
     except Away:
         return None
-    return list(rows) if rows and authentication.admit_at_once(request, asked, rows[0], Scope.READ) else None
+    return list(rows) if rows and await authentication.admit_at_once(request, asked, rows[0], Scope.READ) else None
 
 
 def _described(row: Any) -> SelectionJobOut:

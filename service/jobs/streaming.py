@@ -61,10 +61,12 @@ async def until_ended(request: Request, principal: Principal, job_id: str, secon
             require_live(session, principal)
             return service.describe(session, [ledger.require_job(session, principal.tenant_id, job_id)])[0]
 
-    with request.app.state.shares.waiters.taken(principal.tenant_id):
-        async with notifications.waiting(job_id, request) as waiter:
-            while not await has_ended() and not waiter.gone and (left := deadline - loop.time()) > 0:
-                await waiter.wait(left)
+    async with (
+        request.app.state.shares.waiters.taken(principal.tenant_id),
+        notifications.waiting(job_id, request) as waiter,
+    ):
+        while not await has_ended() and not waiter.gone and (left := deadline - loop.time()) > 0:
+            await waiter.wait(left)
     return await run_with_connection(request, describe)
 
 
@@ -80,7 +82,7 @@ class EventStream(StreamingResponse):
         self._request, self._principal, self._job_id, self._after = request, principal, job_id, after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._request.app.state.shares.streams.taken(self._principal.tenant_id):
+        async with self._request.app.state.shares.streams.taken(self._principal.tenant_id):
             await super().__call__(scope, receive, send)
 
     async def _stream(self) -> AsyncIterator[bytes]:

@@ -38,6 +38,12 @@ class ShareMetrics:
             registry=registry,
             multiprocess_mode=_SUMMED,
         )
+        self.counting_alone = Gauge(
+            "winnow_counting_alone",
+            "Processes that count rates and shares for themselves, since they do not reach the broker",
+            registry=registry,
+            multiprocess_mode=_SUMMED,
+        )
 
 
 class DispatchMetrics:

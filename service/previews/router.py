@@ -87,14 +87,16 @@ async def list_rows(
     if wait and answer.status_code == status.HTTP_202_ACCEPTED:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait
-        with state.shares.waiters.taken(principal.tenant_id):
-            async with state.notifications.waiting(wanted.subject, request) as waiter:
-                while (
-                    (answer := await run_with_connection(request, look)).status_code == status.HTTP_202_ACCEPTED
-                    and not waiter.gone
-                    and (left := deadline - loop.time()) > 0
-                ):
-                    await waiter.wait(left)
+        async with (
+            state.shares.waiters.taken(principal.tenant_id),
+            state.notifications.waiting(wanted.subject, request) as waiter,
+        ):
+            while (
+                (answer := await run_with_connection(request, look)).status_code == status.HTTP_202_ACCEPTED
+                and not waiter.gone
+                and (left := deadline - loop.time()) > 0
+            ):
+                await waiter.wait(left)
     return answer
 
 

@@ -1,8 +1,8 @@
 """`/v1/usage`: what a key has used of its limits."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from service.auth.authentication import ReadDep
@@ -25,7 +25,7 @@ class Used(BaseModel):
 class Usage(BaseModel):
     object: Literal["usage"] = "usage"
     key_id: str
-    requests_per_minute: Used = Field(description="In the API process that answers")
+    requests_per_minute: Used = Field(description="In the last minute")
     concurrent_jobs: Used = Field(description="Jobs that have not ended")
     stored_bytes: Used = Field(
         description="Total size of the rows of its datasets, of the reports of those left out, and of its uploads in parts"
@@ -34,12 +34,20 @@ class Usage(BaseModel):
     open_uploads: Used = Field(description="Uploads in parts of which no dataset was made yet")
 
 
+async def _requests(request: Request, principal: ReadDep) -> int:
+    limit = limits_of(principal, request.app.state.settings.limits).requests_per_minute
+    used: int = await request.app.state.rate.used(principal.key_id, limit)
+    return used
+
+
 @router.get("/usage", summary="Get your key's usage and limits")
-def get_usage(request: Request, session: SessionDep, principal: ReadDep) -> Usage:
+def get_usage(
+    request: Request, session: SessionDep, principal: ReadDep, requests: Annotated[int, Depends(_requests)]
+) -> Usage:
     settings: ApiSettings = request.app.state.settings
     limits = limits_of(principal, settings.limits)
     used = {
-        "requests_per_minute": request.app.state.rate.used(principal.key_id, limits.requests_per_minute),
+        "requests_per_minute": requests,
         "concurrent_jobs": open_jobs(session, principal.tenant_id, principal.key_id),
         "stored_bytes": stored_bytes(session, principal.key_id),
         "samples_per_day": samples_today(session, principal.key_id),

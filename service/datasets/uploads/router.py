@@ -103,9 +103,8 @@ async def put_part(
     state, size = request.app.state, service.part_size(upload, number)
     limits = state.settings.uploads
     set_budget(request, BodyBudget(size, limits.idle_seconds, state.settings.requests.bytes_per_second))
-    with state.shares.uploads.taken(principal.tenant_id):
-        async with received(request, limits) as (content, _):
-            return await run_in_threadpool(partial(_keep_part, request, principal, upload, number, content))
+    async with state.shares.uploads.taken(principal.tenant_id), received(request, limits) as (content, _):
+        return await run_in_threadpool(partial(_keep_part, request, principal, upload, number, content))
 
 
 def _keep_part(request: Request, principal: Principal, upload: Upload, number: int, content: IO[bytes]) -> UploadOut:

@@ -10,6 +10,7 @@ from typing import IO, Any
 import httpx
 import pytest
 from support.jobs import add_job, move, write_pool
+from support.shares import holding
 from support.waiting import until
 from support.world import DATASETS, JOBS, World, make_settings, register_model, serving
 
@@ -125,7 +126,7 @@ def test_where_all_is_used_the_service_is_busy_for_everybody(world: World, other
     with ExitStack() as held:
         for tenant in ("first", "second"):
             for _ in range(streams.each):
-                held.enter_context(streams.taken(tenant))
+                held.enter_context(holding(streams, tenant))
         answer = other.get(f"{JOBS}/{job}/events", headers=STREAM)
     assert (answer.status_code, answer.json()["code"]) == (503, "too_many_streams")
     assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("5", "true")

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from sqlalchemy import select
 from support.api_processes import ApiProcesses
 from support.jobs import add_job, write_pool
 from support.metrics_world import samples, value
@@ -18,7 +19,9 @@ from support.servers import Servers, free_port
 from support.waiting import until
 from support.world import JOBS, SECRET, own_settings, register_model
 
+from service.auth.tables import ApiKey
 from service.db.engine import make_engine, make_sessions
+from service.ids import new_id
 from service.keys.service import create_key
 from service.ledger.state import JobStatus
 from service.settings import ApiSettings
@@ -34,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(servers: Servers, folder: Path) -> Iterator[ApiSettings]:
-    with own_settings(servers, folder, ledger={"sweep_seconds": 0.2}) as settings:
+    few = {"streams": 4, "tenant_fraction": 0.5}
+    with own_settings(servers, folder, ledger={"sweep_seconds": 0.2}, shares=few) as settings:
         register_model(settings)
         yield settings
 
@@ -54,8 +58,13 @@ def sessions(settings: ApiSettings) -> Iterator[Any]:
 
 def new_key(sessions: Any) -> str:
     with sessions.begin() as session:
-        key: str = create_key(session, tenant_name="t", key_name="k", secret_key=SECRET)
+        key: str = create_key(session, tenant_name=new_id("tenant"), key_name="k", secret_key=SECRET)
     return key
+
+
+def running_job(sessions: Any, settings: ApiSettings, folder: Path, key: str) -> str:
+    content = write_pool(ArtifactStore(settings.artifacts.url), folder / new_id("pool"), [("a", None, {"text": "x"})])
+    return add_job(sessions, key, content, JobStatus.RUNNING)
 
 
 @pytest.fixture
@@ -89,12 +98,76 @@ def test_metrics_are_sums_whichever_process_is_asked(two: ApiProcesses, clients:
     assert found["process_resident_memory_bytes", frozenset()] == pytest.approx(memory, rel=0.2)
 
 
+def limit(sessions: Any, key: str, per_minute: int) -> None:
+    with sessions.begin() as session:
+        row = session.scalars(select(ApiKey).where(ApiKey.prefix == key[4:16])).one()
+        row.limits = {"requests_per_minute": per_minute}
+
+
+@pytest.mark.parametrize("path", [f"{JOBS}/job_{'0' * 32}", JOBS], ids=["by the route", "at once"])
+def test_a_rate_holds_over_both(two: ApiProcesses, sessions: Any, path: str) -> None:
+    key = new_key(sessions)
+    limit(sessions, key, 6)
+    with ExitStack() as opened:
+        clients = [opened.enter_context(two.client(pid, key)) for pid in two.wait_ready()]
+        found = [clients[turn % 2].get(path) for turn in range(10)]
+        assert [answer.status_code == 429 for answer in found] == [False] * 6 + [True] * 4
+        assert {answer.json()["code"] for answer in found[6:]} == {"rate_limited"}
+
+
+def test_open_streams_are_counted_over_both(
+    two: ApiProcesses, sessions: Any, settings: ApiSettings, folder: Path
+) -> None:
+    key = new_key(sessions)
+    job = running_job(sessions, settings, folder, key)
+    with ExitStack() as opened:
+        clients = [opened.enter_context(two.client(pid, key)) for pid in two.wait_ready() for _ in range(3)]
+        for client in (clients[0], clients[3]):  # one at each process: of four a tenant may have two
+            stream = opened.enter_context(client.stream("GET", f"{JOBS}/{job}/events", headers=STREAM))
+            assert stream.status_code == 200
+        for client in (clients[1], clients[4]):
+            answer = client.get(f"{JOBS}/{job}/events", headers=STREAM)
+            assert (answer.status_code, answer.json()["code"]) == (429, "share_used_up")
+        clients[0].close()
+
+        def has_room() -> bool:
+            with clients[4].stream("GET", f"{JOBS}/{job}/events", headers=STREAM) as stream:
+                return stream.status_code == 200
+
+        until("what one process gives back the other may have", has_room)
+
+
+def test_without_the_broker_each_counts_for_itself_and_says_so(
+    two: ApiProcesses, sessions: Any, settings: ApiSettings, folder: Path, servers: Servers
+) -> None:
+    key = new_key(sessions)
+    limit(sessions, key, 6)
+    with ExitStack() as opened:
+        clients = [opened.enter_context(two.client(pid, key)) for pid in two.wait_ready()]
+        with servers.broker.away():
+            until("both have noticed", lambda: value(metrics(clients[0]), "counting_alone") == 2)
+            for client in clients:
+                assert [client.get(JOBS).status_code for _ in range(8)] == [200] * 6 + [429] * 2
+            other = new_key(sessions)
+            job = running_job(sessions, settings, folder, other)
+            with (
+                two.client(two.pids[0], other) as client,
+                client.stream("GET", f"{JOBS}/{job}/events", headers=STREAM) as stream,
+            ):
+                assert stream.status_code == 200
+        until("it counts with the other again", lambda: value(metrics(clients[0]), "counting_alone") == 0)
+        fresh = new_key(sessions)
+        limit(sessions, fresh, 2)
+        headers = {"Authorization": f"Bearer {fresh}"}
+        found = [clients[turn % 2].get(JOBS, headers=headers).status_code for turn in range(4)]
+        assert found == [200, 200, 429, 429]
+
+
 def test_a_process_that_is_killed_is_replaced_and_what_it_held_is_not_counted(
     two: ApiProcesses, sessions: Any, settings: ApiSettings, folder: Path
 ) -> None:
     key = new_key(sessions)
-    content = write_pool(ArtifactStore(settings.artifacts.url), folder / "pool", [("a", None, {"text": "x"})])
-    job = add_job(sessions, key, content, JobStatus.RUNNING)
+    job = running_job(sessions, settings, folder, key)
     doomed, other = two.wait_ready()
     with two.client(other, key) as client:
         with (

@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, event, text
 from support.servers import Servers
+from support.shares import holding
 from support.world import World, own_settings
 
 from service.ids import new_id
@@ -115,7 +116,7 @@ def test_where_no_connection_becomes_free_the_service_is_busy(
     client, _ = served
     monkeypatch.setattr("service.db.engine._CONNECTION_WAIT_SECONDS", 0.1)
     connections = client.app.state.shares.connections
-    with connections.taken("one"), connections.taken("another"):
+    with holding(connections, "one"), holding(connections, "another"):
         busy(client)
     assert client.get(JOBS).status_code == 200
 

@@ -14,9 +14,10 @@ from support.world import World, serving
 
 from service import ledger
 from service.app import create_app
-from service.auth.rate_limit import RateLimiter
+from service.auth.rate_limit import Rates
 from service.db.engine import make_engine, make_sessions
 from service.db.reader import Reader
+from service.peers import Peers
 from service.settings import DatabaseSettings
 from service.shares import Share
 
@@ -214,7 +215,7 @@ def test_the_rate_counts_each_answer_once_and_its_end_is_left_to_the_route(
             text("""UPDATE api_keys SET limits = '{"requests_per_minute": 3}' WHERE prefix = :prefix"""),
             {"prefix": api.key[4:16]},
         )
-    monkeypatch.setattr(quick.app.state, "rate", RateLimiter())
+    monkeypatch.setattr(quick.app.state, "rate", Rates(Peers("redis://127.0.0.1:1/0")))
     assert [quick.get(path).status_code for _ in range(5)] == [200, 200, 200, 503, 503]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from support.results import N, Published
+from support.shares import holding
 
 from service.results import repository
 from winnow.client import Winnow
@@ -78,7 +79,7 @@ def test_results_are_sent_to_so_many_at_a_time(world: Published) -> None:
     with ExitStack() as held:
         for tenant in ("first", "second"):
             for _ in range(downloads.each):
-                held.enter_context(downloads.taken(tenant))
+                held.enter_context(holding(downloads, tenant))
         refused = fetch(world, "export?format=csv")
     assert (refused.status_code, refused.json()["code"]) == (503, "too_many_downloads")
     assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("5", "true")
