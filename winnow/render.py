@@ -154,9 +154,24 @@ def plan(console: Console, planned: Json) -> None:
     console.print(table)
     cap = planned.get("refine_cap")
     capped = cap and f"At most {cap['samples']:,} samples are refined, {cap['times_budget']:.2g} times the budget."
-    for sentence in (capped, *planned["warnings"], planned["note"], *costs(planned.get("costs"))):
+    for sentence in (
+        capped,
+        _candidates(planned.get("candidates")),
+        *planned["warnings"],
+        planned["note"],
+        *costs(planned.get("costs")),
+    ):
         if sentence is not None:
             console.print(sentence, markup=False)
+
+
+def _candidates(found: Json | None) -> str | None:
+    if found is None:
+        return None
+    kinds = ", ".join(found["kinds"])
+    if "output" in found["kinds"] or found["output_from"] is None:
+        return f"Embeddings that are compared: {kinds}."
+    return f"Embeddings that are compared: {kinds}; with a refine.max_cost of {found['output_from']:g} or more, output too."
 
 
 _WAYS = {

@@ -168,6 +168,16 @@ class PlanTotals(BaseModel):
     memory_bytes: int | None
 
 
+class Candidates(BaseModel):
+    """The embeddings that `auto` compares on the landmarks."""
+
+    kinds: list[str] = Field(examples=[["text", "text_hidden", "hidden"]])
+    output_from: float | None = Field(
+        description="The least `refine.max_cost` with which `output` is one of them: it then leaves twice the budget to refine,"
+        " or the rest of the pool. null: `output` is none, since `refine` has no cap or the model's shape is unknown"
+    )
+
+
 class SelectionPlan(BaseModel):
     """What a job would do and what it would cost."""
 
@@ -187,6 +197,7 @@ class SelectionPlan(BaseModel):
         description="How many samples may be refined: what `refine.max_cost` allows, but no fewer than twice the budget. null:"
         " the job refines as many as it says, or approximates nothing",
     )
+    candidates: Candidates | None = Field(default=None, description="null: `embedding.kind` is not `auto`, or not used")
     note: str | None = Field(description="Set if the exact method would cost less than twice this job")
     warnings: list[str] = Field(description="What was lowered, what does not fit, and why figures are missing")
     tokens: dict[str, int] = Field(examples=[{"pool": 532377, "target": 9120}])

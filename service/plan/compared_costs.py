@@ -2,9 +2,9 @@
 
 The formula (arXiv 2505.19051) counts all d weights of the model for each of the pool's T tokens: a forward pass is 2 d T, which
 is `rds_plus`; gradients are three of them, so `exact_influence` is 6 d T, and l landmarks with r refined of n samples are
-6 d T (l + r) / n; an embedding by the first b of B blocks is 2 d T b / B, its JVP twice that, `text` nothing. Targets,
-candidates, projection, attention, output head, regression and choice are left out. Ours counts the products that run
-(`operations.py`), of all that the job does for its choice. In both the warm-up is apart, and the validation is left out.
+6 d T (l + r) / n; an embedding by the first b of B blocks is 2 d T b / B, its JVP twice that, `output` and `rds` 2 d T, `text`
+nothing. Targets, candidates, projection, attention, output head, regression and choice are left out. Ours counts the products
+that run (`operations.py`), of all that the job does for its choice. In both the warm-up is apart, and the validation is left out.
 """
 
 import math
@@ -133,7 +133,7 @@ def _forwards(shape: Shape, options: Mapping[str, Any]) -> float:
     """How many forward passes through the whole model an embedding is in the paper's formula."""
     kind: str = options["kind"]
     part: float = min(options["blocks"] / shape.blocks, 1.0)
-    return {"text": 0.0, "rds": 1.0, "jvp": 2 * part}.get(kind, part)
+    return {"text": 0.0, "rds": 1.0, "output": 1.0, "jvp": 2 * part}.get(kind, part)
 
 
 def _warmup(shape: Shape, parameters: Parameters, counts: JobCounts, dtype: str, rates: Rates) -> Cost:

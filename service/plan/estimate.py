@@ -3,9 +3,11 @@
 `plan` is called when a job is posted, with counts estimated from the datasets' bytes, and once more after tokenisation.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from service.plan import passes
 from service.plan.compared_costs import ComparedCosts, compared
 from service.plan.job_counts import JobCounts
 from service.plan.landmark_count import landmark_count
@@ -61,6 +63,7 @@ def plan(
         "totals": totals,
         "costs": None if costs is None else costs.model_dump(),
         "refine_cap": None if cap is None else cap.as_dict(),
+        "candidates": _candidates(shape, parameters, counts),
         "note": None if costs is None or _caps(parameters, counts) else _note(parameters, totals["operations"], costs),
         "warnings": [
             *warnings,
@@ -71,6 +74,17 @@ def plan(
         "tokens": {"pool": round(counts.pool.tokens), "target": round(counts.target.tokens)},
         "estimated": counts.estimated,
         "device": rates.device,
+    }
+
+
+def _candidates(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> dict[str, Any] | None:
+    """What `auto` compares, and the cap from which on `output` is one of it; None where nothing is compared."""
+    if parameters["embedding"]["kind"] != "auto" or _caps(parameters, counts):
+        return None
+    output_from = passes.output_from(shape, parameters, counts)
+    return {
+        "kinds": list(passes.offered_kinds(shape, parameters, counts)),
+        "output_from": None if output_from is None else math.ceil(1000 * output_from) / 1000,
     }
 
 

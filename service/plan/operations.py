@@ -219,13 +219,16 @@ def curvature(shape: Shape, targets: TokenCounts, *, kind: str, modules: str) ->
 
 
 def embedding(shape: Shape, counts: TokenCounts, options: Mapping[str, Any]) -> float:
-    """Of one pass of the first blocks, and two for each tangent of `jvp`; all blocks for `rds`; none for `text`.
+    """Of one pass of the first blocks, and two for each tangent of `jvp`; all blocks for `rds` and `output`; none for `text`.
 
-    What is positionwise in the last block is counted at pooled positions only; what `text` adds up is no product.
+    What is positionwise in the last block is counted at pooled positions only; what `text` adds up is no product. `output` goes
+    through the head and back, and forms a matrix of the hidden size for each sample.
     """
     kind = options["kind"]
     if kind == "text":
         return 0.0
+    if kind == "output":
+        return forward(shape, counts) + 2 * counts.predicted * (shape.head_weights + _outer_weights(shape.hidden))
     blocks = shape.blocks if kind == "rds" else min(options["blocks"], shape.blocks)
     passes = 1 + 2 * options["tangents"] if kind == "jvp" else 1
     pooled = counts.tokens
@@ -236,9 +239,17 @@ def embedding(shape: Shape, counts: TokenCounts, options: Mapping[str, Any]) -> 
     return passes * (linear + 2 * counts.squares * shape.attention_width * blocks)
 
 
+def _outer_weights(hidden: int) -> int:
+    """Of the outer product of two hidden states, of which the second is projected first where the result is."""
+    q = INPUT_DIRECTIONS if hidden**2 > MAX_EMBEDDING and hidden > INPUT_DIRECTIONS else hidden
+    return hidden * q * (2 if q < hidden else 1)
+
+
 def embedding_width(shape: Shape, options: Mapping[str, Any]) -> int:
     if options["kind"] in ("text", "text_hidden"):
         text = 2 * TEXT_DIRECTIONS + TEXT_SCALARS
         return text if options["kind"] == "text" else text + shape.hidden
+    if options["kind"] == "output":
+        return min(shape.hidden**2, MAX_EMBEDDING)
     vectors = int(options["tangents"]) if options["kind"] == "jvp" else 1
     return min(vectors * shape.hidden, MAX_EMBEDDING) if vectors > 1 else shape.hidden

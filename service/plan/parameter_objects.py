@@ -33,16 +33,21 @@ class Landmarks(Strict):
 class Embedding(Strict):
     """The cheap embedding of every sample (docs/method.md, Embeddings)."""
 
-    kind: Literal["text", "auto", "text_hidden", "hidden", "jvp", "rds"] = Field(
+    kind: Literal["text", "auto", "text_hidden", "hidden", "jvp", "rds", "output"] = Field(
         default="text",
         description="`text`: from the tokens, without a pass through the model; `text_hidden`: `text` beside `hidden`;"
-        " `auto`: the cheapest of `text`, `text_hidden` and `hidden` that is close to the best on the landmarks",
+        " `output`: from a pass through the whole model, the gradient of a layer before its output head; `auto`: the cheapest of"
+        " `text`, `text_hidden` and `hidden`, and of `output` where `refine.max_cost` leaves room for it, that is close to the"
+        " best on the landmarks",
     )
     pooling: Literal["last", "response"] = Field(
         default="response", description="Of `hidden` and `jvp`: `last` token, or mean over the `response`"
     )
     blocks: int = Field(
-        default=4, ge=1, le=256, description="Number of leading blocks that are run; not used by `text` and `rds`"
+        default=4,
+        ge=1,
+        le=256,
+        description="Number of leading blocks that are run; not used by `text`, `rds` and `output`",
     )
     tangents: int = Field(default=2, ge=1, le=16, description="Random directions; `jvp` only")
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.plan import operations, passes
+from service.plan import passes
 from service.plan.job_counts import JobCounts
-from service.plan.limits import COMPARED_LANDMARKS, LEAST_REFINE, UNKNOWN_COST_REFINE
+from service.plan.limits import LEAST_REFINE, UNKNOWN_COST_REFINE
 from service.plan.operations import Shape
 from service.plan.passes import Parameters
 
@@ -49,7 +49,9 @@ class RefineCap:
         )
 
 
-def refine_cap(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> RefineCap:
+def refine_cap(
+    shape: Shape | str, parameters: Parameters, counts: JobCounts, embedding: Mapping[str, Any] | None = None
+) -> RefineCap:
     """Of a job of method `influence_distillation` with `refine: {max_cost}`.
 
     Landmark and target gradients, the embeddings of the pool and those of the candidates count against the cap. The warm-up,
@@ -57,6 +59,7 @@ def refine_cap(shape: Shape | str, parameters: Parameters, counts: JobCounts) ->
 
     Args:
         shape: of the model; or why it is unknown, and then there is no cost: `UNKNOWN_COST_REFINE` times the budget.
+        embedding: of the candidates of `auto` the one that was chosen; None: that which costs most.
     """
     landmarks = passes.landmarks_of(parameters, counts)
     available = max(math.floor(counts.selectable - landmarks), 0)
@@ -64,27 +67,16 @@ def refine_cap(shape: Shape | str, parameters: Parameters, counts: JobCounts) ->
         if isinstance(shape, str):
             raise ValueError(shape)
         shape = passes.measured_shape(shape, parameters)
-        each, fixed = _operations(shape, parameters, counts, landmarks)
+        each = passes.gradients(shape, parameters, counts.drawn(1), is_scaled=True)
+        is_auto = parameters["embedding"]["kind"] == "auto"
+        compared = passes.offered_embeddings(shape, parameters, counts) if is_auto else []
+        embedding = embedding or passes.pool_embedding(shape, parameters, counts)
+        fixed = passes.before_refining(shape, parameters, counts, embedding, compared)
         allowed = parameters["refine"]["max_cost"] * passes.rds_plus(shape, parameters, counts)
     except ValueError as error:
         return _cap(_times(UNKNOWN_COST_REFINE, counts.budget), available, counts.budget, unknown=str(error))
     affordable = max(math.floor((allowed - fixed) / each), 0)
     return _cap(affordable, available, counts.budget, allowed=allowed, fixed=fixed, each=each)
-
-
-def _operations(shape: Shape, parameters: Parameters, counts: JobCounts, landmarks: float) -> tuple[float, float]:
-    """Of the gradient of an average usable sample, and of all that is computed before any is refined."""
-    each = passes.gradients(shape, parameters, counts.drawn(1), is_scaled=True)
-    embedded = [(counts.pool, passes.pool_embedding(shape, parameters, counts))]
-    if parameters["embedding"]["kind"] == "auto":
-        compared = counts.drawn(min(landmarks, COMPARED_LANDMARKS))
-        embedded += [(compared, options) for options in passes.offered_embeddings(shape, parameters, counts)]
-    fixed = [
-        landmarks * each,
-        passes.gradients(shape, parameters, counts.target, is_scaled=False),
-        *(operations.embedding(shape, samples, options) for samples, options in embedded),
-    ]
-    return each, math.fsum(fixed)
 
 
 def _cap(
@@ -109,23 +101,20 @@ def _cap(
     )
 
 
-def is_capped(refine: Mapping[str, Any]) -> bool:
-    """Whether `max_cost` bounds what is refined, and a promise may end it."""
-    return refine["size"] == "auto" and refine["share"] is None
-
-
 def cap_of_job(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> RefineCap | None:
     """What `max_cost` allows the job to refine; None where it refines as many as it says, or approximates nothing."""
     is_exact = (
         parameters["method"] != "influence_distillation" or passes.landmarks_of(parameters, counts) >= counts.selectable
     )
-    return None if is_exact or not is_capped(parameters["refine"]) else refine_cap(shape, parameters, counts)
+    return None if is_exact or not passes.is_capped(parameters["refine"]) else refine_cap(shape, parameters, counts)
 
 
-def refined_samples(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> int:
-    """How many samples the job refines at most."""
+def refined_samples(
+    shape: Shape | str, parameters: Parameters, counts: JobCounts, embedding: Mapping[str, Any] | None = None
+) -> int:
+    """How many samples the job refines at most; `embedding` as in `refine_cap`."""
     refine, landmarks = parameters["refine"], passes.landmarks_of(parameters, counts)
-    cap = refine_cap(shape, parameters, counts).samples if is_capped(refine) else 0
+    cap = refine_cap(shape, parameters, counts, embedding).samples if passes.is_capped(refine) else 0
     usable = math.floor(counts.selectable)
     return shortlist_size(refine, budget=counts.budget, usable=usable, landmarks=math.ceil(landmarks), cap=cap)
 

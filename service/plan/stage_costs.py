@@ -28,6 +28,7 @@ from service.plan.waves import rehearse
 
 _PROCESS_BYTES = 600 * 2**20  # of a compute process without a model
 _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
+_HEAD_BYTES = 384 * 2**20  # of pieces: four of logits and what derives from them, and one of gradients
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
 _SOLVER_STEPS = 1000
 _RIDGES = 5  # of which one is chosen where none is given
@@ -160,7 +161,8 @@ class StageCosts:
     def _embed(self, counts: TokenCounts, offered: Sequence[Mapping[str, Any]]) -> StageCost:
         widths = sum(operations.embedding_width(self._shape, options) for options in offered)
         tangents = max(1 + options["tangents"] if options["kind"] == "jvp" else 1 for options in offered)
-        memory = self._memory(tangents * self._forward_activations(), _shard(counts, EMBED_SHARD_TOKENS))
+        head = _HEAD_BYTES if any(options["kind"] == "output" for options in offered) else 0
+        memory = self._memory(tangents * self._forward_activations(), _shard(counts, EMBED_SHARD_TOKENS), head)
         if all(options["kind"] == "text" for options in offered):  # no model
             memory = _PROCESS_BYTES + 8 * self._shape.vocabulary * operations.TEXT_DIRECTIONS
         return StageCost(

@@ -314,19 +314,27 @@ class _Planner:
             "embeddings": self._keys(Stage.EMBED),
             "target_embeddings": self._keys(Stage.EMBED_TARGET),
             "curvature": self._curvature_key(),
+            "most_refined": self._most_refined(),
         }
         names = ("kernel", "selection", "refine", "min_fidelity", "seed", "gradient", "curvature")
         # The parameters apart: a name may be one of the spec's.
         depends_on = {
             **spec,
             "parameters": self._only(*names),
-            "cap": self._prepared.get("refine_cap"),
             "max_centres": MAX_CENTRES,
             **self._data(),
         }
         return [
             self._unit(Stage.PROPAGATE, "influence", ".npy", spec, depends_on, self._prepared["n"], shard=len(rounds))
         ]
+
+    def _most_refined(self) -> int | None:
+        """By what the pool is embedded with; None where nothing is refined."""
+        cap, chosen = self._prepared.get("refine_cap"), self._of(Stage.CHOOSE_EMBEDDING)
+        if cap is None:
+            return None
+        most: int = cap["with"][chosen[0].result["chosen"]["kind"]] if chosen else cap["samples"]
+        return most
 
     def _curvature_key(self) -> str | None:
         keys = self._keys(Stage.CURVATURE)

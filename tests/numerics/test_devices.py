@@ -94,7 +94,7 @@ def test_gradients_scaled_by_an_optimiser(kind, dtype, device):
 
 @dtypes
 @families
-@pytest.mark.parametrize("kind", ["hidden", "jvp", "rds"])
+@pytest.mark.parametrize("kind", ["hidden", "jvp", "rds", "output"])
 def test_embeddings(family, kind, dtype, device):
     (model, reference), samples = pair(family, dtype, device), ragged(*MIXED)
     options = EmbeddingOptions(kind=kind, blocks=2, max_dim=20)
@@ -177,7 +177,7 @@ def repeating(device, monkeypatch):
 def test_embeddings_and_losses_are_the_same_bits_again(dtype, device):
     assert torch.are_deterministic_algorithms_enabled() is (device == "cuda")
     (model, _), samples = pair("llama", dtype, device), ragged(*MIXED * 20)
-    for kind in ("hidden", "jvp", "rds"):
+    for kind in ("hidden", "jvp", "rds", "output"):
         options = EmbeddingOptions(kind=kind, blocks=2)
         assert torch.equal(embed(model, samples, options=options), embed(model, samples, options=options)), kind
     assert torch.equal(sample_losses(model, samples), sample_losses(model, samples))

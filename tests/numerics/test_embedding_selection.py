@@ -21,6 +21,12 @@ def test_candidates_are_the_text_the_state_after_the_first_blocks_and_both():
     assert [(each["blocks"], cost) for each, cost in embedding_candidates(4, 3)] == [(3, 0.0), (3, 1.0), (3, 1.0)]
 
 
+def test_a_pass_through_the_whole_model_is_a_candidate_where_that_is_affordable():
+    *cheap, (output, cost) = embedding_candidates(4, 30, with_output=True)
+    assert cheap == embedding_candidates(4, 30)
+    assert (output["kind"], cost) == ("output", 1.0)
+
+
 def problem(noises, count=80, t=5):
     """Embeddings that carry what influence follows, under more and more noise."""
     generator = torch.Generator().manual_seed(1)

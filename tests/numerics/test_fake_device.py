@@ -74,6 +74,14 @@ def test_embeddings(family, kind, device):
     assert (found.device.type, found.shape) == ("cpu", (len(SAMPLES), 20))
 
 
+@families
+@pytest.mark.parametrize("size", [20, 4096])
+def test_embeddings_by_the_output_layer(family, size):
+    """Which take a derivative of the head, so that no device of their own would do."""
+    found = embed(made(family), SAMPLES, options=EmbeddingOptions(kind="output", max_dim=size), token_budget=20)
+    assert (found.device.type, found.shape) == ("cpu", (len(SAMPLES), min(size, 24**2)))
+
+
 @pytest.mark.parametrize(("family", "projection"), [*((family, PROJECTION) for family in FAMILIES), ("llama", None)])
 def test_gradients(family, projection):
     found = per_sample_gradients(made(family), SAMPLES, projection=projection, token_budget=20)

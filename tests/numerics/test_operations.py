@@ -99,6 +99,20 @@ def test_gradients(loaded: tuple[Any, Shape], dim: int | None) -> None:
     assert expected - uncounted(model, shape, counts.seen.squares, passes) == pytest.approx(actual)
 
 
+@pytest.mark.parametrize("width", [24, 72, 144])
+def test_the_embedding_by_the_output_layer(width: int) -> None:
+    """Kept whole, projected on one side and on both."""
+    sizes = {**GROUPED, "hidden_size": width}
+    config = AutoConfig.for_model("llama", vocab_size=61, bos_token_id=0, eos_token_id=1, pad_token_id=2, **sizes)
+    model, shape = AutoModelForCausalLM.from_config(config), Shape.of_config(config.to_dict())
+    options = EmbeddingOptions(kind="output")
+    actual = counted(lambda s: embed(model, s, options=options, token_budget=1000))
+    counts = counts_of(EQUAL)
+    fused = 2 * counts.seen.squares * shape.attention_width * shape.blocks
+    assert operations.embedding(shape, counts, asdict(options)) - fused == pytest.approx(actual)
+    assert embed(model, EQUAL, options=options).shape[1] == operations.embedding_width(shape, asdict(options))
+
+
 @pytest.mark.parametrize("kind", ["jvp", "hidden", "rds"])
 def test_embeddings(kind: Any) -> None:
     model, shape = built("llama")

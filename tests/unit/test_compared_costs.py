@@ -45,6 +45,7 @@ def test_the_papers_formula_gives_the_papers_ratios() -> None:
         ({"kind": "text"}, 0),
         ({"kind": "jvp", "tangents": 5}, 1 / 4),
         ({"kind": "rds"}, 1),
+        ({"kind": "output"}, 1),
     ],
 )
 def test_the_formula_of_a_job_counts_its_embedding_and_its_exact_samples(

@@ -226,6 +226,10 @@ def test_the_candidates_of_a_plan_are_those_of_the_worker() -> None:
     known = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=150, estimated=False, candidates=offered)
     given: dict[str, Any] = {"landmarks": {"count": 64}, "embedding": {"kind": "auto"}}
     assert planned(known, **given)["stages"] == planned(**given)["stages"]
+    offered.append(embedding_candidates(4, SHAPE.blocks, with_output=True)[-1][0] | {"tangents": 2})
+    dear = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=150, estimated=False, candidates=offered)
+    given["refine"] = {"max_cost": 3}
+    assert planned(dear, **given)["stages"] == planned(**given)["stages"]
 
 
 def test_an_embedding_from_text_costs_no_pass_through_the_model() -> None:

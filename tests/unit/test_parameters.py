@@ -25,6 +25,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"refine": {"share": 0.3, "rounds": 2}, "embedding": {"kind": "text_hidden", "blocks": 2}},
     {"refine": 0, "min_fidelity": 0.9, "embedding": {"kind": "hidden", "blocks": 2, "pooling": "last"}},
     {"embedding": {"kind": "rds"}, "kernel": {"kind": "linear"}, "quantization": "int8"},
+    {"embedding": {"kind": "output"}, "quantization": "nf4"},
     {"gradient": {"modules": "self_attn.o_proj", "projection_dim": None}, "landmarks": {"choice": "stratified"}},
     {"warmup": {"lora": {}}, "gradient": {"modules": "lora"}},
     {
@@ -64,6 +65,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"refine": {"share": 0.2, "min_captured": 0.5}}, "refine.min_captured", "size auto"),
     ({"embedding": {"kind": "rds", "blocks": 3}}, "embedding.blocks", "not rds"),
     ({"embedding": {"kind": "rds", "pooling": "last"}}, "embedding.pooling", "not rds"),
+    ({"embedding": {"kind": "output", "blocks": 3}}, "embedding.blocks", "not output"),
+    ({"embedding": {"kind": "output", "pooling": "last"}}, "embedding.pooling", "not output"),
+    ({"embedding": {"kind": "output", "tangents": 3}}, "embedding.tangents", "not output"),
     ({"kernel": {"kind": "linear", "bandwidth": 1.0}}, "kernel.bandwidth", "rbf, not linear"),
     ({"optimizer": {**ADAMW, "momentum": 0.9}}, "optimizer.momentum", "optimizer.type sgd, not adamw"),
     ({"optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay", "not none"),

@@ -32,7 +32,7 @@ PREPARED: dict[str, Any] = {
     "scaled_on": "tokens/scaled_on",
     "target_shards": [[0, 5]],
     "warmup_total": 30,
-    "refine_cap": {"samples": 24},
+    "refine_cap": {"samples": 24, "with": {"hidden": 23, "jvp": 22}},
     "n": 100,
     "t": 5,
 }
@@ -154,6 +154,11 @@ class TestWaves:
         select = found[-1][0].spec
         assert [len(round_["gradients"]) for round_ in select["refined"]] == [2, 2, 2]
         assert select["refined"] == fits[-1]["refined"]
+
+    def test_the_embedding_that_was_chosen_decides_how_many_are_refined(self) -> None:
+        for given, most in ((NAMED, 24), ({"embedding": {"kind": "auto"}}, 22)):
+            found = [unit for wave in waves(job(**given), refine=2) for unit in wave]
+            assert {unit.spec["most_refined"] for unit in found if unit.stage == Stage.PROPAGATE} == {most}
 
     def test_landmarks_grow_before_anything_is_refined(self) -> None:
         found = waves(job(**NAMED, min_fidelity=0.9, validate=False), grow=1, refine=2)

@@ -54,7 +54,7 @@ def test_what_is_allowed_is_a_share_of_what_rds_plus_would_compute() -> None:
     assert cap(max_cost=0.25).allowed_operations == pytest.approx(0.25 * embedded)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "jvp", "auto"])
+@pytest.mark.parametrize("kind", ["hidden", "jvp", "output", "auto"])
 def test_what_is_spent_anyway_is_what_the_stages_before_cost(kind: str) -> None:
     given = {**parameters(embedding={"kind": kind}), "refine": {**REFINE, "size": 0}}
     costs = StageCosts(SHAPE, given, COUNTS, "bfloat16", 512).all()
@@ -72,6 +72,71 @@ def test_a_cap_in_multiples_of_rds_plus_has_the_room_that_arithmetic_gives_it() 
     assert forwards == pytest.approx(2, rel=0.02)
     left = 0.5 * 200_000 / forwards - 4096  # after one whole embedding of the pool, and the landmarks
     assert free.samples == pytest.approx(left, rel=0.02)
+
+
+AUTO: dict[str, Any] = {"embedding": {"kind": "auto"}}
+
+
+def offered(**refine: Any) -> list[str]:
+    found = {**parameters(**AUTO), "refine": {**REFINE, **refine}}
+    return list(passes.offered_kinds(SHAPE, found, COUNTS))
+
+
+def test_output_is_compared_from_the_cap_on_that_leaves_two_budgets_after_it() -> None:
+    least = passes.output_from(SHAPE, parameters(**AUTO), COUNTS)
+    assert least is not None
+    assert 1.1 < least < 1.4, "a forward of the pool, and 24,000 gradients of 200,000"
+    assert offered(max_cost=1.001 * least) == ["text", "text_hidden", "hidden", "output"]
+    assert offered(max_cost=0.999 * least) == offered() == ["text", "text_hidden", "hidden"]
+    found = cap(**AUTO, max_cost=1.001 * least)
+    assert (found.is_floor, found.times_budget) == (False, pytest.approx(2, abs=0.02))
+    assert not cap(**AUTO, max_cost=0.999 * least).is_floor, "without a forward of the pool much is left"
+
+
+def test_a_cheaper_candidate_that_is_chosen_leaves_more_to_refine() -> None:
+    given = parameters(**AUTO, max_cost=2.0)
+    text, hidden, output = (
+        refine_cap(SHAPE, given, COUNTS, {**given["embedding"], "kind": kind}) for kind in ("text", "hidden", "output")
+    )
+    assert refine_cap(SHAPE, given, COUNTS) == output
+    assert text.samples > hidden.samples > output.samples
+    assert total(text, text.samples) == pytest.approx(total(output, output.samples), rel=1e-4)
+
+
+def test_what_is_left_of_a_small_pool_is_enough_to_refine_after_output() -> None:
+    most = JobCounts(pool=COUNTS.pool, target=COUNTS.target, budget=150_000, estimated=False, usable=154_000)
+    least = passes.output_from(SHAPE, parameters(**AUTO), most)
+    assert least is not None
+    all_exact = passes.gradients(SHAPE, parameters(), most.pool, is_scaled=True) / passes.rds_plus(
+        SHAPE, parameters(), most
+    )
+    assert least == pytest.approx(1.05 + all_exact, abs=0.1)
+
+
+def test_output_is_not_compared_where_nothing_bounds_the_cost() -> None:
+    for unbounded in ({"size": 2.4}, {"share": 0.2}, {"size": 0}):
+        assert offered(max_cost=10.0, **unbounded) == ["text", "text_hidden", "hidden"]
+
+
+def test_output_is_not_compared_where_its_cost_is_unknown() -> None:
+    dear = parameters(**AUTO, max_cost=10.0)
+    assert passes.offered_kinds("of the model, it has none", dear, COUNTS)[-1] == "hidden"
+    unmatched = {**dear, "gradient": {**dear["gradient"], "modules": "experts"}}
+    assert passes.output_from(SHAPE, unmatched, COUNTS) is None
+
+
+def test_a_plan_says_what_is_compared_and_from_when_on_output_is() -> None:
+    def planned(shape: Shape | str = SHAPE, **given: Any) -> Any:
+        found = Parameters.model_validate({**AUTO, **given}).model_dump(mode="json")
+        return estimate.plan(shape, found, COUNTS, Rates(device="x"), {})["candidates"]
+
+    by_default = planned()
+    assert by_default["kinds"] == ["text", "text_hidden", "hidden"]
+    assert planned(refine={"max_cost": by_default["output_from"]})["kinds"][-1] == "output"
+    assert planned(refine={"max_cost": by_default["output_from"] - 0.001})["kinds"] == by_default["kinds"]
+    for unbounded in (planned(refine=0), planned("of the model, its config.json is missing")):
+        assert unbounded == {"kinds": by_default["kinds"], "output_from": None}
+    assert planned(embedding={"kind": "text"}) is None
 
 
 def test_two_budgets_are_the_least_and_that_is_said() -> None:

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from winnow import render
@@ -63,6 +64,29 @@ def test_a_plan_is_a_table_with_its_sum_and_its_sentences() -> None:
     assert "Lower [max_length]." in text
     assert "rds_plus costs 3.5 times as much as this job." in " ".join(text.split())
     assert "method exact_influence would cost less." in text
+
+
+@pytest.mark.parametrize(
+    ("kinds", "output_from", "said"),
+    [
+        (["text", "hidden"], 1.25, "compared: text, hidden; with a refine.max_cost of 1.25 or more, output too."),
+        (["text", "output"], 1.25, "compared: text, output."),
+        (["text", "hidden"], None, "compared: text, hidden."),
+    ],
+)
+def test_a_plan_names_the_embeddings_that_are_compared(kinds: list[str], output_from: float | None, said: str) -> None:
+    planned = {
+        "stages": [],
+        "totals": dict.fromkeys(("operations", "seconds", "artifact_bytes", "memory_bytes")),
+        "tokens": {"pool": 1, "target": 1},
+        "estimated": False,
+        "candidates": {"kinds": kinds, "output_from": output_from},
+        "note": None,
+        "warnings": [],
+    }
+    written = io.StringIO()
+    render.plan(Console(file=written, width=200), planned)
+    assert said in written.getvalue()
 
 
 def shown(found: dict[str, Any]) -> list[list[str]]:

@@ -30,6 +30,15 @@ def test_text_is_embedded_without_products_or_a_model() -> None:
     assert beside.artifact_bytes == text.artifact_bytes + hidden.artifact_bytes
 
 
+def test_the_output_layer_is_a_pass_through_the_model_and_its_head_twice() -> None:
+    output, hidden = (costs_of(embedding={"kind": kind})[Stage.EMBED] for kind in ("output", "hidden"))
+    back = 2 * COUNTS.pool.predicted * 49_152 * 576
+    outer = 2 * COUNTS.pool.predicted * 2 * 576 * 128  # the second state is projected first
+    assert output.operations == pytest.approx(operations.forward(SHAPE, COUNTS.pool) + back + outer)
+    assert output.artifact_bytes == 2 * 3000 * 4096
+    assert output.memory_bytes > hidden.memory_bytes
+
+
 def test_a_regression_is_fitted_and_applied_once_more_than_there_are_rounds() -> None:
     fixed: dict[str, Any] = {
         "landmarks": {"count": 600},

@@ -70,27 +70,44 @@ def over_samples(
     predicted token. `restart`, where given, is called when a batch ran out of memory; all batches are then run again, smaller.
     Raises UnusableInput for samples that do not fit the model and families with an unknown output head.
     """
-    check_samples(model, samples)
     loss_n = torch.zeros(len(samples), dtype=accumulation_dtype(parameter_dtype(model)))
+
+    def run(indices: IntArray, counted: BoolArray, lengths: IntArray) -> None:
+        where = torch.from_numpy(indices)
+        if use is not None:
+            use.start(where)
+        loss_n[where] = _run_batch(model, layers, use, samples, counted, indices, lengths).cpu()
+        if use is not None:
+            use.finish(where)
+
+    over_predicted(model, samples, run, skip_n=skip_n, token_budget=token_budget, progress=progress, restart=restart)
+    return loss_n
+
+
+def over_predicted(
+    model: Any,
+    samples: Samples,
+    run: Callable[[IntArray, BoolArray, IntArray], None],
+    *,
+    skip_n: BoolArray | None = None,
+    token_budget: int | None = None,
+    progress: Progress | None = None,
+    restart: Callable[[], None] | None = None,
+) -> None:
+    """Call `run` with each batch of the samples that have a predicted token, the model frozen: the samples' indices (B,), which
+    tokens are predicted (N,), and how many tokens of every sample are needed (n,).
+
+    The rest is as in `over_samples`.
+    """
+    check_samples(model, samples)
     with frozen(model):
         check_head(model)
         counted = samples.predictable()
         # The input needed ends before the last response token: what follows it has no influence on the loss.
         lengths = np.maximum(last_marked(counted, samples.offsets), 0)
         active = np.flatnonzero(lengths if skip_n is None else lengths * ~skip_n)
-
-        def run(batch: IntArray) -> None:
-            indices = active[batch]
-            where = torch.from_numpy(indices)
-            if use is not None:
-                use.start(where)
-            loss_n[where] = _run_batch(model, layers, use, samples, counted, indices, lengths).cpu()
-            if use is not None:
-                use.finish(where)
-
         budget = default_token_budget(parameter_device(model)) if token_budget is None else token_budget
-        run_batches(lengths[active], budget, run, progress, restart)
-    return loss_n
+        run_batches(lengths[active], budget, lambda batch: run(active[batch], counted, lengths), progress, restart)
 
 
 def _run_batch(

@@ -14,16 +14,20 @@ CLOSE = 0.01
 """How far below the best Spearman correlation a cheaper embedding may lie and still be taken."""
 
 
-def embedding_candidates(blocks: int, total_blocks: int) -> list[tuple[dict[str, Any], float]]:
+def embedding_candidates(
+    blocks: int, total_blocks: int, *, with_output: bool = False
+) -> list[tuple[dict[str, Any], float]]:
     """What `auto` compares on a model of `total_blocks` blocks, as an embedding's options, each with its cost, 1 being a forward
     pass through all blocks: the text alone, the state after the first `blocks` blocks (as many as the model has, where that is
-    fewer), and both.
+    fewer), and both; and `output`, where a forward pass of the pool is affordable.
 
     The state is the mean over the reply: that of the last token alone fails where a chat template ends all replies alike. Deeper
     states and `jvp` are better by less than their cost buys in refinement (docs/decisions/0007-landmarks-and-embeddings.md).
     """
     run = min(blocks, total_blocks)
     costs = {"text": 0.0, "text_hidden": run / total_blocks, "hidden": run / total_blocks}
+    if with_output:
+        costs["output"] = 1.0
     return [({"kind": kind, "pooling": "response", "blocks": run}, cost) for kind, cost in costs.items()]
 
 

@@ -19,7 +19,8 @@ from .causal_lm import parameter_device as device_of
 from .causal_lm import parameter_dtype as dtype_of
 from .errors import UnusableInput
 from .forward_mode import check_forward_mode, forward_mode, random_tangents, replaced_forward
-from .projection import seeded_generator
+from .output_embedding import output_embeddings
+from .projection import GradientProjection, seeded_generator
 from .samples import BoolArray, IntArray, Samples, last_marked
 
 FloatArray = npt.NDArray[np.float64]
@@ -34,14 +35,15 @@ class EmbeddingOptions:
 
     kind: `jvp`, the derivative of the block-b hidden state along random directions in the first b blocks' parameters;
         `hidden`, that state itself; or `rds`, the last block's state, averaged over all tokens of the sample, the t-th of them
-        with weight t (Ivison et al., arXiv 2503.01807); all after the model's final norm.
-    pooling: `last` token, or mean over the `response` tokens; `rds` has its own.
-    blocks: how many blocks are run, for `rds` all of them.  tangents: how many directions, of `jvp` alone.
+        with weight t (Ivison et al., arXiv 2503.01807); all after the model's final norm. `output`: the gradient of an imaginary
+        layer before the output head (output_embedding.py).
+    pooling: `last` token, or mean over the `response` tokens; `rds` and `output` have their own.
+    blocks: how many blocks are run, for `rds` and `output` all of them.  tangents: how many directions, of `jvp` alone.
     seed: of the directions and of the reduction.
     max_dim: longer embeddings are reduced to this size by a seeded random projection.
     """
 
-    kind: Literal["jvp", "hidden", "rds"] = "jvp"
+    kind: Literal["jvp", "hidden", "rds", "output"] = "jvp"
     pooling: Literal["last", "response"] = "response"
     blocks: int = 4
     tangents: int = 2
@@ -49,8 +51,8 @@ class EmbeddingOptions:
     max_dim: int = 4096
 
     def __post_init__(self) -> None:
-        if self.kind not in ("jvp", "hidden", "rds"):
-            raise ValueError(f"kind must be jvp, hidden or rds, not {self.kind!r}")
+        if self.kind not in ("jvp", "hidden", "rds", "output"):
+            raise ValueError(f"kind must be jvp, hidden, rds or output, not {self.kind!r}")
         if self.pooling not in ("last", "response"):
             raise ValueError(f"pooling must be last or response, not {self.pooling!r}")
         for name in ("blocks", "tangents", "max_dim"):
@@ -68,15 +70,18 @@ def embed(
 ) -> Tensor:
     """Embeddings (n, e) on the CPU, float32 (float64 from a float64 model), each row of unit length (METHOD 4).
 
-    e is the hidden size, times the number of tangents for `jvp`, at most `max_dim`. A sample with nothing to pool (no token,
-    or no response token under `response`) has a zero row. Dropout is off; a row depends on its own sample only, beyond
-    rounding. `token_budget` bounds the padded tokens of a batch; None is a default for the device. `progress` is called after
-    each batch.
+    e is the hidden size, times the tangents for `jvp`, squared for `output`, at most `max_dim`. A sample with nothing to
+    pool (no token, no response token under `response`, none that is predicted for `output`) has a zero row. Dropout is off; a
+    row depends on its own sample only, beyond rounding. `token_budget` bounds the padded tokens of a batch; None is a default
+    for the device. `progress` is called after each batch.
 
-    Raises UnusableInput where `blocks` exceeds the model's layers, where samples do not fit the model, and, for `jvp`, where
-    the derivative of a part of the architecture is not known or weights are quantised; torch.OutOfMemoryError where one sample
-    does not fit.
+    Raises UnusableInput where `blocks` exceeds the model's layers; where samples do not fit the model; for `output`, where the
+    family's output head is unknown; for `jvp`, where the derivative of a part of the architecture is not known or weights are
+    quantised. Raises torch.OutOfMemoryError where one sample does not fit.
     """
+    if options.kind == "output":
+        projection = GradientProjection(dim=options.max_dim, seed=options.seed)
+        return output_embeddings(model, samples, projection=projection, token_budget=token_budget, progress=progress)
     check_samples(model, samples)
     total = len(block_list(model.base_model)[1])
     base = first_blocks(model.base_model, total if options.kind == "rds" else options.blocks)

@@ -182,7 +182,7 @@ def plain_gradients(
     return torch.stack(rows)
 
 
-def _in_pieces(delta_BTO: Tensor, a_BTI: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def in_pieces(delta_BTO: Tensor, a_BTI: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Gradients in full, (m, O, I), of a few samples at a time, summed over tokens in `dtype`; the slice says which."""
     size = delta_BTO.shape[-1] * a_BTI.shape[-1] * dtype.itemsize
     step = max(PIECE_BYTES // size, 1)
@@ -260,7 +260,7 @@ class _PerSample(_Rows):
 
     def on_output_grad(self, layer: str, saved_BTq: Tensor, delta_BTO: Tensor) -> None:
         columns = self.columns[layer]
-        for part, G_mOq in _in_pieces(self.sides[layer][0].apply(delta_BTO), saved_BTq, self.dtype):
+        for part, G_mOq in in_pieces(self.sides[layer][0].apply(delta_BTO), saved_BTq, self.dtype):
             if self.exact is not None:  # nothing was projected on the way: q is I
                 G_mOq *= self.exact.full[layer].to(G_mOq)
             if layer in self.projections:
@@ -302,7 +302,7 @@ class _WeightedSums(Use):
             delta_NO = (delta_BTO.to(self.dtype) * weights_Bc[:, :, None]).flatten(0, 1)
             sum_cOI[0].addmm_(delta_NO.T, saved_BTq.to(delta_NO).flatten(0, 1))
             return
-        for part, G_mOI in _in_pieces(delta_BTO, saved_BTq, self.dtype):
+        for part, G_mOI in in_pieces(delta_BTO, saved_BTq, self.dtype):
             sum_cOI.flatten(1).addmm_(weights_Bc[part].T, G_mOI.flatten(1))
 
 
@@ -319,5 +319,5 @@ class _Products(_Rows):
         }
 
     def on_output_grad(self, layer: str, saved_BTq: Tensor, delta_BTO: Tensor) -> None:
-        for part, G_mOI in _in_pieces(delta_BTO, saved_BTq, self.dtype):
+        for part, G_mOI in in_pieces(delta_BTO, saved_BTq, self.dtype):
             self.batch[part] += (G_mOI.flatten(1) @ self.directions[layer].T).to(self.device)

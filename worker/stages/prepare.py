@@ -11,6 +11,7 @@ from service.plan.artifact_keys import artifact_key
 from service.plan.job_counts import JobCounts
 from service.plan.landmark_count import landmark_count
 from service.plan.limits import COMPARED_LANDMARKS, SCALED_ON
+from service.plan.passes import affords_output
 from service.plan.preparing import is_prepared, is_shard
 from service.plan.refine_cap import cap_of_job, refined_samples
 from service.plan.shards import embed_shards, gradient_shards
@@ -26,6 +27,8 @@ from worker.stages import package_versions, tokenise
 from worker.stages.context import StageContext
 from worker.text import token_files
 from worker.text.tokenization import TokenCounts
+
+_ALL_BLOCKS_OR_NONE = ("rds", "output", "text")  # embeddings
 
 
 def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,9 +101,9 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
         "target_shards": gradient_shards(target.length),
         "versions": package_versions.installed(),
         **_landmarks(context, tokens["pool"].key, pool, usable),
-        **_candidates(job.parameters, config),
         **({} if warmup is None else {"warmup_total": min(warmup["samples"], len(usable)) * warmup["epochs"]}),
     }
+    prepared |= _candidates(job, folder, prepared, int(config.num_hidden_layers))
     return prepared | _refinement(job, folder, prepared)
 
 
@@ -135,7 +138,7 @@ def _tokenise(
 def _check_model(parameters: Mapping[str, Any], folder: ModelFolder, blocks: int) -> None:
     """What can be known of the model before its weights are loaded."""
     embedding, optimizer = parameters["embedding"], parameters["optimizer"]
-    runs_blocks = parameters["method"] == "influence_distillation" and embedding["kind"] not in ("rds", "text")
+    runs_blocks = parameters["method"] == "influence_distillation" and embedding["kind"] not in _ALL_BLOCKS_OR_NONE
     if runs_blocks and embedding["blocks"] > blocks:
         raise ParameterError(f"embedding.blocks is {embedding['blocks']}; the model has {blocks}.")
     needs_state = optimizer["type"] in ("adam", "adamw") or optimizer["momentum"] > 0
@@ -185,22 +188,27 @@ def _landmarks(
 
 
 def _refinement(job: JobInputs, folder: ModelFolder, prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """How many samples may be refined, and where that does not follow from `max_cost`, why."""
+    """How many samples may be refined, of `auto` with each candidate; and where that does not follow from `max_cost`, why."""
     if job.parameters["method"] != "influence_distillation" or prepared["all_exact"]:
         return {}
     shape, counts = shape_in_files(folder), JobCounts.of_prepared(prepared, job.budget)
     cap = cap_of_job(shape, job.parameters, counts)
     notes = [] if cap is None or cap.note is None else [cap.note]
-    samples = refined_samples(shape, job.parameters, counts)
-    return {"refine_cap": {"samples": samples}, "notes": [*prepared["notes"], *notes]}
+    found = {
+        "samples": refined_samples(shape, job.parameters, counts),
+        "with": {c["kind"]: refined_samples(shape, job.parameters, counts, c) for c in counts.candidates or ()},
+    }
+    return {"refine_cap": found, "notes": [*prepared["notes"], *notes]}
 
 
-def _candidates(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def _candidates(job: JobInputs, folder: ModelFolder, prepared: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     """The embeddings that `auto` chooses among."""
-    embedding = parameters["embedding"]
+    embedding = job.parameters["embedding"]
     if embedding["kind"] != "auto":
         return {}
-    offered = embedding_candidates(embedding["blocks"], int(config.num_hidden_layers))
+    counts = JobCounts.of_prepared(prepared, job.budget)
+    with_output = affords_output(shape_in_files(folder), job.parameters, counts)
+    offered = embedding_candidates(embedding["blocks"], blocks, with_output=with_output)
     return {
         "candidates": [{**options, "tangents": embedding["tangents"]} for options, _ in offered],
         "candidate_costs": [cost for _, cost in offered],

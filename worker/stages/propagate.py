@@ -73,7 +73,7 @@ def _propagate(context: StageContext, artifact_key: str, spec: dict[str, Any], i
     left_out_et = ridge.leave_one_out()[:, valid]
     found = fidelity(P_ex[is_landmark][:, valid], left_out_et[is_landmark])
     if not spec["refined"]:
-        grow = _growth(context, _count(spec, context), found)
+        grow = _growth(context, _count(spec, context), spec["most_refined"], found)
         if grow is not None:
             return {"grow": grow, "fidelity": _as_dict(found), "notes": []}
     blocks = _predictions(context.store, spec["embeddings"], ridge, exact, P_ex)
@@ -88,6 +88,7 @@ def _propagate(context: StageContext, artifact_key: str, spec: dict[str, Any], i
         P_et=P_ex[:, valid].double().numpy(),
         left_out_et=left_out_et.double().numpy(),
         tried=_rows_of(context, spec["refined"]),
+        most=spec["most_refined"],
     )
     refinement, shortlist = next_round(context, known, influence.parent)
     explanation = None
@@ -235,14 +236,14 @@ def _write_explanation(
     return key
 
 
-def _growth(context: StageContext, count: int, found: Fidelity) -> dict[str, Any] | None:
+def _growth(context: StageContext, count: int, most_refined: int, found: Fidelity) -> dict[str, Any] | None:
     """The next landmarks where `min_fidelity` is not reached: twice as many, or all where exact gradients cost no more."""
     wanted, prepared = context.job.parameters["min_fidelity"], context.prepared
     if wanted is None or found.mean_spearman is None or found.mean_spearman >= wanted:
         return None
     usable = prepared["usable"]
     count_after = min(2 * count, usable)
-    if count_after + prepared["refine_cap"]["samples"] >= usable:
+    if count_after + most_refined >= usable:
         count_after = usable
     elif count_after > MAX_LANDMARKS:
         return None

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.plan.limits import KERNEL_ROWS
-from service.plan.refine_cap import is_capped
+from service.plan.passes import is_capped
 from service.plan.shards import gradient_shards
 from worker.influence import Residuals, promise, shortlist
 from worker.stages.context import StageContext
@@ -20,7 +20,7 @@ from worker.text import token_files
 class Known:
     """What a propagation knows. `P_nx` (n, x): exact in the rows `exact` (e,), predicted in the others; `valid` (v,) are its
     columns that count, and `P_et`, `left_out_et` (e, v) those of the exact rows and of their leave-one-out predictions. `tried`:
-    how many samples were refined so far, with those that turned out not to be finite."""
+    how many samples were refined so far, with those that turned out not to be finite; `most`: how many may be."""
 
     P_nx: npt.NDArray[np.float32]
     valid: npt.NDArray[np.int64]
@@ -30,6 +30,7 @@ class Known:
     P_et: npt.NDArray[np.float64]
     left_out_et: npt.NDArray[np.float64]
     tried: int
+    most: int
 
 
 def next_round(
@@ -40,8 +41,8 @@ def next_round(
 
     With `size: auto` it ends once `min_captured` is promised, and never later than at the cap; else at the size.
     """
-    refine, prepared = context.job.parameters["refine"], context.prepared
-    is_auto, most = is_capped(refine), prepared["refine_cap"]["samples"]
+    refine = context.job.parameters["refine"]
+    is_auto, most = is_capped(refine), known.most
     unknown = known.eligible.copy()
     unknown[known.exact] = False
     left = min(most - known.tried, int(unknown.sum()))
