@@ -32,7 +32,7 @@ from worker.influence import Samples
 
 STAGES = [
     *("gradients", "gradients, Adam exact", "gradients, Adam factored", "losses", "weighted gradients"),
-    *("jvp", "hidden", "rds", "curvature, ggn", "curvature, hessian"),
+    *("jvp", "hidden", "rds", "output", "curvature, ggn", "curvature, hessian"),
     *("influence of landmarks", "kernel ridge fit", "propagation", "round robin", "weighted, second order"),
 ]
 PROFILED = ("gradients", "jvp")

@@ -15,6 +15,7 @@ from worker.influence import EmbeddingOptions, GradientProjection, Samples, Scal
 from worker.influence.causal_lm import first_blocks, frozen, layer_size, linear_layers
 from worker.influence.embeddings import pooled_tokens
 from worker.influence.forward_mode import attention_named, random_tangents
+from worker.influence.output_embedding import LAYER
 
 
 def ids_of(samples: Samples, i: int, device: torch.device) -> Tensor:
@@ -75,6 +76,8 @@ def weighted_gradient(model: Any, samples: Samples, weights_n1: Tensor) -> Tenso
 @torch.no_grad()
 def embeddings(model: Any, samples: Samples, options: EmbeddingOptions) -> Tensor:
     """(n, e): torch.func.jvp for `jvp`, otherwise the plain forward pass; pooled and normalised to unit length."""
+    if options.kind == "output":
+        return _of_output_layer(model, samples, options)
     total = len(model.base_model.layers)
     base = first_blocks(model.base_model, total if options.kind == "rds" else options.blocks)
     directions = random_tangents(base, options.blocks, options.tangents, options.seed) if options.kind == "jvp" else {}
@@ -98,6 +101,25 @@ def embeddings(model: Any, samples: Samples, options: EmbeddingOptions) -> Tenso
                 weights *= torch.arange(1, len(weights) + 1, device=weights.device)
             means = [(weights / weights.sum()) @ one[0].float() for one in states]
             rows.append(nn.functional.normalize(torch.cat(means), dim=0).cpu())
+    return torch.stack(rows) if rows else torch.zeros(0, 0)
+
+
+def _of_output_layer(model: Any, samples: Samples, options: EmbeddingOptions) -> Tensor:
+    """The residual of each logit, back through the head, times the state: the whole matrix, projected at the end."""
+    head = model.lm_head.weight
+    projection = GradientProjection(dim=options.max_dim, seed=options.seed)
+    made = projection.layer(LAYER, head.shape[1], head.shape[1], device=head.device)
+    rows = []
+    for i in range(len(samples)):
+        ids_1T = ids_of(samples, i, model.device)
+        predicted_T = marked(samples, i, samples.response, model.device)[0]
+        predicted_T[0] = False
+        h_RD = model.model(ids_1T, use_cache=False).last_hidden_state[0][predicted_T.roll(-1)]
+        r_RV = model.lm_head(h_RD).float().softmax(dim=-1)
+        r_RV[torch.arange(len(r_RV)), ids_1T[0, predicted_T]] -= 1
+        G_DD = (r_RV @ head.float()).T @ h_RD.float()
+        whole = made.apply(G_DD) if projection.reduces([tuple(G_DD.shape)]) else G_DD.flatten()
+        rows.append(nn.functional.normalize(whole, dim=0).cpu())
     return torch.stack(rows) if rows else torch.zeros(0, 0)
 
 

@@ -94,7 +94,7 @@ def model_stages(model: Any, samples: Samples, options: argparse.Namespace) -> I
         run=lambda part: _weighted(model, part, weights_n1[: len(part)], options),
         plain=lambda part: plain.weighted_gradient(model, part, weights_n1[: len(part)]),
     )
-    for kind in ("jvp", "hidden", "rds"):
+    for kind in ("jvp", "hidden", "rds", "output"):
         embedding = EmbeddingOptions(kind=kind, blocks=min(4, shape.blocks), seed=options.seed)
         yield stage(
             name=kind,

@@ -27,8 +27,8 @@ from reporting import earlier
 from worker.influence import EmbeddingOptions
 
 RATIOS = (3.5, 1.8)
-HIDDEN, JVP = "hidden 4 response", "jvp 4 last"
-RIVALS = ("hidden", "jvp", "rds")
+HIDDEN, JVP, OUTPUT = "hidden 4 response", "jvp 4 last", "output"
+RIVALS = ("hidden", "jvp", "rds", "output")
 
 
 def main() -> None:
@@ -48,6 +48,7 @@ def main() -> None:
         HIDDEN: EmbeddingOptions(kind="hidden", pooling="response", blocks=options.blocks),
         JVP: EmbeddingOptions(kind="jvp", pooling="last", blocks=options.blocks, tangents=2),
         RDS: EmbeddingOptions(kind="rds"),
+        OUTPUT: EmbeddingOptions(kind="output"),
     }
     kinds = {name: each for name, each in offered.items() if each.kind in options.rivals}
     comparison = Comparison(measure(options, kinds, of_targets=[RDS] if RDS in kinds else []), kinds, options)
@@ -88,6 +89,8 @@ def settings(pool: Pool, options: argparse.Namespace, kinds: dict[str, Embedding
             yield Setting(name=name, embedding=TEXT, landmarks=count, times=most, until=0.95)
         for times in options.times:
             yield Setting(name=f"text, {times} x", embedding=TEXT, landmarks=count, times=times)
+        for times in options.times if OUTPUT in kinds else ():
+            yield Setting(name=f"output, {times} x", embedding=OUTPUT, landmarks=count, times=times)
         same = times_within(kinds[HIDDEN], landmarks=at_scale, ratio=RATIOS[0]) if HIDDEN in kinds else 0.0
         for rounds in (1, 8) if same else ():
             name = f"hidden, {same:.2g} x, {rounds} round{'s' * (rounds > 1)}"

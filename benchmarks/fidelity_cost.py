@@ -28,7 +28,7 @@ def passes(embedding: EmbeddingOptions | None, blocks: int = BLOCKS) -> float:
     """Forward passes through all blocks that an embedding takes: none for one that is made of tokens."""
     if embedding is None:
         return 0.0
-    if embedding.kind == "rds":
+    if embedding.kind in ("rds", "output"):
         return 1.0
     return min(embedding.blocks / blocks, 1.0) * (1 + 2 * embedding.tangents if embedding.kind == "jvp" else 1)
 

@@ -29,7 +29,7 @@ from reporting import write_json
 from worker.influence import Samples, backward
 from worker.process.machine import repeat_bits
 
-STAGES = ("gradients", "losses", "hidden", "jvp", "rds")
+STAGES = ("gradients", "losses", "hidden", "jvp", "rds", "output")
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
         "samples": 64,

@@ -30,6 +30,8 @@ def test_the_points_are_what_they_must_be_where_it_is_known(run_benchmark: Run, 
     assert all(0 <= point[name] <= 1 for point in points.values() for name in ("overlap", "ndcg"))
     assert points["rds_plus", 0]["measured"] == 1
     assert points["as the authors set it", 16]["measured"] < bare["measured"], "a JVP is not for nothing"
+    assert points["output, 2.4 x", 16]["measured"] < some["measured"], "a pass through the model, and its head"
+    assert points["output, 0.0 x", 16]["by_formula"] == pytest.approx(1 / 1.04, abs=1e-3)
     promises = report["calibration"]
     assert {each["draw"] for each in promises} == {0, 1, 2}
     assert all(each["promised"] <= 1 and 1 <= each["times"] <= 5 for each in promises)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.small_form import REPOSITORY
 
-STAGES = {"gradients", "losses", "hidden", "jvp", "rds"}
+STAGES = {"gradients", "losses", "hidden", "jvp", "rds", "output"}
 
 
 def check(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
