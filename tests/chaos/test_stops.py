@@ -103,6 +103,22 @@ def test_a_worker_that_stood_still_while_it_wrote_is_fenced(
         pair.audit()
 
 
+def test_a_worker_that_is_killed_in_a_round_of_refining_changes_nothing(
+    pair: World, undisturbed: Undisturbed, record_property: Told
+) -> None:
+    """In the last round, when there are gradients of the rounds before, on which the regression was fitted again."""
+    with only_worker(pair) as worker:
+        pair.faults.arm(COMPUTED, passing=undisturbed["points"][COMPUTED], action="hold")
+        job_id = pair.submit()
+        struck(pair)
+        record_property("fault", "SIGKILL of a worker in the last round of refining")
+        worker.kill()
+        survived(pair, undisturbed, job_id)
+        assert errors(pair, job_id) == [("refine", "lease_expired")]
+        stages = [event["stage"] for event in pair.events(job_id, "unit.succeeded")]
+        assert (stages.count("refine"), stages.count("propagate")) == (2, 3)
+
+
 def _idle_in_transaction(world: World) -> int:
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
     with psycopg.connect(world.database_url) as connection:

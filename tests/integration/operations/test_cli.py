@@ -131,6 +131,8 @@ def test_a_job_is_reproduced_bit_for_bit_and_recomputes_everything(home: Path, j
         assert {"all_packages_sha256", "torch"} <= of["versions"].keys()
         assert of["model"]["tokenizer_fingerprint"] == record["model"]["tokenizer_fingerprint"] is not None
         assert (of["seed"], len(of["landmarks"])) == (0, 12)
+    rounds = [sum(unit["stage"] == "refine" for unit in of["units"]) for of in (record, of_first)]
+    assert rounds[0] == rounds[1] > 2, "the default refines until it is promised enough, or may not go on"
     reported = [event for event in answer("events", copy, home=home) if "differences" in event["data"]]
     assert [(event["type"], event["data"]) for event in reported] == [("job.reproduction", {"differences": {}})]
     assert answer("compare", job, copy, home=home)["equal"]
