@@ -18,7 +18,7 @@ CLOSE = 0.5
 NOISE = 1e-6
 """Nats: a difference of losses in float32 that is smaller than this is rounding."""
 SOME_ROWS, MANY_ROWS = 0.01, 0.1
-SOME_REPEATS, MANY_REPEATS = 0.0, 0.1
+MANY_REPEATS = 0.1
 ONE_SOURCE, MOST_OF_POOL = 0.9, 0.5
 
 
@@ -192,23 +192,21 @@ def _repeats(summary: Found) -> Iterator[Finding]:
     selected = sum(each["selected"] for each in summary["sources"].values())
     counts = {kind: found["count"] for kind, found in summary["repeats"].items()}
     share = max(counts.values()) / selected
-    said = []
+    said, advice = [], ["repeats names them."]
     if counts["overlap"]:
         said.append(f"{counts['overlap']:,} of the {selected:,} selected samples are samples of the target too")
+        advice.append("Take them out of the pool: a score on a target that was trained on says nothing.")
     if counts["duplicates"]:
-        said.append(f"{counts['duplicates']:,} say the same as one that was selected before")
-    level: Level = "bad" if share > MANY_REPEATS else "look" if share > SOME_REPEATS else "ok"
+        said.append(f"{counts['duplicates']:,} of the {selected:,} say the same as one that was selected before")
+        advice.append("Leave one of each in the pool.")
     yield Finding(
         about="repeats",
-        level=level,
+        level="bad" if share > MANY_REPEATS else "look" if said else "ok",
         figure=share,
         meaning=f"{'; '.join(said)}."
         if said
         else "No two selected samples say the same, and none is a sample of the target.",
-        advice=None
-        if level == "ok"
-        else "repeats names them. Take the target's samples, and all but one of those that are the same, out of the pool: a score"
-        " on a target that was trained on says nothing.",
+        advice=" ".join(advice) if said else None,
     )
 
 

@@ -24,7 +24,7 @@ Vector = npt.NDArray[np.float64]
 DRAWS = 3
 """Simulated truths that a promise is the mean of."""
 
-ROUNDING = 1e-5
+ROUNDING = 1e-3
 """A gain for each selected sample that is smaller than this share of the mean influence is rounding: the samples are alike."""
 
 _ROWS = 4096
