@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
+from service.health.connections import warn_at_start
 from service.local.process_group import die_with_parent, usual_api_processes
 from service.observability import logs, processes
 from service.settings import api_settings, settings_problem
@@ -87,6 +88,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(settings_problem(error))
     logs.configure(settings.log, service="api")
+    warn_at_start(settings, arguments.processes)
     serve(arguments.host, arguments.port, arguments.processes)
 
 

@@ -34,7 +34,8 @@ class BackgroundLoop(ABC):
 
     def __init__(self, database: DatabaseSettings, *, retry_seconds: float, first_after_seconds: float = 0.0) -> None:
         """`retry_seconds`: before the next attempt to connect, to lead, or to do work that failed."""
-        self._url = make_conninfo(libpq_url(database.url), connect_timeout=10, **KEEPALIVE)
+        named = {"application_name": f"winnow {self.name}"}
+        self._url = make_conninfo(libpq_url(database.url), connect_timeout=10, **KEEPALIVE, **named)
         self._retry_seconds = retry_seconds
         self._first_after_seconds = first_after_seconds
         self._stopping = threading.Event()

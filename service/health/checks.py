@@ -30,6 +30,7 @@ from service.datasets.storage import fingerprint_of
 from service.datasets.uploads.files import upload_of
 from service.db.locks import Lock, lock_holder
 from service.db.migrate import standing
+from service.health import connections
 from service.jobs import repository
 from service.ledger import store_identity
 from service.ledger.workers import recent_workers
@@ -142,6 +143,12 @@ def _database(system: System) -> Outcome:
     if seconds > _SLOW_ROUND_TRIP_SECONDS:
         return "warning", detail, "move it closer, or find out what keeps it busy: claims and heartbeats wait for it"
     return "ok", detail
+
+
+def _connections(system: System) -> Outcome:
+    alive = sum(row.is_alive for row in system.workers)
+    detail, remedy = connections.examine(system.engine, system.settings, workers=alive)
+    return "warning" if remedy else "ok", detail, remedy
 
 
 def _migrations(system: System) -> Outcome:
@@ -367,6 +374,7 @@ _SEE_LOG = "check the server's log"
 CHECKS = (
     Check("database", _database, "start it, or correct WINNOW_DATABASE__URL"),
     Check("migrations", _migrations, _SEE_LOG, ("database",)),
+    Check("connections", _connections, _SEE_LOG, ("database", "migrations")),
     Check("leader", _leader, _SEE_LOG, ("database",)),
     Check("workers", _workers, _SEE_LOG, ("database", "migrations")),
     Check("broker", _broker, f"start it, or correct WINNOW_BROKER__URL; {_COUNTED_ALONE}"),

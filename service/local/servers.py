@@ -23,9 +23,11 @@ from service.local.process_group import (
 
 log = logging.getLogger("winnow.local")
 
+_USUAL_CONNECTIONS = 100
 
-def start_postgres(home: Path, group: ProcessGroup) -> str:
-    """Starts PostgreSQL with its data in the folder, and returns its URL once it answers.
+
+def start_postgres(home: Path, group: ProcessGroup, connections: int) -> str:
+    """Starts PostgreSQL with its data in the folder, for so many connections at least, and returns its URL once it answers.
 
     Raises:
         StackError: it does not start, or the data is of another version.
@@ -43,6 +45,7 @@ def start_postgres(home: Path, group: ProcessGroup) -> str:
             " pg_dump and pg_restore (docs/operations.md), or choose another folder with --home"
         )
     command = [str(programs / "postgres"), "-D", str(data), "-h", "", "-k", str(sockets)]
+    command += ["-c", f"max_connections={max(connections, _USUAL_CONNECTIONS)}"]
     fast = signal.SIGINT  # a stop that does not wait for its clients
     group.start(ManagedProcess("postgres", command, user=user, stop_signal=fast, death_signal=fast))
     url = f"postgresql+psycopg://postgres@/postgres?host={sockets}"

@@ -92,6 +92,16 @@ def _make_key(home: Path, database_url: str, secret_key: str) -> str:
         engine.dispose()
 
 
+def _connections(workers: int, api_processes: int) -> int:
+    """What all of it may take, and those that PostgreSQL keeps for superusers."""
+    from service.db import budget
+    from service.settings import DatabaseSettings
+
+    pool_size = os.environ.get("WINNOW_DATABASE__POOL_SIZE", DatabaseSettings.model_fields["pool_size"].default)
+    settings = DatabaseSettings(url="postgresql://", pool_size=pool_size)
+    return budget.most(settings, api_processes=api_processes, workers=workers) + 3
+
+
 def _start(home: Path, port: int, workers: int, api_processes: int, group: ProcessGroup) -> Stack:
     """Starts everything in order."""
     from service.db.migrate import MigrationError, upgrade
@@ -99,7 +109,7 @@ def _start(home: Path, port: int, workers: int, api_processes: int, group: Proce
     port = free_port(port)
     for folder in ("artifacts", "models"):
         (home / folder).mkdir(exist_ok=True)
-    database_url = start_postgres(home, group)
+    database_url = start_postgres(home, group, _connections(workers, api_processes))
     broker_url = start_valkey(home, group)
     try:
         upgrade(database_url)

