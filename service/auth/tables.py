@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, LargeBinary, String, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, LargeBinary, String, UniqueConstraint
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -44,3 +44,27 @@ class ApiKey(CreatedAt, Base):
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+
+
+class KeyUsage(Base):
+    """What the jobs of a key use of its quotas. Triggers keep it right, in the transaction of each change of a job.
+
+    `open_jobs` have not ended; `samples` is the sum over all jobs since the key is counted. Whoever holds the row's lock decides
+    about the key's next job.
+    """
+
+    __tablename__ = "key_usage"
+
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), primary_key=True)
+    open_jobs: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    samples: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class KeySamples(Base):
+    """A second in which jobs of a key were posted, and the key's sum of samples before it."""
+
+    __tablename__ = "key_samples"
+
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), primary_key=True)
+    second: Mapped[datetime] = mapped_column(primary_key=True, index=True)
+    samples_before: Mapped[int] = mapped_column(BigInteger)

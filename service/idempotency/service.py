@@ -6,7 +6,7 @@ a lock on the key, so a crash leaves nothing behind that would block a later req
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from fastapi import Depends, FastAPI, Header, Request, Response
 from pydantic import BaseModel
@@ -53,7 +53,12 @@ class IdempotentRequest:
 
     def __init__(self, encryptor: Encryptor, principal: Principal, key: str | None, request_sha256: bytes) -> None:
         self._encryptor, self._tenant_id = encryptor, principal.tenant_id
-        self._key, self._request_sha256 = key, request_sha256
+        self.key, self._request_sha256 = key, request_sha256
+
+    @property
+    def lock(self) -> str | None:
+        """The advisory lock that is held while the effect is written; None without a key."""
+        return None if self.key is None else f"idempotency/{self._tenant_id}/{self.key}"
 
     def begin(self, session: Session) -> None:
         """Takes the key until the transaction ends.
@@ -63,14 +68,8 @@ class IdempotentRequest:
             Unprocessable: the key was used for another request.
             Conflict: a request with this key is running.
         """
-        if self._key is not None and not try_advisory_lock(session, f"idempotency/{self._tenant_id}/{self._key}"):
-            raise Conflict(
-                f"A request with this {HEADER} is still running; retry when it has finished.",
-                param=HEADER,
-                code="idempotency_key_in_use",
-                headers={"Retry-After": "1"},
-                retry=True,
-            )
+        if self.lock is not None and not try_advisory_lock(session, self.lock):
+            raise in_use()
         self.replay(session)
 
     def replay(self, session: Session) -> None:
@@ -81,9 +80,12 @@ class IdempotentRequest:
             Unprocessable: the key was used for another request.
             Conflict: the answer cannot be decrypted any more.
         """
-        found = None if self._key is None else repository.find(session, self._tenant_id, self._key)
-        if found is None:
-            return
+        found = None if self.key is None else repository.find(session, self._tenant_id, self.key)
+        if found is not None:
+            self.answer_again(found)
+
+    def answer_again(self, found: Any) -> NoReturn:
+        """Answers with a kept answer: a row of `IdempotencyKey`, or its columns. It raises as `replay` does."""
         if found.request_sha256 != self._request_sha256:
             raise Unprocessable(
                 f"This {HEADER} was already used for a different request (call or body); use a new key for a new request.",
@@ -106,17 +108,32 @@ class IdempotentRequest:
     ) -> JSONResponse:
         """The answer, kept with the key in the session's transaction."""
         response = JSONResponse(answer.model_dump(mode="json"), status, headers)
-        if self._key is not None:
-            repository.put(
-                session,
-                self._tenant_id,
-                self._key,
-                request_sha256=self._request_sha256,
-                status=status,
-                headers={name: value for name, value in response.headers.items() if name != "content-length"},
-                sealed_body=self._encryptor.encrypt(bytes(response.body)),
-            )
+        if (kept := self.sealed(response)) is not None:
+            repository.put(session, self._tenant_id, **kept)
         return response
+
+    def sealed(self, response: Response) -> dict[str, Any] | None:
+        """The columns under which an answer is kept, but for its tenant's; None: it is not."""
+        if self.key is None:
+            return None
+        return {
+            "key": self.key,
+            "request_sha256": self._request_sha256,
+            "status": response.status_code,
+            "headers": {name: value for name, value in response.headers.items() if name != "content-length"},
+            "sealed_body": self._encryptor.encrypt(bytes(response.body)),
+        }
+
+
+def in_use() -> Conflict:
+    """Of a key under which another request runs."""
+    return Conflict(
+        f"A request with this {HEADER} is still running; retry when it has finished.",
+        param=HEADER,
+        code="idempotency_key_in_use",
+        headers={"Retry-After": "1"},
+        retry=True,
+    )
 
 
 def is_answered(session: Session, principal: Principal, key: str) -> bool:
@@ -134,14 +151,20 @@ async def _digest(request: Request) -> bytes:
     return request_digest(request, hashlib.sha256(await request.body()).digest())
 
 
-def _unanswered(
+async def _keyed(
     request: Request,
-    session: SessionDep,
     principal: PrincipalDep,
     digest: Annotated[bytes, Depends(_digest)],
     key: KeyHeader = None,
 ) -> IdempotentRequest:
-    idempotent = IdempotentRequest(request.app.state.encryptor, principal, key, digest)
+    return IdempotentRequest(request.app.state.encryptor, principal, key, digest)
+
+
+# For a route that looks itself whether the request was answered.
+KeyedDep = Annotated[IdempotentRequest, Depends(_keyed)]
+
+
+def _unanswered(session: SessionDep, idempotent: KeyedDep) -> IdempotentRequest:
     idempotent.replay(session)
     return idempotent
 

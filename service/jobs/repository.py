@@ -1,7 +1,7 @@
 """SQL that reads jobs, scoped by tenant, and figures on all of them. What changes jobs is in `service.ledger`."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -11,12 +11,11 @@ from sqlalchemy.orm import Session, aliased
 from service.datasets.tables import Dataset
 from service.db.pagination import paginate
 from service.ledger.claims import PLAN_SECONDS
-from service.ledger.state import TERMINAL, JobStatus, UnitState
+from service.ledger.state import JobStatus, UnitState
 from service.ledger.tables import JobEvent, JobUnit, SelectionJob
 from service.settings import LedgerSettings
 
 _SEARCHED_JOBS = 300
-_DAY = timedelta(days=1)
 
 
 def page(
@@ -114,57 +113,50 @@ _STAGE_RATES = text("""
 """)
 
 
-def open_jobs(session: Session, tenant_id: str, key_id: str) -> int:
-    """How many jobs of the key have not ended: found among those of its tenant, for which there is an index."""
-    jobs = select(func.count()).where(SelectionJob.tenant_id == tenant_id, SelectionJob.key_id == key_id)
-    return session.scalar(jobs.where(SelectionJob.status.in_(set(JobStatus) - TERMINAL))) or 0
+_USAGE = text("""
+    SELECT open_jobs, samples - coalesce((
+        SELECT samples_before FROM key_samples
+        WHERE key_id = :key_id AND second > statement_timestamp() - interval '1 day 1 second' ORDER BY second LIMIT 1
+    ), samples) AS samples FROM key_usage WHERE key_id = :key_id
+""")
 
 
-# Of the last 24 hours. Not clock_timestamp(), for which no index is used. A key belongs to one tenant, so a query by key is
-# scoped to it.
-_TODAY = (
-    SelectionJob.key_id == bindparam("key_id"),
-    SelectionJob.created_at > func.statement_timestamp() - _DAY,
-)
+def usage(session: Session, key_id: str) -> tuple[int, int]:
+    """The key's jobs that have not ended, and the samples of its jobs of the last 24 hours, however they ended."""
+    found = session.execute(_USAGE, {"key_id": key_id}).one_or_none()
+    return (0, 0) if found is None else (found.open_jobs, found.samples)
 
 
-def samples_today(session: Session, key_id: str) -> int:
-    """The samples of the key's jobs of the last 24 hours, however they ended."""
-    return int(session.scalar(_samples_today(), {"key_id": key_id}) or 0)
-
-
-@cache  # building it takes longer than running it
-def _samples_today() -> Select[Any]:
-    # Few datasets for many jobs: each pair of them is looked up once.
-    jobs = (
-        select(SelectionJob.pool_id, SelectionJob.target_id, func.count().label("jobs"))
-        .where(*_TODAY)
-        .group_by(SelectionJob.pool_id, SelectionJob.target_id)
-        .subquery()
-    )
-    pool_rows, target_rows = (
-        select(Dataset.row_count).where(Dataset.id == dataset_id).scalar_subquery()
-        for dataset_id in (jobs.c.pool_id, jobs.c.target_id)
-    )
-    return select(func.sum(jobs.c.jobs * (func.coalesce(pool_rows, 0) + func.coalesce(target_rows, 0))))
+_LEAVE_AT = text("""
+    SELECT s.second + interval '1 day 1 second' FROM key_samples s JOIN key_usage u USING (key_id)
+    WHERE key_id = :key_id AND second > statement_timestamp() - interval '1 day 1 second' AND samples_before < u.samples - :room
+    ORDER BY second DESC LIMIT 1
+""")
 
 
 def samples_leave_at(session: Session, key_id: str, room: int) -> datetime | None:
-    """The time from which at most `room` of the samples of `samples_today` are within 24 hours; None if that is now."""
-    pool, target = aliased(Dataset), aliased(Dataset)
-    samples = func.sum(func.coalesce(pool.row_count, 0) + func.coalesce(target.row_count, 0))
-    jobs = (
-        select(
-            SelectionJob.created_at,
-            samples.over(order_by=(SelectionJob.created_at.desc(), SelectionJob.id.desc())).label("and_later"),
-        )
-        .join(pool, pool.id == SelectionJob.pool_id)
-        .join(target, target.id == SelectionJob.target_id)
-        .where(*_TODAY)
-        .subquery()
-    )
-    last = session.scalar(select(func.max(jobs.c.created_at)).where(jobs.c.and_later > room), {"key_id": key_id})
-    return None if last is None else last + _DAY
+    """The time from which at most `room` of the samples of `usage` are within 24 hours; None if that is now."""
+    found: datetime | None = session.scalar(_LEAVE_AT, {"key_id": key_id, "room": room})
+    return found
+
+
+_ADD_SAMPLES = text("""
+    SELECT key_usage_add(j.key_id, 0, coalesce(sum(d.row_count), 0)::bigint)
+    FROM job_events e JOIN selection_jobs j ON j.id = e.job_id
+        CROSS JOIN jsonb_array_elements_text(e.data -> 'datasets') AS awaited (id)
+        JOIN datasets d ON d.id = awaited.id
+    WHERE e.job_id = :job_id AND e.type = 'job.waiting' AND e.data ? 'datasets' GROUP BY j.key_id
+""")
+
+
+def add_samples_awaited(session: Session, job_id: str) -> None:
+    """Counts the samples that a job had to wait for, when it waits no longer; the others were counted when it was posted."""
+    session.execute(_ADD_SAMPLES, {"job_id": job_id})
+
+
+def delete_old_samples(session: Session) -> int:
+    """Deletes what no quota is counted from any more, and returns how much."""
+    return session.execute(text("DELETE FROM key_samples WHERE second < now() - interval '25 hours'")).rowcount  # type: ignore[attr-defined,no-any-return]
 
 
 def stage_rates(session: Session) -> Sequence[Row[Any]]:

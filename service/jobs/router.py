@@ -1,8 +1,9 @@
 """`/v1/selection-jobs`: posting, polling, listing, cancelling and deleting jobs, and their events."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
@@ -12,15 +13,38 @@ from service.audit import service as audit
 from service.auth.authentication import ReadDep, SubmitDep
 from service.auth.principal import Principal
 from service.db.engine import SessionDep, release_connection
+from service.db.reader import Away
 from service.http import etags
 from service.http.errors import Conflict, Forbidden, NotFound, Unauthorized, Unavailable, Unprocessable, responses
 from service.http.pagination import AfterJob, Limit, Page
-from service.idempotency.service import IdempotentDep, IdempotentRequest, UnansweredDep
-from service.jobs import reads, repository, rerun, service, streaming
+from service.idempotency.service import IdempotentDep, IdempotentRequest, KeyedDep, UnansweredDep
+from service.jobs import reads, repository, rerun, service, streaming, submission
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
+from service.jobs.submission import Known
 from service.ledger.state import TERMINAL, JobStatus
 
 router = APIRouter(prefix="/selection-jobs", tags=["selection jobs"], responses=responses(Unauthorized, Forbidden))
+
+
+async def _known(request: Request, session: SessionDep, principal: SubmitDep, idempotent: KeyedDep) -> Known | None:
+    """What is known before the body is validated: a request that was answered is answered again, or refused, whatever it asks."""
+    try:
+        known = await submission.look_up(request, principal, idempotent.key, await _asked(request))
+    except Away:
+        await run_in_threadpool(idempotent.replay, session)
+        return None
+    if known is not None and known.answered is not None:
+        idempotent.answer_again(known.answered)
+    return known
+
+
+async def _asked(request: Request) -> Mapping[str, Any]:
+    """The body, if it is an object."""
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 @router.post(
@@ -33,10 +57,37 @@ router = APIRouter(prefix="/selection-jobs", tags=["selection jobs"], responses=
         **responses(Conflict, Unprocessable, Unavailable),
     },
 )
-def create_job(
-    body: JobRequest, request: Request, session: SessionDep, principal: SubmitDep, idempotent: UnansweredDep
+async def create_job(
+    body: JobRequest,
+    request: Request,
+    session: SessionDep,
+    principal: SubmitDep,
+    idempotent: KeyedDep,
+    known: Annotated[Known | None, Depends(_known)],
 ) -> JSONResponse:
     """Returns immediately; workers compute the job. Poll `Location` until `status` is succeeded, failed or cancelled."""
+    asked = (body, request, session, principal, idempotent)
+    if known is None or not known.is_ready or body.dry_run:
+        return await run_in_threadpool(_submit_any, *asked)
+    return await run_in_threadpool(_submit_plain, *asked, known)
+
+
+def _submit_plain(
+    body: JobRequest,
+    request: Request,
+    session: Session,
+    principal: Principal,
+    idempotent: IdempotentRequest,
+    known: Known,
+) -> JSONResponse:
+    draft = service.draft_on(principal, body, known, request.app.state.settings)
+    session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})  # one statement is one transaction
+    return _create(request, session, principal, idempotent, draft, "selection_job.created")
+
+
+def _submit_any(
+    body: JobRequest, request: Request, session: Session, principal: Principal, idempotent: IdempotentRequest
+) -> JSONResponse:
     state = request.app.state
     draft = service.draft(session, principal, body, state.settings, state.store)
     if body.dry_run:
@@ -54,14 +105,19 @@ def _create(
     action: str,
     **detail: str,
 ) -> JSONResponse:
-    """Writes the job, its audit entry and the answer in one transaction, which is committed when the route returns."""
-    idempotent.begin(session)
-    job = service.create(session, principal, draft, request.app.state.settings)
-    if (new := draft.new_target) is not None:
-        audit.record(session, principal, "dataset.imported", job.target_id, hub=new.source.id, commit=new.commit)
-    audit.record(session, principal, action, job.id, **(detail or {"pool": job.pool_id, "target": job.target_id}))
+    """Writes the job, its audit entry and the answer in one transaction, and commits it."""
+    settings, job = request.app.state.settings, draft.job
+    if draft.new_target is not None:
+        idempotent.begin(session)
+        service.import_target(session, principal, draft, settings)
+    if job.created_at is None:
+        job.created_at = submission.now(session)
     headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": reads.RETRY_AFTER_SECONDS}
-    return idempotent.keep(session, service.describe(session, [job])[0], status.HTTP_202_ACCEPTED, headers)
+    answer = service.describe_new(draft).model_dump(mode="json")
+    response = JSONResponse(answer, status.HTTP_202_ACCEPTED, headers)
+    service.create(session, principal, draft, settings, idempotent, response, action, **detail)
+    session.commit()
+    return response
 
 
 @router.get("", summary="List your jobs, newest first", response_model=Page[SelectionJobOut])

@@ -3,27 +3,33 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
+from fastapi import Response
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from service import ledger
+from service.audit import service as audit
 from service.auth.principal import Principal
 from service.datasets import imports, preset_imports
 from service.datasets import service as datasets
 from service.datasets.preset_imports import PresetImport
 from service.datasets.tables import Dataset
 from service.http.errors import Conflict, Unprocessable
+from service.idempotency.service import IdempotentRequest, in_use
 from service.ids import new_id
-from service.jobs import planning, quotas, repository
+from service.jobs import planning, quotas, repository, submission
 from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
+from service.jobs.submission import Known
 from service.ledger.state import TERMINAL, JobStatus
 from service.ledger.tables import SelectionJob
 from service.models import registry
 from service.observability.traces import traceparent
 from service.plan.parameters import JobParameters
-from service.plan.preparing import prepare_unit
+from service.plan.stages import Stage
 from service.results import repository as results
 from service.settings import ApiSettings, ModelSettings
 from service.storage.artifacts import ArtifactStore
@@ -65,16 +71,7 @@ def draft(
             f"A plan needs the rows of {' and '.join(awaited)}, whose import has not ended; ask again when it has.",
             code="dataset_not_ready",
         )
-    job = new_job(
-        principal,
-        pool,
-        target,
-        budget=_budget(request.budget, pool),
-        model=registry.resolve(settings.models, request.model, request),
-        parameters=request.parameters(),
-        request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
-        job_metadata=request.metadata,
-    )
+    job = _requested(principal, request, pool, target, settings, _budget(request.budget, pool))
     if awaited or (new_target is not None and not request.dry_run):
         job.awaits_datasets, job.model = True, registry.with_fingerprints(settings.models, job.model)
         known = sum(dataset.row_count for dataset in (pool, target) if dataset.is_ready)
@@ -83,6 +80,34 @@ def draft(
     if not request.dry_run:
         return drafted
     return replace(drafted, plan=planning.plan(session, store, settings.models, job, pool, target))
+
+
+def draft_on(principal: Principal, request: JobRequest, known: Known, settings: ApiSettings) -> Draft:
+    """As `draft`, of a job on datasets that are known to be ready. Reads the model's files, or asks the hub for it."""
+    budget = budget_of(request.budget, known.pool)
+    job = _requested(principal, request, known.pool, known.target, settings, budget)
+    job.created_at = known.now
+    return ready(job, known.pool, known.target, settings.models)
+
+
+def _requested(
+    principal: Principal,
+    request: JobRequest,
+    pool: Dataset,
+    target: Dataset,
+    settings: ApiSettings,
+    budget: int | None,
+) -> SelectionJob:
+    return new_job(
+        principal,
+        pool,
+        target,
+        budget=budget,
+        model=registry.resolve(settings.models, request.model, request),
+        parameters=request.parameters(),
+        request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
+        job_metadata=request.metadata,
+    )
 
 
 def _target(
@@ -120,31 +145,74 @@ def ready(job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSett
     return Draft(job=job, sample_count=pool.row_count + target.row_count)
 
 
-def create(session: Session, principal: Principal, draft: Draft, settings: ApiSettings) -> SelectionJob:
-    """Writes the job, its first unit and `job.queued`; where it waits for an import no unit, and `job.waiting`. Every new job
-    goes through here. Its plan follows (`first_plans`), and then the dispatcher is notified of the unit.
+def import_target(session: Session, principal: Principal, draft: Draft, settings: ApiSettings) -> None:
+    """Begins the import of the draft's new target, or finds one that has begun meanwhile.
+
+    Raises:
+        QuotaExceeded: the key may store nothing more.
+    """
+    assert draft.new_target is not None, "there is one"
+    new = draft.new_target
+    datasets.check_quota(session, principal, settings.limits, 1)
+    draft.job.target_id = imports.find_or_create(session, principal, settings, new.source, new.commit, new.title).id
+    audit.record(session, principal, "dataset.imported", draft.job.target_id, hub=new.source.id, commit=new.commit)
+
+
+def create(
+    session: Session,
+    principal: Principal,
+    draft: Draft,
+    settings: ApiSettings,
+    idempotent: IdempotentRequest,
+    response: Response,
+    action: str,
+    **detail: str,
+) -> None:
+    """Writes the job with its first unit and `job.queued`, or without a unit and with `job.waiting` where it awaits an import;
+    its audit entry; and its answer, the response. Every new job goes through here. Its plan follows (`first_plans`), and then the
+    dispatcher is notified of the unit.
 
     Raises:
         Unprocessable: a dataset was deleted since the draft; `param` names it.
         QuotaExceeded: a quota of the key does not allow it now.
+        Replayed: the request has been answered meanwhile; its answer.
+        Conflict: a request with its idempotency key is running.
     """
     job = draft.job
-    if (new := draft.new_target) is not None:
-        datasets.check_quota(session, principal, settings.limits, 1)
-        job.target_id = imports.find_or_create(session, principal, settings, new.source, new.commit, new.title).id
-    pool = datasets.require(session, job.tenant_id, job.pool_id, "pool")  # from here on neither can be deleted
-    target = datasets.require(session, job.tenant_id, job.target_id, "target")
-    quotas.check(session, principal, settings.limits, draft.sample_count)
     job.trace = traceparent()
-    if job.awaits_datasets:
-        ledger.create_job(session, job, [])
-        awaited = [found.id for found in (pool, target) if not found.is_ready]
-        ledger.add_event(session, job.id, "job.waiting", reason="A dataset is being imported.", datasets=awaited)
-    else:
-        ledger.create_job(session, job, [prepare_unit(job.id, draft.sample_count)])
     session.flush()
-    session.refresh(job)
-    return job
+    written = partial(
+        submission.write,
+        session,
+        principal,
+        settings.limits,
+        job,
+        draft.sample_count,
+        action=action,
+        detail=detail or {"pool": job.pool_id, "target": job.target_id},
+        lock=idempotent.lock,
+        kept=idempotent.sealed(response),
+    )
+    while (refused := written()) is not None:
+        _refuse(session, principal, draft, settings, idempotent, refused)
+
+
+def _refuse(
+    session: Session,
+    principal: Principal,
+    draft: Draft,
+    settings: ApiSettings,
+    idempotent: IdempotentRequest,
+    refused: str,
+) -> None:
+    """Raises what `create` raises; where the reason is gone by now, nothing."""
+    if refused in ("key", "answered"):
+        idempotent.replay(session)
+        raise in_use()
+    if refused in ("pool", "target"):
+        datasets.require(session, principal.tenant_id, getattr(draft.job, f"{refused}_id"), refused)
+    elif (error := quotas.refused(session, principal, settings.limits, refused, draft.sample_count)) is not None:
+        raise error
 
 
 def describe_plan(draft: Draft) -> SelectionPlan:
@@ -208,6 +276,13 @@ def describe(session: Session, jobs: Sequence[SelectionJob]) -> list[SelectionJo
     for row in repository.stage_rows(session, [job.id for job in jobs]):
         rows[row.job_id].append(row)
     return [describe_one(job, rows[job.id]) for job in jobs]
+
+
+def describe_new(draft: Draft) -> SelectionJobOut:
+    """A job that is about to be written, as it will be read."""
+    unit = SimpleNamespace(stage=Stage.PREPARE, units=1, units_done=0, units_reused=0, done=0, total=draft.sample_count)
+    unit.started_at = unit.finished_at = None
+    return describe_one(draft.job, [unit] if draft.job.awaits_plan else [])
 
 
 def describe_one(job: Any, rows: Sequence[Any]) -> SelectionJobOut:

@@ -11,7 +11,7 @@ from service.datasets import imports
 from service.datasets.tables import Dataset
 from service.db.engine import Sessions
 from service.http.errors import ApiError
-from service.jobs import planning, quotas
+from service.jobs import planning, quotas, repository
 from service.jobs.service import budget_of
 from service.ledger.state import JobStatus
 from service.ledger.tables import SelectionJob
@@ -36,7 +36,8 @@ def end_waiting(sessions: Sessions, store: ArtifactStore, settings: ApiSettings)
         except ApiError as error:
             log.info("%s does not start: %s", job_id, error.detail)
             with sessions.begin() as session:
-                ledger.fail_waiting(session, job_id, {"code": error.problem_code, "detail": error.detail})
+                if ledger.fail_waiting(session, job_id, {"code": error.problem_code, "detail": error.detail}):
+                    repository.add_samples_awaited(session, job_id)
     return len(found)
 
 
@@ -76,6 +77,7 @@ def _start(sessions: Sessions, store: ArtifactStore, settings: ApiSettings, job_
     samples = pool.row_count + target.row_count
     with sessions.begin() as session:
         principal = Principal(tenant_id=job.tenant_id, key_id=key.id, limits=key.limits)
-        quotas.check_samples_of_started(session, principal, settings.limits, samples)
         if ledger.start_waiting(session, job_id, budget, [prepare_unit(job_id, samples)]):
+            repository.add_samples_awaited(session, job_id)
+            quotas.check_samples_of_started(session, principal, settings.limits, samples)
             ledger.add_event(session, job_id, "job.planned", **planned)

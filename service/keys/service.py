@@ -11,7 +11,7 @@ from service.audit import service as audit
 from service.auth.authentication import KEY_PREFIX, key_digest
 from service.auth.principal import Principal, Scope
 from service.auth.quotas import limits_of
-from service.auth.tables import ApiKey, Tenant
+from service.auth.tables import ApiKey, KeyUsage, Tenant
 from service.db.locks import advisory_lock
 from service.http.errors import Conflict, Forbidden, NotFound, Unprocessable
 from service.ids import new_id
@@ -95,6 +95,7 @@ def _make(session: Session, secret_key: str, *, scopes: Collection[Scope], **col
     digest = key_digest(secret_key, key)
     row = ApiKey(id=new_id("key"), prefix=prefix, digest=digest, scopes=sorted(scopes), **columns)
     repository.add(session, row)
+    session.add(KeyUsage(key_id=row.id))
     return row, key
 
 

@@ -17,6 +17,7 @@ from service.datasets.uploads import repository as uploads
 from service.db.engine import Sessions
 from service.db.locks import try_advisory_lock
 from service.idempotency import repository as idempotency
+from service.jobs import repository as job_rows
 from service.jobs import service as jobs
 from service.ledger import workers
 from service.ledger.store_identity import MARKER
@@ -171,11 +172,12 @@ class _Pass:
             self.collected.workers = find(session)
 
     def answers(self) -> None:
-        """Old idempotent answers and webhook deliveries, which no client may count on any longer."""
+        """Old idempotent answers and webhook deliveries, which no client may count on any longer; and old samples of quotas."""
         if not self._dry_run:
             with self._sessions.begin() as session:
                 idempotency.delete_old(session)
                 webhooks.delete_old(session)
+                job_rows.delete_old_samples(session)
 
     def scratch(self) -> None:
         if self._dry_run:

@@ -11,7 +11,7 @@ from service.datasets.repository import stored_bytes
 from service.datasets.uploads.repository import count as open_uploads
 from service.db.engine import SessionDep
 from service.http.errors import Forbidden, Unauthorized, responses
-from service.jobs.repository import open_jobs, samples_today
+from service.jobs.repository import usage
 from service.settings import ApiSettings
 
 router = APIRouter(tags=["keys"], responses=responses(Unauthorized, Forbidden))
@@ -46,11 +46,12 @@ def get_usage(
 ) -> Usage:
     settings: ApiSettings = request.app.state.settings
     limits = limits_of(principal, settings.limits)
+    open_jobs, samples = usage(session, principal.key_id)
     used = {
         "requests_per_minute": requests,
-        "concurrent_jobs": open_jobs(session, principal.tenant_id, principal.key_id),
+        "concurrent_jobs": open_jobs,
         "stored_bytes": stored_bytes(session, principal.key_id),
-        "samples_per_day": samples_today(session, principal.key_id),
+        "samples_per_day": samples,
         "open_uploads": open_uploads(session, principal.key_id),
     }
     counted = {name: Used(used=value, limit=getattr(limits, name) or None) for name, value in used.items()}

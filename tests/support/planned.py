@@ -5,7 +5,7 @@ from typing import Any
 from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.jobs.first_plans import plan_new
+from service.jobs.first_plans import FirstPlans
 from service.ledger.tables import SelectionJob
 from support.waiting import until
 
@@ -29,7 +29,7 @@ class PlannedAtOnce:
 
 def _plan(state: Any, job_id: str) -> None:
     def is_planned() -> bool:
-        plan_new(state.sessions, state.store, state.settings)
+        FirstPlans(state.sessions, state.store, state.settings).write()
         with state.sessions() as session:
             return not session.get_one(SelectionJob, job_id).awaits_plan
 

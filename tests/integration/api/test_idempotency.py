@@ -11,6 +11,7 @@ from support.world import World
 from service.db.locks import try_advisory_lock
 from service.idempotency import repository
 from service.ids import new_id
+from service.jobs import submission
 
 JOBS, DATASETS = "/v1/selection-jobs", "/v1/datasets"
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 8
@@ -139,9 +140,13 @@ def test_a_request_that_breaks_off_has_no_effect_and_may_be_sent_again(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
 
+    was = "SELECT refused, EXISTS"
+    fails = "SELECT (1 / ((SELECT count(*) FROM job) - 1))::text AS refused, EXISTS"  # when all was written
+    assert was in submission._SUBMIT
     quiet = TestClient(api.client.app, headers=api.client.headers, raise_server_exceptions=False)
     with monkeypatch.context() as patch:
         patch.setattr(repository, "put", fail)
+        patch.setattr(submission, "_SUBMIT", submission._SUBMIT.replace(was, fails))
         assert post(quiet, "k", body).status_code == 500
         assert upload(quiet, "u").status_code == 500
     assert (count(api, "selection_jobs"), count(api, "datasets")) == (jobs, datasets)

@@ -54,6 +54,9 @@ INSERT INTO datasets (id, tenant_id, key_id, name, fingerprint, row_count, byte_
         9, 9, '{{}}' FROM owner o, generate_series(1, CASE tenant WHEN 3 THEN 20 ELSE 3000 END) i;
 INSERT INTO api_keys (id, tenant_id, name, prefix, digest)
     SELECT 'key_' || md5(o.id || i), 'tnt_' || i, 'k', md5(o.id || i), sha256('') FROM owner o, generate_series(1, 2000) i;
+INSERT INTO key_usage (key_id, samples) SELECT id, 1000000 FROM api_keys ON CONFLICT (key_id) DO UPDATE SET samples = 1000000;
+INSERT INTO key_samples (key_id, second, samples_before)
+    SELECT o.key_id, date_trunc('second', now()) - i * interval '3 seconds', 999999 - i FROM owner o, generate_series(1, 40000) i;
 INSERT INTO uploads (id, tenant_id, key_id, sha256, bytes, part_bytes)
     SELECT 'up_' || md5(k.id), k.tenant_id, k.id, encode(sha256(k.id::bytea), 'hex'), 9, 9 FROM api_keys k;
 INSERT INTO selection_jobs (id, tenant_id, key_id, status, pool_id, target_id, model, budget, parameters, request, job_metadata,
@@ -287,6 +290,10 @@ def test_a_submission_looks_at_few_rows_however_many_jobs_are_open(crowded: Worl
     check(crowded, _post_twice(crowded), at_least=6)
 
 
+def _counted_key(session: Session) -> str:
+    return session.execute(text("SELECT key_id FROM key_samples LIMIT 1")).scalar_one()
+
+
 BACKGROUND: dict[str, Callable[[Session], Any]] = {
     "claim": lambda s: ledger.claim_unit(s, worker_id="w", lease_seconds=60),
     "claimable": lambda s: ledger.claimable_count(s, most=MAX_MESSAGES),
@@ -304,6 +311,7 @@ BACKGROUND: dict[str, Callable[[Session], Any]] = {
     "expired uploads": lambda s: uploads.expired(s, hours=24, limit=100),
     "parts of uploads": lambda s: uploads.existing(s, ["up_" + "0" * 32]),
     "old answers": lambda s: idempotency.delete_old(s),
+    "samples that leave a quota": lambda s: jobs.samples_leave_at(s, _counted_key(s), room=28_000),
     "artifacts in use": lambda s: collection.in_use(s),
 }
 

@@ -13,7 +13,7 @@ from support.world import JOBS, World, make_settings, register_model
 from service import ledger
 from service.app import create_app
 from service.jobs import first_plans, planning
-from service.jobs.first_plans import plan_new
+from service.jobs.first_plans import FirstPlans
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def kinds(world: World, job_id: str) -> list[str]:
 
 
 def plan(world: World) -> int:
-    return plan_new(world.sessions, world.store, world.settings)
+    return FirstPlans(world.sessions, world.store, world.settings).write()
 
 
 def claimed(world: World) -> str | None:
