@@ -1,4 +1,4 @@
-"""Jobs and units that begin: creating, claiming, beating."""
+"""Units that begin: planned, created, claimed, beating."""
 
 import random
 import time
@@ -51,14 +51,6 @@ _PAUSE_SECONDS = (0.01, 0.03)
 
 # How long a unit waits for its job's first plan; nothing but the order of events depends on that.
 PLAN_SECONDS = 10
-
-
-def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -> None:
-    """Adds the job, its first units and its first event to the session's transaction."""
-    session.add(job)
-    session.flush()
-    add_event(session, job.id, "job.queued")
-    create_units(session, job.id, first, None)
 
 
 _WRITE_PLANS = text("""

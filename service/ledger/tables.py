@@ -35,7 +35,9 @@ class SelectionJob(CreatedAt, Base):
             postgresql_where="deleted_at IS NULL",
         ),
         Index("ix_selection_jobs_pool_id", "pool_id"),
-        Index("ix_selection_jobs_key_id_created_at", "key_id", "created_at"),  # a key's quotas
+        Index(
+            "ix_selection_jobs_key_id_created_at", "key_id", "created_at"
+        ),  # by which the version before counts quotas
         Index("ix_selection_jobs_target_id", "target_id"),
         # What a claim looks through: the few jobs that are not finished, each tenant's oldest first.
         Index(

@@ -18,6 +18,7 @@ from service.datasets.tables import Dataset
 from service.db.engine import Sessions, make_engine, make_sessions
 from service.ids import new_id
 from service.ledger import Claim, Retries
+from service.ledger.rows import create_units
 from service.ledger.tables import JobEvent, JobUnit, SelectionJob
 from service.plan.stages import Stage, UnitSpec
 from service.settings import DatabaseSettings
@@ -30,6 +31,7 @@ __all__ = [
     "LEASE",
     "LedgerWorld",
     "at_once",
+    "create_job",
     "ledger_world",
     "new_database",
     "new_owner",
@@ -48,6 +50,14 @@ def unit(stage: Stage, shard: int = 0, *, key: str | None = None, total: int = 1
     return UnitSpec(
         stage=stage, shard=shard, artifact_key=key or new_id("artifact"), spec={"shard": shard}, total=total
     )
+
+
+def create_job(session: Session, job: SelectionJob, first: Sequence[UnitSpec]) -> None:
+    """Adds the job, its first units and its first event to the session's transaction."""
+    session.add(job)
+    session.flush()
+    ledger.add_event(session, job.id, "job.queued")
+    create_units(session, job.id, first, None)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class LedgerWorld:
                 job_metadata={},
                 **(owner or self.owner),
             )
-            ledger.create_job(session, job, units or [unit(Stage.PREPARE)])
+            create_job(session, job, units or [unit(Stage.PREPARE)])
         return job_id
 
     def try_claim(self, worker_id: str = "w", lease_seconds: float = LEASE) -> Claim | None:

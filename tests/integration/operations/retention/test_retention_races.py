@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
-from support.ledger_world import at_once, wait_until
+from support.ledger_world import at_once, create_job, wait_until
 from support.retention_world import PATIENCE, Kept
 
-from service import ledger
 from service.ids import new_id
 from service.ledger.tables import SelectionJob
 from service.plan.stages import Stage, UnitSpec
@@ -107,7 +106,7 @@ def test_a_creation_that_does_not_end_stops_the_pass_and_not_the_other_way_round
             **local.ledger.owner,
         )
         unit = UnitSpec(stage=Stage.SELECT, shard=0, artifact_key="selections", spec={}, total=1)
-        ledger.create_job(session, job, [unit])
+        create_job(session, job, [unit])
         with pytest.raises(OperationalError, match="lock timeout"):
             local.collect()
         session.rollback()
