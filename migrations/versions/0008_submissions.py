@@ -49,6 +49,7 @@ COUNTERS = """
         CONSTRAINT pk_key_samples PRIMARY KEY (key_id, second)
     );
     CREATE INDEX ix_key_samples_second ON key_samples (second);
+    CREATE INDEX ix_key_samples_sum ON key_samples (key_id, samples_before, second);
 """
 
 # Whoever writes a job, ends it or removes it: the counters are right in the same transaction. The row of the key's usage is locked by

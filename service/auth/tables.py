@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, LargeBinary, String, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, LargeBinary, String, UniqueConstraint
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -64,6 +64,7 @@ class KeySamples(Base):
     """A second in which jobs of a key were posted, and the key's sum of samples before it."""
 
     __tablename__ = "key_samples"
+    __table_args__ = (Index("ix_key_samples_sum", "key_id", "samples_before", "second"),)
 
     key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), primary_key=True)
     second: Mapped[datetime] = mapped_column(primary_key=True, index=True)

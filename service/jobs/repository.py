@@ -128,9 +128,11 @@ def usage(session: Session, key_id: str) -> tuple[int, int]:
 
 
 _LEAVE_AT = text("""
-    SELECT s.second + interval '1 day 1 second' FROM key_samples s JOIN key_usage u USING (key_id)
-    WHERE key_id = :key_id AND second > statement_timestamp() - interval '1 day 1 second' AND samples_before < u.samples - :room
-    ORDER BY second DESC LIMIT 1
+    SELECT second + interval '1 day 1 second' FROM (
+        SELECT second FROM key_samples
+        WHERE key_id = :key_id AND samples_before < (SELECT samples - :room FROM key_usage WHERE key_id = :key_id)
+        ORDER BY samples_before DESC, second DESC LIMIT 1
+    ) last WHERE second > statement_timestamp() - interval '1 day 1 second'
 """)
 
 

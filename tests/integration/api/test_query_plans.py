@@ -291,7 +291,8 @@ def test_a_submission_looks_at_few_rows_however_many_jobs_are_open(crowded: Worl
 
 
 def _counted_key(session: Session) -> str:
-    return session.execute(text("SELECT key_id FROM key_samples LIMIT 1")).scalar_one()
+    named = text("SELECT k.id FROM tenants t JOIN api_keys k ON k.tenant_id = t.id WHERE t.name = 'tenant 1'")
+    return session.execute(named).scalar_one()
 
 
 BACKGROUND: dict[str, Callable[[Session], Any]] = {
