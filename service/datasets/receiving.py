@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from tempfile import TemporaryFile
 from typing import IO
 
+from anyio import CancelScope
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -55,7 +56,8 @@ async def _within_budget(request: Request, limits: UploadSettings) -> AsyncGener
 
 @asynccontextmanager
 async def _raw_file(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[tuple[IO[bytes], str]]:
-    with TemporaryFile(prefix="winnow-") as file:
+    file = await asyncio.to_thread(lambda: TemporaryFile(prefix="winnow-"))  # noqa: SIM115  # it is closed below
+    try:
         # Off the event loop, a megabyte at a time: a thread for each network packet costs more than the writing.
         buffer = bytearray()
         async for chunk in stream:
@@ -65,6 +67,9 @@ async def _raw_file(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[tuple[
                 buffer.clear()
         await asyncio.to_thread(file.write, bytes(buffer))
         yield file, ""
+    finally:
+        with CancelScope(shield=True):
+            await asyncio.to_thread(file.close)  # with which a large file goes, and that takes its time
 
 
 @asynccontextmanager

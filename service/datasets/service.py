@@ -126,6 +126,7 @@ def rows(
         Conflict: it has no rows yet.
     """
     dataset = find_ready(session, tenant_id, dataset_id)
+    session.commit()  # no transaction is open while the store is read
     stop = min(start + limit, dataset.row_count)
     samples = storage.read_samples(store, dataset.fingerprint, range(start, stop)) if start < stop else []
     return samples, stop < dataset.row_count

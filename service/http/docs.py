@@ -15,7 +15,11 @@ _POLICY = {
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 }
 _FOLDER = Path(str(files("fastapi_swagger") / "resources"))
-_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
+_FILES = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon-32x32.png": "image/png",
+}
 # Addresses are relative to the page's own, which may be below a path of a proxy's.
 _START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true});'
 _PAGE = """<!doctype html>
@@ -50,4 +54,4 @@ async def start() -> Response:
 async def file(name: str) -> FileResponse:
     if name not in _FILES:
         raise NotFound(f"No file {name!r}.")
-    return FileResponse(_FOLDER / name)
+    return FileResponse(_FOLDER / name, media_type=_FILES[name])

@@ -115,6 +115,7 @@ def sample(session: Session, store: ArtifactStore, job: FinishedJob, query: Samp
     found = repository.weights(session, job.id, index, index + 1)
     (influence,), (weight,), exact = or_null(found.influence), shortest(found.weight), bool(found.exact[0])
     rank = repository.ranks(session, job.id, index, index + 1).get(index)
+    session.commit()  # no transaction is open while the store is read
     ids, sources = storage.read_ids(store, job.pool.fingerprint, index, index + 1)
     content, content_missing = _content(store, job.pool, index)
     explanation, missing = None, None

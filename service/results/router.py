@@ -113,8 +113,9 @@ def _weights_page(session: Session, store: ArtifactStore, job: FinishedJob, star
     stop = min(start + limit, job.pool.row_count)
     if start >= stop:
         return WeightsPage.of([], has_more=False)
-    ids, sources = storage.read_ids(store, job.pool.fingerprint, start, stop)
     found = repository.weights(session, job.id, start, stop)
+    session.commit()  # no transaction is open while the store is read
+    ids, sources = storage.read_ids(store, job.pool.fingerprint, start, stop)
     columns = (
         range(start, stop),
         ids,
