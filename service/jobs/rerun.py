@@ -8,11 +8,12 @@ from sqlalchemy.orm import Session
 
 from service import ledger
 from service.auth.principal import Principal
+from service.datasets import imports
 from service.datasets import repository as dataset_repository
 from service.datasets import service as datasets
 from service.datasets.tables import Dataset
 from service.http.errors import Conflict, Unprocessable
-from service.jobs.service import Draft, new_job, ready
+from service.jobs.service import Draft, budget_of, new_job, ready, waiting
 from service.ledger.state import JobStatus
 from service.models import registry
 from service.plan.parameters import JobParameters
@@ -30,7 +31,7 @@ def retry(session: Session, principal: Principal, job_id: str, settings: ModelSe
     Raises:
         NotFound: the tenant has no such job.
         Conflict: it has not failed: `job_not_failed`.
-        Unprocessable: its pool, target or model is gone; `param` names it.
+        Unprocessable: its pool, target or model is gone, or the import of one has failed; `param` names it.
     """
     first = ledger.require_job(session, principal.tenant_id, job_id)
     if first.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
@@ -40,10 +41,15 @@ def retry(session: Session, principal: Principal, job_id: str, settings: ModelSe
         )
     pool = datasets.require(session, principal.tenant_id, first.pool_id, "pool")
     target = datasets.require(session, principal.tenant_id, first.target_id, "target")
+    imports.refuse_failed(session, pool=pool, target=target)
     session.close()
     copied = {name: getattr(first, name) for name in ("model", "parameters", "budget", "reproduces", *_COPIED)}
     job = new_job(principal, pool, target, retry_of=first.id, **copied)
     _check_model(settings, job.model)
+    if job.budget is None and pool.is_ready:  # a share of a pool whose import had not ended then
+        job.budget = budget_of(first.request["budget"], pool)
+    if not (pool.is_ready and target.is_ready):
+        return waiting(job, pool, target, settings)
     return ready(job, pool, target, settings)
 
 

@@ -73,9 +73,7 @@ def draft(
         )
     job = _requested(principal, request, pool, target, settings, _budget(request.budget, pool))
     if awaited or (new_target is not None and not request.dry_run):
-        job.awaits_datasets, job.model = True, registry.with_fingerprints(settings.models, job.model)
-        known = sum(dataset.row_count for dataset in (pool, target) if dataset.is_ready)
-        return Draft(job=job, sample_count=known, new_target=new_target)
+        return replace(waiting(job, pool, target, settings.models), new_target=new_target)
     drafted = ready(job, pool, target, settings.models)
     if not request.dry_run:
         return drafted
@@ -143,6 +141,13 @@ def ready(job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSett
     """The draft of a job whose model is resolved and whose datasets are ready. Reads the model's files."""
     job.awaits_plan, job.model = True, registry.with_fingerprints(settings, job.model)
     return Draft(job=job, sample_count=pool.row_count + target.row_count)
+
+
+def waiting(job: SelectionJob, pool: Dataset, target: Dataset, settings: ModelSettings) -> Draft:
+    """The draft of a job whose model is resolved and which waits for the import of a dataset. Reads the model's files."""
+    job.awaits_datasets, job.model = True, registry.with_fingerprints(settings, job.model)
+    known = sum(dataset.row_count for dataset in (pool, target) if dataset.is_ready)
+    return Draft(job=job, sample_count=known)
 
 
 def import_target(session: Session, principal: Principal, draft: Draft, settings: ApiSettings) -> None:
