@@ -116,9 +116,10 @@ class _Run:
         refined = np.zeros_like(self.counted)
         refined[self.exact] = True
         refined &= self.counted
+        is_landmark = ~self.counted[self.exact]
         expected = promise(
             self.known_nt.float().numpy(),
-            Residuals.of(self.fit.P_lt.numpy(), self.fit.leave_one_out().numpy()),
+            Residuals.of(self.fit.P_lt.numpy()[is_landmark], self.fit.leave_one_out().numpy()[is_landmark]),
             refined=refined,
             unknown=self.counted & ~refined,
             budget=self.budget,

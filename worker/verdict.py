@@ -12,7 +12,7 @@ Level = Literal["ok", "look", "bad"]
 Found = Mapping[str, Any]
 
 PROMISED, LITTLE_PROMISED = 0.9, 0.75
-"""A promise errs by .08 (root mean square): what is promised .9 is rarely below three quarters."""
+"""A promise errs by .06 to .08 (root mean square): what is promised .9 is rarely below three quarters."""
 CLOSE = 0.5
 """Leave-one-out rank correlation from which a propagated ranking is of use by itself."""
 NOISE = 1e-6

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from support.local_job import (
 )
 
 from service.plan.stages import Stage
+from worker.stages import rounds
 from worker.text import token_files
 
 POOL, TARGET, BUDGET = 40, 18, 8
@@ -102,6 +104,29 @@ class TestRefine:
         assert (capped["stopped"], capped["refined"]) == ("max_cost", 2 * BUDGET)
         assert 0 < capped["promise"] < 1
 
+    def test_a_promise_knows_the_residuals_of_landmarks_alone(self, tmp_path: Path) -> None:
+        """What was refined is no random part of the pool, so its residuals say nothing about the rest."""
+        draw = np.random.default_rng(0)
+        P = draw.normal(size=(POOL, TARGET)).astype(np.float32)
+        exact = np.arange(20)
+        left_out = P[exact] + draw.normal(scale=0.1, size=(20, TARGET))
+        left_out[12:] = np.nan
+        known = rounds.Known(
+            P_nx=P,
+            valid=np.arange(TARGET),
+            eligible=np.ones(POOL, dtype=bool),
+            exact=exact,
+            is_landmark=exact < 12,
+            P_et=P[exact].astype(np.float64),
+            left_out_et=left_out,
+            tried=8,
+            most=8,
+        )
+        job: Any = SimpleNamespace(budget=BUDGET, parameters={"selection": "round_robin", "seed": 0})
+        promised = rounds._promise(SimpleNamespace(job=job), known, np.arange(POOL) >= 20, tmp_path)
+        assert promised is not None
+        assert 0 < promised < 1
+
     def test_without_it_landmarks_alone_are_exact(self, job: Job) -> None:
         ran = job(gradient=WHOLE, refine=0)
         assert ran.arrays["exact"].sum() == 12
@@ -113,8 +138,8 @@ class TestMinFidelity:
     def test_landmarks_grow_reusing_the_earlier_ones_and_end_exact(self, job: Job, truth: Truth) -> None:
         before = job(gradient=WHOLE, landmarks={"count": 6}, refine=0.1)
         ran = job(gradient=WHOLE, landmarks={"count": 6}, refine=0.1, min_fidelity=0.999)
-        rounds = [unit.result.get("grow") for unit in ran.done[Stage.PROPAGATE]]
-        assert [round_ and round_["count"] for round_ in rounds] == [12, 24, POOL, None]
+        grown = [unit.result.get("grow") for unit in ran.done[Stage.PROPAGATE]]
+        assert [round_ and round_["count"] for round_ in grown] == [12, 24, POOL, None]
         keys = ran.keys(Stage.LANDMARK_GRADIENTS)
         assert keys[: len(before.keys(Stage.LANDMARK_GRADIENTS))] == before.keys(Stage.LANDMARK_GRADIENTS)
         assert len(set(keys)) == len(keys)
@@ -132,8 +157,8 @@ class TestMinFidelity:
 
     def test_with_the_shortlist_exact_gradients_of_all_may_cost_no_more(self, job: Job) -> None:
         ran = job(gradient=WHOLE, landmarks={"count": 6}, refine=0.5, min_fidelity=0.999)
-        rounds = [unit.result.get("grow") for unit in ran.done[Stage.PROPAGATE]]
-        assert [round_ and round_["count"] for round_ in rounds] == [12, POOL, None]
+        grown = [unit.result.get("grow") for unit in ran.done[Stage.PROPAGATE]]
+        assert [round_ and round_["count"] for round_ in grown] == [12, POOL, None]
 
     def test_where_it_is_met_nothing_grows(self, job: Job) -> None:
         uniform = {"count": 30, "choice": "uniform"}

@@ -1,7 +1,7 @@
 """What share of the best selection's influence a selection among exact samples is expected to have, before the rest is exact.
 
 The truth about samples that are only predicted is simulated: each gets its prediction and the leave-one-out residuals, on all
-targets together, of an exact sample drawn at random, made as large as residuals are at such predictions (METHOD 10, "A promise
+targets together, of a landmark drawn at random, made as large as residuals are at such predictions (METHOD 10, "A promise
 before it is paid"). What the best selection would gain there is compared with what the real one has.
 """
 

@@ -69,14 +69,15 @@ def next_round(
 
 
 def _promise(context: StageContext, known: Known, unknown: npt.NDArray[np.bool_], folder: Path) -> float | None:
-    """None before as many samples are refined as are to be selected."""
+    """None before as many samples are refined as are to be selected. The residuals are those of the landmarks, which unlike the
+    shortlist are a random part of the pool."""
     refined = np.zeros(len(unknown), dtype=bool)
     refined[known.exact[~known.is_landmark]] = True
     if refined.sum() < context.job.budget:
         return None
     return promise(
         columns(known.P_nx, known.valid),
-        Residuals.of(known.P_et, known.left_out_et),
+        Residuals.of(known.P_et[known.is_landmark], known.left_out_et[known.is_landmark]),
         refined=refined,
         unknown=unknown,
         budget=context.job.budget,
