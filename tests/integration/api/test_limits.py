@@ -1,6 +1,7 @@
 """Limits of a key: the rate of its requests, and what it may have made; each key has its own."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import import_module
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 from support.jobs import move
-from support.ledger_world import at_once
+from support.ledger_world import at_once, wait_until
 from support.world import SECRET, World
 
 from service.app import create_app
@@ -196,6 +197,25 @@ def test_posts_at_once_do_not_pass_the_quota(api: World) -> None:
 
 
 FILL = import_module("migrations.versions.0008_submissions").FILL
+
+
+@pytest.mark.parametrize("limits", [{"concurrent_jobs": 1}, {"samples_per_day": 19}])
+def test_a_post_that_waited_for_another_sees_what_that_one_used(api: World, limits: dict[str, int]) -> None:
+    client = limited(api, **limits)
+    dataset = upload(client).json()["id"]
+    key_id = client.get("/v1/usage").json()["key_id"]
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%key_usage%'")
+    with ThreadPoolExecutor(2) as pool, api.engine.connect() as holder:
+        holder.execute(text("SELECT FROM key_usage WHERE key_id = :id FOR UPDATE"), {"id": key_id})
+        posts = [pool.submit(lambda: post(client, dataset).status_code) for _ in range(2)]
+
+        def both_wait() -> bool:
+            with api.engine.connect() as watcher:  # which sees the activity of the beginning of its transaction
+                return watcher.scalar(waiting) == 2
+
+        wait_until(both_wait, 15, "both wait")
+        holder.rollback()
+        assert sorted(each.result() for each in posts) == [202, 429]
 
 
 def move_jobs(api: World, jobs: dict[str, timedelta]) -> None:
