@@ -108,7 +108,7 @@ def test_a_budget_that_cannot_be_is_refused(api: World, body: dict[str, Any], bu
         ({"warmup": {"lora": {"rank": 0}}}, "warmup.lora.rank"),
         ({"gradient": {"modules": "a b"}}, "gradient.modules"),
         ({"min_fidelity": 1}, "min_fidelity"),
-        ({"refine": 1.5}, "refine.share"),
+        ({"refine": 1.5}, "refine"),
         ({"validate": None}, "validate"),
         ({"validate_selection": True}, "validate_selection"),
         ({"selection": "best"}, "selection"),
