@@ -73,7 +73,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     """
     if settings is None:
         settings = api_settings()
-        logs.configure(settings.log, service="api")
+        logs.configure(settings.log, in_thread=True, service="api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

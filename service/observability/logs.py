@@ -13,6 +13,7 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 from sqlalchemy.exc import StatementError
 
+from service.observability.log_thread import LogThread
 from service.observability.traces import trace_id
 from service.settings import LogSettings
 
@@ -81,13 +82,14 @@ class _Text(_WithoutValues):
         return f"{line} [{fields}]" if fields else line
 
 
-def configure(settings: LogSettings, **process: Any) -> None:
+def configure(settings: LogSettings, *, in_thread: bool = False, **process: Any) -> None:
     """Sends every record of this process to stderr, those of uvicorn, celery, warnings and an uncaught error too.
 
     Args:
+        in_thread: nobody who logs waits until it is written.
         process: fields that every JSON line of the process carries.
     """
-    handler = logging.StreamHandler()
+    handler = LogThread() if in_thread else logging.StreamHandler()
     handler.setLevel(settings.level)  # loggers with their own level (uvicorn's) ignore the root's
     handler.setFormatter(_Json(process) if settings.format == "json" else _Text(_TEXT))
     logging.basicConfig(level=settings.level, handlers=[handler], force=True)
