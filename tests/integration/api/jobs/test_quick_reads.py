@@ -14,6 +14,7 @@ from support.world import World, serving
 
 from service import ledger
 from service.app import create_app
+from service.auth import authentication
 from service.auth.rate_limit import Rates
 from service.db.engine import make_engine, make_sessions
 from service.db.reader import Reader
@@ -41,7 +42,7 @@ class Serving:
 
 @dataclass
 class Quick:
-    """A server that has nothing but the quick way: the sessions of its routes reach no database."""
+    """A server that has nothing but the quick way: its routes reach no database, not even for a key."""
 
     app: FastAPI
     client: httpx.Client
@@ -54,7 +55,11 @@ class Quick:
 def quick_app(app: FastAPI) -> Iterator[tuple[FastAPI, str]]:
     quick = create_app(app.state.settings)
     quick.state.sessions = make_sessions(make_engine(NOWHERE))
-    with serving(Serving(quick)) as url:
+
+    async def nobody(*_: Any) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patch, serving(Serving(quick)) as url:
+        patch.setattr(authentication, "_read", nobody)
         yield quick, url
     quick.state.metrics.close()
 
