@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from support.ledger_world import new_database
+from support.planned import PlannedAtOnce
 from support.results import Published, published_world
 from support.tiny import pool_rows, target_rows, write_jsonl
 from support.world import make_settings
@@ -100,6 +101,7 @@ class Service:
 def service(url: str, store: Path, models: Path, key: str) -> Iterator[Service]:
     settings = make_settings(url, store.parent, artifacts={"url": str(store)}, models={"folder": models})
     app, supervisor = create_app(settings), Supervisor(settings)
+    app.add_middleware(PlannedAtOnce)
     client = TestClient(app, headers={"Authorization": f"Bearer {key}"})
     store_identity.establish(app.state.sessions, app.state.store)
     try:
