@@ -124,6 +124,7 @@ def _tables_on_a_small_disk(world: World, servers: Servers, *tables: str) -> Ite
                     # A page with a row in it takes no other one: each insert needs a new page, for which there is no room.
                     connection.execute(f"ALTER TABLE {table} SET (fillfactor = 10)")
                     connection.execute(f"ALTER TABLE {table} SET TABLESPACE small")
+                    connection.execute(f"VACUUM FULL {table}")  # nor is there an empty one that changes have left
                 yield disk
             finally:
                 free(disk)
