@@ -13,7 +13,7 @@ from service.datasets.storage import Sample, iter_ids, iter_samples, read_sample
 from service.datasets.values import NO_SOURCE
 from service.storage.artifacts import ArtifactStore
 
-_READ_AT_ONCE = 1024
+_READ_AT_ONCE = 128  # a row may have a megabyte
 _MAX_NAMED = 100
 
 
