@@ -199,6 +199,16 @@ def at_rates(world: World, *, small: bool) -> Json:
         return found
 
 
+def waits(world: World, *, small: bool) -> Json:
+    """Clients that wait for jobs of two processes, which end at a fixed rate."""
+    clients, seconds = (20, 2.0) if small else (1000, 30.0)
+    jobs = [world.running.pop() for _ in range(min(len(world.running), 2 * clients))]
+    with serving(world, ROOT, 2) as (url, _), ending(world, [job for _, job in jobs], 0.1):
+        found = api_rates.until_ended(url, jobs, clients, seconds)
+    console.print("waits", found)
+    return found
+
+
 def report_cpu(found: Json) -> str:
     head = ["ms of processor time", "API", "PostgreSQL", "minimal API", "its PostgreSQL", "factor"]
     rows = [
@@ -211,6 +221,11 @@ def report_cpu(found: Json) -> str:
 def report_rates(found: Json) -> str:
     head = ["two processes, at a fixed rate", "a second", "answered a second", "p50, ms", "p99", "max", "errors"]
     return table(head, [[call, *of_call.values()] for call, of_call in found.items()])
+
+
+def report_waits(found: Json) -> str:
+    head = ["two processes, clients that wait for a job", "notified a second", "p50, ms", "p99", "max", "errors"]
+    return table(head, [list(found.values())] if found else [])
 
 
 def postgres_of(world: World) -> psutil.Process:
@@ -258,10 +273,11 @@ def main() -> None:
             found = measure(worlds, codes, options)
             compared = {} if options.only else compare(worlds["now"], small=options.small)
             rates = {} if options.only else at_rates(worlds["now"], small=options.small)
+            waited = {} if options.only else waits(worlds["now"], small=options.small)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(
         options.out / f"{options.name}.json",
-        {**head, "jobs": jobs, **over_minimal(compared), **found, "cpu": compared, "at_rates": rates},
+        {**head, "jobs": jobs, **over_minimal(compared), **found, "cpu": compared, "at_rates": rates, "waits": waited},
     )
     (options.out / f"{options.name}.md").write_text(
         "\n".join(
@@ -269,6 +285,7 @@ def main() -> None:
                 *(f"{name}\n\n{report(lines)}" for name, lines in found.items()),
                 report_cpu(compared),
                 report_rates(rates),
+                report_waits(waited),
             ]
         )
     )

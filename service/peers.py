@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from redis import DriverInfo
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -71,6 +72,7 @@ class Peers:
             socket_connect_timeout=_WAIT_SECONDS,
             retry=Retry(NoBackoff(), 1),  # of a connection that was closed meanwhile
             protocol=2,
+            driver_info=DriverInfo(),  # made here: each connection would read the version of the library from a file
         )
         self._redis: Redis = Redis(connection_pool=self.connections)
         self._take = self._redis.register_script(_TAKE)

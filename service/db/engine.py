@@ -131,7 +131,8 @@ async def run_with_connection(request: Request, work: Callable[[], Found]) -> Fo
 
 async def release_connection(session: Session) -> None:
     """Commits and returns the connection to the pool, for a request that goes on without one."""
-    await run_in_threadpool(session.commit)
+    if session.in_transaction():
+        await run_in_threadpool(session.commit)
     session.info.pop("give_back")()
 
 

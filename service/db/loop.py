@@ -38,6 +38,7 @@ class BackgroundLoop(ABC):
         self._url = make_conninfo(libpq_url(database.url), connect_timeout=10, **KEEPALIVE, **named)
         self._retry_seconds = retry_seconds
         self._first_after_seconds = first_after_seconds
+        self._connection: psycopg.Connection | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
 
@@ -66,7 +67,8 @@ class BackgroundLoop(ABC):
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                with psycopg.connect(self._url, autocommit=True) as connection:
+                with psycopg.connect(self._url, autocommit=True) as self._connection:
+                    connection = self._connection
                     if not self._leads(connection):
                         return
                     if self.channel is not None:

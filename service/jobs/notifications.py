@@ -1,13 +1,13 @@
 """Wakes requests that wait for a job when something has happened to it.
 
 One thread and one connection listen for all of them. A waiting request holds neither, nor a connection of the pool; once woken it
-polls the database. It also polls every few seconds, so a lost notification costs seconds.
+polls the database. The thread also looks at all their jobs every few seconds, so a lost notification costs seconds.
 """
 
 import asyncio
-import math
 import signal
 import threading
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -15,6 +15,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, TypeAlias
 
+import psycopg
 from fastapi import Request
 
 from service.db.loop import BackgroundLoop
@@ -23,6 +24,10 @@ from service.settings import DatabaseSettings
 _LOOK_SECONDS = 5.0
 _BLIND_LOOK_SECONDS = 1.0
 _RECONNECT_SECONDS = 1.0
+_STATES = """
+    SELECT id, status, (SELECT max(id) FROM job_events WHERE job_id = selection_jobs.id)
+    FROM selection_jobs WHERE id = ANY(%s)
+"""
 
 _Handler: TypeAlias = Callable[[int, FrameType | None], Any]
 
@@ -38,12 +43,17 @@ class Waiter:
         self._woken = asyncio.Event()
 
     async def wait(self, seconds: float) -> None:
-        """Returns when something may have happened, after `seconds` at the latest."""
+        """Returns when something may have happened, after `seconds` at the latest. While nothing is listened to, that is each
+        second."""
         started = self._loop.time()
-        look_after = _LOOK_SECONDS if self._notifications.is_listening else _BLIND_LOOK_SECONDS
-        with suppress(TimeoutError):
-            async with asyncio.timeout(min(seconds, look_after)):
-                await self._woken.wait()
+        deadline = started + seconds
+        while not self._woken.is_set() and (left := deadline - self._loop.time()) > 0:
+            is_blind = not self._notifications.is_listening
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, _BLIND_LOOK_SECONDS if is_blind else _LOOK_SECONDS)):
+                    await self._woken.wait()
+            if is_blind:
+                break
         self._woken.clear()
         self.waited_seconds += self._loop.time() - started
 
@@ -70,6 +80,8 @@ class JobNotifications(BackgroundLoop):
         super().__init__(settings, retry_seconds=_RECONNECT_SECONDS)
         self._lock = threading.Lock()
         self._waiters: defaultdict[str, set[Waiter]] = defaultdict(set)
+        self._seen: dict[str, list[Any]] = {}
+        self._look_due = 0.0
         self.is_listening = False
 
     def release_on_signals(self) -> None:
@@ -116,6 +128,7 @@ class JobNotifications(BackgroundLoop):
 
     @contextmanager
     def serving(self) -> Iterator[None]:
+        self._seen = {}
         self.is_listening = True
         try:
             yield
@@ -123,10 +136,27 @@ class JobNotifications(BackgroundLoop):
             self.is_listening = False
 
     def work(self, payloads: Sequence[str]) -> float:
-        """Wakes the waiters of these jobs; without payloads (just connected) all waiters, since events may have been missed."""
+        """Wakes the waiters of these jobs, and every few seconds of those that have changed all the same."""
+        jobs = set(payloads)
+        if not payloads or time.monotonic() >= self._look_due:
+            jobs |= self._changed()
+            self._look_due = time.monotonic() + _LOOK_SECONDS
         with self._lock:
-            jobs = payloads or self._waiters
             waiters = [waiter for job_id in jobs for waiter in self._waiters.get(job_id, ())]
         for waiter in waiters:
             waiter.wake()
-        return math.inf
+        return max(0.0, self._look_due - time.monotonic())
+
+    def _changed(self) -> set[str]:
+        """Of the jobs that are waited for, those that are not as they were at the last look; what has happened to one before its
+        first look may have been missed, too."""
+        with self._lock:
+            jobs = list(self._waiters)
+        if not jobs or self._connection is None:
+            return set()
+        try:
+            found = self._connection.execute(_STATES, [jobs]).fetchall()
+        except psycopg.OperationalError:  # it is lost, as the loop is about to notice
+            return set()
+        before, self._seen = self._seen, {job_id: state for job_id, *state in found}
+        return {job_id for job_id in jobs if job_id not in before or before[job_id] != self._seen.get(job_id)}

@@ -79,6 +79,18 @@ async def job_at_once(request: Request, job_id: str) -> Response | None:
     return None if found is None else job_answer(request, _described(found[0]), wait=0)
 
 
+async def current(request: Request, job_id: str) -> SelectionJobOut | None:
+    """The job, for a request that was admitted; None where the usual way must look: there is no such job, the key is not valid
+    any more, or the database is away."""
+    if (asked := authentication.Asked.by(request)) is None:
+        return None
+    try:
+        rows = await request.app.state.reader.rows(asked.tenant, _JOB, {"prefix": asked.prefix, "job": job_id})
+    except Away:
+        return None
+    return _described(rows[0]) if rows else None
+
+
 async def page_at_once(request: Request) -> Response | None:
     """The answer, where it is a plain 200; None for all else."""
     asked = _asked(request, _JOBS_QUERY, 20)

@@ -1,6 +1,7 @@
 """`/v1/selection-jobs`: posting, polling, listing, cancelling and deleting jobs, and their events."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
@@ -12,7 +13,7 @@ from service import ledger
 from service.audit import service as audit
 from service.auth.authentication import ReadDep, SubmitDep
 from service.auth.principal import Principal
-from service.db.engine import SessionDep, release_connection
+from service.db.engine import SessionDep, release_connection, run_with_connection
 from service.db.reader import Away
 from service.http import etags
 from service.http.errors import Conflict, Forbidden, NotFound, Unauthorized, Unavailable, Unprocessable, responses
@@ -148,12 +149,18 @@ async def get_job(
     ] = 0,
 ) -> Response:
     """With an `ETag` once the job has ended."""
-    job = await run_in_threadpool(
-        lambda: service.describe(session, [ledger.require_job(session, principal.tenant_id, job_id)])[0]
-    )
+    job = await reads.current(request, job_id)
+    if job is None:
+        job = await run_in_threadpool(
+            lambda: service.describe(session, [ledger.require_job(session, principal.tenant_id, job_id)])[0]
+        )
     if wait and job.status not in TERMINAL:
         await release_connection(session)
-        job = await streaming.until_ended(request, principal, job_id, wait)
+        await streaming.until_ended(request, principal, job_id, wait)
+        job = await reads.current(request, job_id)
+    if job is None:
+        describe = partial(service.describe_live, request.app.state.sessions, principal, job_id)
+        job = await run_with_connection(request, describe)
     return reads.job_answer(request, job, wait)
 
 

@@ -13,11 +13,13 @@ from sqlalchemy.orm import Session
 
 from service import ledger
 from service.audit import service as audit
+from service.auth.authentication import require_live
 from service.auth.principal import Principal
 from service.datasets import imports, preset_imports
 from service.datasets import service as datasets
 from service.datasets.preset_imports import PresetImport
 from service.datasets.tables import Dataset
+from service.db.engine import Sessions
 from service.http.errors import Conflict, Unprocessable
 from service.idempotency.service import IdempotentRequest, in_use
 from service.ids import new_id
@@ -281,6 +283,18 @@ def describe(session: Session, jobs: Sequence[SelectionJob]) -> list[SelectionJo
     for row in repository.stage_rows(session, [job.id for job in jobs]):
         rows[row.job_id].append(row)
     return [describe_one(job, rows[job.id]) for job in jobs]
+
+
+def describe_live(sessions: Sessions, principal: Principal, job_id: str) -> SelectionJobOut:
+    """The job, for a request that has waited.
+
+    Raises:
+        Unauthorized: the key is not valid any more.
+        NotFound: the tenant has no such job, or not any more.
+    """
+    with sessions() as session:
+        require_live(session, principal)
+        return describe(session, [ledger.require_job(session, principal.tenant_id, job_id)])[0]
 
 
 def describe_new(draft: Draft) -> SelectionJobOut:

@@ -12,14 +12,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service import ledger
-from service.auth.authentication import require_live
 from service.auth.principal import Principal
 from service.auth.repository import is_live
 from service.db.engine import Sessions, is_away, run_with_connection
 from service.db.reader import Away
-from service.jobs import repository, service
+from service.jobs import repository
 from service.jobs.notifications import JobNotifications
-from service.jobs.schemas import EventOut, SelectionJobOut
+from service.jobs.schemas import EventOut
 from service.ledger.state import TERMINAL
 from service.shares import UsedUp
 
@@ -31,11 +30,10 @@ _RECONNECT_MILLISECONDS = 2_000
 _STATUS = "SELECT status FROM selection_jobs WHERE id = %(job)s AND tenant_id = %(tenant)s AND deleted_at IS NULL"
 
 
-async def until_ended(request: Request, principal: Principal, job_id: str, seconds: float) -> SelectionJobOut:
-    """The job when it has ended, or as it is after `seconds`, or when its client has left.
+async def until_ended(request: Request, principal: Principal, job_id: str, seconds: float) -> None:
+    """Returns when the job has ended, after `seconds`, or when its client has left.
 
     Raises:
-        Unauthorized: the key is not valid any more.
         NotFound: the tenant has no such job, or not any more.
         UsedUp: too many requests wait.
     """
@@ -45,7 +43,7 @@ async def until_ended(request: Request, principal: Principal, job_id: str, secon
     deadline = loop.time() + seconds
 
     async def has_ended() -> bool:
-        """All who wait look every few seconds: in the event loop, or where that fails in a thread, which says what is wrong."""
+        """Looks in the event loop, or where that fails in a thread, which says what is wrong."""
         job = {"job": job_id, "tenant": principal.tenant_id}
         with suppress(Away):
             if found := await request.app.state.reader.rows(principal.tenant_id, _STATUS, job):
@@ -56,18 +54,12 @@ async def until_ended(request: Request, principal: Principal, job_id: str, secon
         with sessions() as session:
             return ledger.require_job(session, principal.tenant_id, job_id).status in TERMINAL
 
-    def describe() -> SelectionJobOut:
-        with sessions() as session:
-            require_live(session, principal)
-            return service.describe(session, [ledger.require_job(session, principal.tenant_id, job_id)])[0]
-
     async with (
         request.app.state.shares.waiters.taken(principal.tenant_id),
         notifications.waiting(job_id, request) as waiter,
     ):
         while not await has_ended() and not waiter.gone and (left := deadline - loop.time()) > 0:
             await waiter.wait(left)
-    return await run_with_connection(request, describe)
 
 
 class EventStream(StreamingResponse):

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import text
 from support.jobs import add_job, move, write_pool
 from support.processes import Process
 from support.servers import free_port
@@ -78,6 +79,18 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def watch_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
+    """A list that each call of the method from here on adds to."""
+    calls, method = [], getattr(owner, name)
+
+    def watched(*given: Any) -> Any:
+        calls.append(name)
+        return method(*given)
+
+    monkeypatch.setattr(owner, name, watched)
+    return calls
+
+
 @pytest.fixture(scope="module")
 def world(postgres_url: str, broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("waiting")
@@ -125,6 +138,24 @@ class TestPoll:
         until(world.waits_for(job_id))
         move(world.sessions, job_id, JobStatus.FAILED)  # writes no event
         assert polled.result().json()["status"] == "failed"
+
+    def test_all_who_wait_are_looked_after_by_one_statement(
+        self, world: World, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        jobs = [world.job() for _ in range(4)]
+        polls = [pool.submit(world.get, f"{job_id}?wait=60") for job_id in jobs]
+        until(lambda: all(world.waits_for(job_id)() for job_id in jobs))
+        monkeypatch.setattr(notifications, "_LOOK_SECONDS", 0.1)
+        looks = watch_calls(monkeypatch, world.notifications, "_changed")
+        world.tell(jobs[0], "unit.claimed")  # the next look is soon after this one
+        until(lambda: len(looks) > 3)
+        reads = watch_calls(monkeypatch, world.app.state.reader, "rows")
+        already = len(looks)
+        until(lambda: len(looks) > already + 5)
+        assert not reads
+        for job_id in jobs:
+            world.succeed(job_id)
+        assert {poll.result().json()["status"] for poll in polls} == {"succeeded"}
 
     def test_what_ended_is_answered_at_once_and_what_does_not_as_it_is(self, world: World) -> None:
         assert world.get(f"{world.job(JobStatus.CANCELLED)}?wait=60").json()["status"] == "cancelled"
@@ -190,7 +221,7 @@ def test_the_listener_comes_back_and_wakes_who_may_have_missed_something(
     with world.app.state.engine.connect() as connection:
         found = connection.exec_driver_sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND query = 'LISTEN winnow_events'"
+            " WHERE datname = current_database() AND application_name = 'winnow notifications'"
         )
         assert found.rowcount == 1
     world.succeed(job_id)
@@ -252,6 +283,19 @@ class TestEvents:
         ]
         end = world.get(f"{job_id}/events", Accept="text/event-stream", Last_Event_ID=str(page[-1]["id"]))
         assert (end.status_code, end.content) == (204, b"")
+
+    def test_a_lost_notification_costs_seconds(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(notifications, "_LOOK_SECONDS", 0.1)
+        job_id = world.job()
+        world.tell(job_id, "unit.claimed")
+        stream = Stream(world, job_id)
+        until(lambda: len(stream.events()) == 1)
+        with world.sessions.begin() as session:
+            session.execute(text("SET LOCAL session_replication_role = replica"))  # without the trigger that notifies
+            ledger.add_event(session, job_id, "unit.succeeded")
+        until(lambda: len(stream.events()) == 2)
+        world.succeed(job_id)
+        stream.join()
 
     def test_a_silent_stream_is_kept_alive(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(streaming, "_KEEPALIVE_SECONDS", 0.05)
