@@ -184,6 +184,15 @@ class Calls(DatasetCalls):
         return await self._json("GET", f"/selection-jobs/{job_id}/results")
 
     @call
+    async def charts(self, job_id: str) -> Json:
+        """What pictures of the result are drawn from: histograms, pairs, sources, targets, a map, other budgets.
+
+        Raises:
+            WinnowError: 404 `no_charts`, the job is of a version that made none.
+        """
+        return await self._json("GET", f"/selection-jobs/{job_id}/results/charts")
+
+    @call
     async def provenance(self, job_id: str, chunks: bool = False) -> Json:
         """The audit record of a succeeded job; `chunks` adds the leaves of its Merkle tree."""
         params = {"chunks": "true"} if chunks else {}

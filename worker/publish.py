@@ -15,14 +15,16 @@ from sqlalchemy.orm import Session
 from service import ledger
 from service.datasets.tables import Dataset
 from service.jobs.planning import measured_rates
+from service.jobs.repository import last_event
 from service.ledger.tables import JobUnit, SelectionJob
 from service.plan.operations import Shape
 from service.plan.rates import Rates
 from service.plan.stages import History, JobInputs, Stage
 from service.plan.versions import code_version
 from service.results import service as results
+from service.results.chart_schemas import Charts
 from service.storage.artifacts import ArtifactStore
-from worker import chosen, costs, summary, verdict
+from worker import charts, chosen, costs, summary, verdict
 from worker.errors import ModelError
 
 Units = Mapping[Stage, Sequence[JobUnit]]
@@ -34,7 +36,7 @@ class Publication:
 
     `arrays` are those of the select stage; `ids` and `sources` those of the selected samples in rank order, `said` what they say
     beside one another; `nonfinite` names the samples that were left out; `landmarks` are rows of the pool, rising, or `all`;
-    `shape` of the model, or why it is unknown.
+    `charts` lack the stages; `shape` of the model, or why it is unknown.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
@@ -43,6 +45,7 @@ class Publication:
     said: Mapping[str, Any]
     nonfinite: Mapping[str, Any]
     landmarks: Sequence[int] | str
+    charts: Charts
     job: JobInputs
     shape: Shape | str
 
@@ -59,15 +62,18 @@ class Publication:
             said=chosen.read(store, job.pool, job.target, arrays["selected"], ids),
             nonfinite=summary.nonfinite(store, job.pool, job.target, selection.result),
             landmarks=_landmarks(store, done),
+            charts=charts.read(store, job, done, arrays),
             job=job,
             shape=shape,
         )
 
     def write(self, session: Session, job: SelectionJob) -> None:
-        """Writes weights, selected samples, summary and provenance of the job."""
+        """Writes weights, selected samples, summary, charts and provenance of the job."""
         found = ledger.unit_results(session, job.id)
         units = {stage: [unit for unit in found if unit.stage == stage] for stage in Stage}
         pool, target = session.get_one(Dataset, job.pool_id), session.get_one(Dataset, job.target_id)
+        found_summary = self._summary(units, pool.sources, measured_rates(session))
+        timed = charts.stages(found_summary["stages"], last_event(session, job.id, "job.planned"))
         results.publish(
             session,
             job_id=job.id,
@@ -77,7 +83,8 @@ class Publication:
             selected=self.arrays["selected"],
             sample_ids=self.ids,
             sources=self.sources,
-            summary=self._summary(units, pool.sources, measured_rates(session)),
+            summary=found_summary,
+            charts=self.charts.model_copy(update={"stages": timed}),
             provenance=_provenance(job, units, pool, target, self.landmarks),
         )
 

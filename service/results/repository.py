@@ -12,7 +12,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from service.db.pagination import paginate
-from service.results.tables import JobResult, Provenance, SelectedSample, WeightChunk
+from service.results.tables import JobResult, Provenance, SelectedSample, StoredCharts, WeightChunk
 from winnow.merkle import CHUNK_SIZE
 
 
@@ -26,13 +26,17 @@ class Weights:
 
 
 def delete(session: Session, job_id: str) -> None:
-    """Deletes the weights, the selection and the summary; a trigger protects the provenance."""
-    for table in (WeightChunk, SelectedSample, JobResult):
+    """Deletes the weights, the selection, the summary and the charts; a trigger protects the provenance."""
+    for table in (WeightChunk, SelectedSample, JobResult, StoredCharts):
         session.execute(delete_from(table).where(table.job_id == job_id))
 
 
 def result(session: Session, job_id: str) -> JobResult:
     return session.get_one(JobResult, job_id)
+
+
+def charts(session: Session, job_id: str) -> StoredCharts | None:
+    return session.get(StoredCharts, job_id)
 
 
 def provenance(session: Session, job_id: str) -> Provenance:

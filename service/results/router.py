@@ -25,6 +25,7 @@ from service.http.errors import (
 )
 from service.http.pagination import AfterNumber
 from service.results import explain, repository
+from service.results.chart_schemas import ResultCharts
 from service.results.export import Rows
 from service.results.formats import ENCODERS, MEDIA_TYPES, Format, comma_separated, jsonl, or_null, shortest
 from service.results.schemas import (
@@ -63,6 +64,31 @@ def get_results(job_id: str, request: Request, session: SessionDep, principal: R
         job_id=job.id, created_at=result.created_at, sample_count=result.sample_count, **result.summary
     )
     return etags.answer_by_content(request, found)
+
+
+@router.get(
+    "/{job_id}/results/charts",
+    summary="Get what pictures of the result are drawn from",
+    response_model=ResultCharts,
+    responses=etags.NOT_MODIFIED,
+)
+def get_charts(job_id: str, request: Request, session: SessionDep, principal: ReadDep) -> Response:
+    """Made when the result was published, and small whatever the size of the pool. Of a job of a version that made none, the
+    answer is 404 with the code `no_charts`."""
+    job = finished_job(session, principal.tenant_id, job_id)
+    row = repository.charts(session, job.id)
+    if row is None:
+        raise NotFound(
+            f"Job {job_id} was computed by a version of Winnow that made no charts. Post the same job again: it reuses what still"
+            " exists, and its result has them.",
+            code="no_charts",
+        )
+    tag = etags.make("charts", repository.weights_root(session, job.id), job.id)
+    return etags.answer(
+        request,
+        tag,
+        lambda: ResultCharts.model_validate({**row.charts, "job_id": job.id, "created_at": row.created_at}),
+    )
 
 
 @router.get(

@@ -14,7 +14,8 @@ from service.datasets.tables import Dataset
 from service.http.errors import Conflict
 from service.ledger.state import TERMINAL, JobStatus
 from service.results import repository
-from service.results.tables import JobResult, Provenance
+from service.results.chart_schemas import Charts
+from service.results.tables import JobResult, Provenance, StoredCharts
 from winnow.merkle import CHUNK_SIZE, SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
 
 HISTOGRAM_BINS = 64
@@ -118,8 +119,9 @@ def publish(
     sources: Sequence[str | None],
     summary: dict[str, Any],
     provenance: dict[str, Any],
+    charts: Charts | None = None,
 ) -> None:
-    """Writes the results of a job in the caller's transaction: weights, selection, summary and audit record.
+    """Writes the results of a job in the caller's transaction: weights, selection, summary, charts and audit record.
 
     `provenance.weights_root` is the `merkle_root` over the `chunk_sha256` of each 16,384 samples in pool order; the record is
     given `selection_sha256`.
@@ -128,7 +130,7 @@ def publish(
         influence: (n,) of every pool sample, in pool order, NaN where it took no part, which is answered as null; `weight` (n,),
             not negative; `exact` (n,), whether the influence was computed and not propagated.
         selected: (k,) pool indices, the first taken first; `sample_ids` and `sources` (k,) belong to them.
-        summary: what GET results answers with, ready for JSON.
+        summary: what GET results answers with, ready for JSON; `charts`: what GET results/charts does, None where there are none.
         provenance: the audit record, ready for JSON.
 
     Raises:
@@ -151,6 +153,8 @@ def publish(
     repository.copy_in(session, "selected_samples", _SELECTED_COLUMNS, selected_rows)
     counted = {"selected_count": selected.size, **summary}
     session.add(JobResult(job_id=job_id, sample_count=influence.size, summary=counted))
+    if charts is not None:
+        session.add(StoredCharts(job_id=job_id, charts=charts.model_dump(mode="json")))
     rows = np.empty(selected.size, SELECTION_ROW)
     rows["rank"], rows["index"] = np.arange(selected.size), selected
     rows["influence"], rows["weight"], rows["exact"] = influence[selected], weight[selected], exact[selected]

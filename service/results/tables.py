@@ -66,6 +66,15 @@ class JobResult(CreatedAt, Base):
     summary: Mapped[dict[str, Any]]
 
 
+class StoredCharts(CreatedAt, Base):
+    """What pictures of the result are drawn from (`chart_schemas.Charts`); results of earlier versions have none."""
+
+    __tablename__ = "result_charts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("selection_jobs.id", ondelete="CASCADE"), primary_key=True)
+    charts: Mapped[dict[str, Any]]
+
+
 class Provenance(CreatedAt, Base):
     """All that is needed to audit or repeat a job. A trigger refuses every change of a row."""
 

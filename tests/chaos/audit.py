@@ -23,7 +23,7 @@ Row = dict[str, Any]
 # In the environment of every process of a world; the compute child inherits PYTHON* only.
 MARKER = "PYTHON_CHAOS_MARKER"
 _ENDS = ("unit.succeeded", "unit.attempt_failed", "unit.released", "unit.cancelled")
-_RESULTS = ("job_results", "provenance", "weight_chunks", "selected_samples")
+_RESULTS = ("job_results", "provenance", "weight_chunks", "selected_samples", "result_charts")
 
 
 def audit(database_url: str, store: Path, marker: str, *, alive: Collection[int] = ()) -> None:
@@ -121,9 +121,12 @@ def _of_artifact(store: Path, key: str, *, result_alone: bool) -> Iterator[str]:
 
 
 def _of_results(connection: psycopg.Connection[Row], job: Row) -> Iterator[str]:
-    result, record, chunks, selected = (_rows(connection, table, job["id"], "1, 2") for table in _RESULTS)
-    if len(result) != 1 or len(record) != 1 or not chunks or not selected:
-        yield f"has {len(result)} results, {len(record)} records, {len(chunks)} chunks, {len(selected)} selected"
+    result, record, chunks, selected, charts = (_rows(connection, table, job["id"], "1, 2") for table in _RESULTS)
+    if len(result) != 1 or len(record) != 1 or not chunks or not selected or len(charts) != 1:
+        yield (
+            f"has {len(result)} results, {len(record)} records, {len(chunks)} chunks, {len(selected)} selected,"
+            f" {len(charts)} charts"
+        )
         return
     hashes = []
     for chunk in chunks:

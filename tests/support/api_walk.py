@@ -141,7 +141,7 @@ class Walk:
             world.store, world.folder / "walk", [(f"{i}", "s", {"text": f"x {i}"}) for i in range(20_000)]
         )
         one = f"{JOBS}/{published(world.sessions, world.key, content)}"
-        for path in ("weights", "selected", "provenance"):
+        for path in ("results/charts", "weights", "selected", "provenance"):
             self.call("GET", f"{one}/{path}")
         etag = self.call("GET", f"{one}/results").headers["etag"]
         assert self._client.get(f"{one}/results", headers={"if-none-match": etag}).status_code == 304

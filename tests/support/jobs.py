@@ -20,6 +20,7 @@ from service.ledger.tables import SelectionJob
 from service.plan.parameters import JobParameters
 from service.results.service import publish
 from service.storage.artifacts import ArtifactStore
+from support.charts import small_charts
 from support.world import DATASETS, JOBS, SECRET, Json, World
 
 # What a job walks through before it is in the status; the publishing transaction goes the last step of a success.
@@ -116,6 +117,7 @@ def publish_small(session: Session, job_id: str, n: int, provenance: Json | None
         "sample_ids": ["1"],
         "sources": [None],
         "summary": {},
+        "charts": small_charts(n),
     }
     publish(session, job_id=job_id, provenance=provenance or {}, **{**usual, **changes})
 

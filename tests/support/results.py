@@ -13,6 +13,7 @@ from service.auth.principal import Scope
 from service.ledger.state import JobStatus
 from service.results.service import distribution, publish
 from service.settings import ApiSettings
+from support.charts import small_charts
 from support.jobs import add_job, move, published, write_pool
 from support.world import JOBS, World
 
@@ -89,6 +90,7 @@ def published_world(settings: ApiSettings, folder: Path) -> Iterator[Published]:
                 sample_ids=[ids[i] for i in selected],
                 sources=[sources[i] for i in selected],
                 summary={"influence": distribution(influence), "method": "influence_distillation"},
+                charts=small_charts(N),
                 provenance={"seed": 7},
             )
         move(world.sessions, job_id, JobStatus.SUCCEEDED)

@@ -49,7 +49,15 @@ from .projection import GradientProjection
 from .promise import Residuals, promise
 from .samples import Samples, token_batches
 from .second_order import SecondOrder, low_rank, offset_influence, quadratic_factors, second_order_terms
-from .selection import FirstOrderWeights, first_order_weights, mean_one_over_selected, round_robin, shortlist, top_k
+from .selection import (
+    FirstOrderWeights,
+    first_order_weights,
+    mean_one_over_selected,
+    round_robin,
+    shortlist,
+    top_k,
+    turn_order,
+)
 from .solver import WeightedSolution, weighted_selection
 from .step import StepMeasure, measure_step, optimizer_step, predicted_change
 from .text_embedding import TextScales, text_embeddings
@@ -104,6 +112,7 @@ __all__ = [
     "text_embeddings",
     "token_batches",
     "top_k",
+    "turn_order",
     "weighted_gradients",
     "weighted_selection",
 ]

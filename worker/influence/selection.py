@@ -55,7 +55,7 @@ def round_robin(P: Tensor | FloatArray, budget: int, *, seed: int, eligible: npt
     if not P_nt.shape[1]:
         raise ValueError("P has no targets")
     candidates = _candidates(P_nt, budget, eligible)
-    order = np.random.Generator(np.random.Philox(seed)).permutation(P_nt.shape[1])
+    order = turn_order(P_nt.shape[1], seed)
     ranked = [np.empty(0, dtype=np.int64)] * len(order)
     position = [0] * len(order)
     taken = np.zeros(P_nt.shape[0], dtype=bool)
@@ -70,6 +70,11 @@ def round_robin(P: Tensor | FloatArray, budget: int, *, seed: int, eligible: npt
         chosen[turn] = ranked[seat][position[seat]]
         taken[chosen[turn]] = True
     return chosen
+
+
+def turn_order(targets: int, seed: int) -> IntArray:
+    """The targets in the order of their turns: (t,)."""
+    return np.random.Generator(np.random.Philox(seed)).permutation(targets)
 
 
 def plain_round_robin(P_nt: FloatArray, budget: int, *, seed: int, eligible: BoolArray | None = None) -> list[int]:

@@ -93,7 +93,8 @@ def _propagate(context: StageContext, artifact_key: str, spec: dict[str, Any], i
     refinement, shortlist = next_round(context, known, influence.parent)
     explanation = None
     if shortlist is None:
-        explanation = _write_explanation(context, artifact_key, ridge, exact, valid)
+        left_out = exact[is_landmark], left_out_et[is_landmark].mean(dim=1)
+        explanation = _write_explanation(context, artifact_key, ridge, exact, valid, left_out)
     return {
         "shortlist": shortlist,
         "refinement": refinement,
@@ -215,10 +216,12 @@ def _write_explanation(
     ridge: KernelRidge,
     landmarks: npt.NDArray[np.int64],
     valid: npt.NDArray[np.int64],
+    left_out: tuple[npt.NDArray[np.int64], torch.Tensor],
 ) -> str:
     """What a sample's influence is taken apart with: `index` (z,) of the landmarks that span the fit, their `embeddings`, float16
     (z, e); and in rows, of the mean over the valid targets and then of every target, `coefficients`, float64, and `influence`,
-    float32 (1 + t, z)."""
+    float32 (1 + t, z). And of all `landmarks`, int64 (l,), the mean influence on those targets that is predicted from the others
+    (`left_out`, float32 (l,))."""
 
     def by_target(values_lx: torch.Tensor) -> torch.Tensor:
         values_tl = values_lx[:, : context.prepared["t"]].T
@@ -229,6 +232,8 @@ def _write_explanation(
         "embeddings": ridge.E_ze.to(torch.float16),  # what they were kept in: nothing is lost
         "coefficients": by_target(ridge.coefficients_zt),
         "influence": by_target(ridge.P_lt[ridge.centres]).float(),
+        "landmarks": torch.from_numpy(left_out[0]),
+        "left_out": left_out[1].float(),
     }
     key = f"{artifact_key}.landmarks.safetensors"  # used and collected together with the artifact
     with context.store.writing(key) as path:

@@ -15,6 +15,8 @@ from worker.influence import Residuals, promise, shortlist
 from worker.stages.context import StageContext
 from worker.text import token_files
 
+_COMPARED = 2000  # samples over all rounds whose prediction is kept
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
@@ -89,7 +91,7 @@ def _promise(context: StageContext, known: Known, unknown: npt.NDArray[np.bool_]
 
 def _shortlist(context: StageContext, known: Known, unknown: npt.NDArray[np.bool_], size: int) -> dict[str, Any]:
     """The best by propagated influence of what is not exact: exact influence spreads wider than the propagated one, so it would
-    fill the list."""
+    fill the list. `predicted`: the mean influence of some of them, evenly spread, to be compared with the exact one."""
     parameters = context.job.parameters
     rows = shortlist(
         columns(known.P_nx, known.valid),
@@ -101,7 +103,14 @@ def _shortlist(context: StageContext, known: Known, unknown: npt.NDArray[np.bool
     )
     tokens = token_files.rows_artifact(context.store, context.prepared["pool_tokens"], rows)
     lengths = token_files.read_counts(context.store, tokens).length
-    return {"tokens": tokens, "count": len(rows), "shards": gradient_shards(lengths)}
+    compared = rows[:: -(-len(rows) * parameters["refine"]["rounds"] // _COMPARED)]
+    predicted = mean_influence(known.P_nx[compared], known.valid)
+    return {
+        "tokens": tokens,
+        "count": len(rows),
+        "shards": gradient_shards(lengths),
+        "predicted": {"index": compared.tolist(), "influence": predicted.astype(np.float32).tolist()},
+    }
 
 
 def columns(P_nx: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

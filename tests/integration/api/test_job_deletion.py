@@ -22,7 +22,7 @@ from winnow.client import Winnow, WinnowError
 
 JOBS = "/v1/selection-jobs"
 # What a deleted job has nothing left in; `provenance` and its own row stay.
-EMPTIED = ("job_units", "job_events", "job_results", "selected_samples", "weight_chunks")
+EMPTIED = ("job_units", "job_events", "job_results", "result_charts", "selected_samples", "weight_chunks")
 
 
 def key_of(api: World) -> str:

@@ -71,6 +71,19 @@ class TestJob:
             assert row["id"] == f"row-{row['index']}"
         assert sum(source["selected"] for source in summary["sources"].values()) == BUDGET
 
+    def test_charts_are_published_with_the_result(self, world: World, job_id: str, weights: list[Json]) -> None:
+        charts, summary = world.get(f"{job_id}/results/charts"), world.get(f"{job_id}/results")
+        assert charts["influence"]["edges"][0] == min(row["influence"] for row in weights)
+        assert charts["landmarks"]["count"] == summary["landmark_count"]
+        assert charts["shortlist"]["count"] == summary["refined_count"]
+        assert {each["source"]: each["selected"] for each in charts["sources"] if each["selected"]} == {
+            name: each["selected"] for name, each in summary["sources"].items()
+        }
+        spent = {each["stage"]: (each["wall_seconds"], each["compute_seconds"]) for each in summary["stages"]}
+        assert {each["stage"]: (each["wall_seconds"], each["compute_seconds"]) for each in charts["stages"]} == spent
+        assert all(each["planned_seconds"] is not None for each in charts["stages"] if each["stage"] == "embed")
+        assert BUDGET in charts["budgets"]["count"]
+
     def test_exact_rows_are_the_landmarks_and_the_shortlist(
         self, world: World, job_id: str, weights: list[Json]
     ) -> None:

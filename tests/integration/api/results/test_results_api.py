@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from psycopg.errors import UniqueViolation
 from sqlalchemy import text
+from support.charts import small_charts
 from support.jobs import add_job, publish_small, published, write_pool
 from support.results import K, N, Published, same
 
@@ -28,6 +29,25 @@ def test_results_are_the_published_summary(world: Published) -> None:
     assert (body["object"], body["job_id"]) == ("selection_result", world.job_id)
     assert (body["sample_count"], body["selected_count"], body["method"]) == (N, K, "influence_distillation")
     assert sum(body["influence"]["histogram"]["counts"]) == np.isfinite(world.influence).sum() < N
+
+
+def test_charts_are_those_that_were_published(world: Published) -> None:
+    answer = world.fetch("results/charts")
+    body = answer.json()
+    assert (body.pop("object"), body.pop("job_id")) == ("result_charts", world.job_id)
+    assert body.pop("created_at") == world.fetch("results").json()["created_at"]
+    assert body == small_charts(N).model_dump(mode="json")
+    headers = {"authorization": f"Bearer {world.key}", "if-none-match": answer.headers["etag"]}
+    again = world.client.get(f"/v1/selection-jobs/{world.job_id}/results/charts", headers=headers)
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_result_of_a_version_that_made_no_charts_says_so(world: Published, tmp_path: Path) -> None:
+    content = write_pool(world.store, tmp_path / "pool", [("0", None, {"text": "a"}), ("1", None, {"text": "b"})])
+    job_id = published(world.sessions, world.key, content, charts=None)
+    answer = world.fetch("results/charts", job_id=job_id)
+    assert (answer.status_code, answer.json()["code"]) == (404, "no_charts")
+    assert world.fetch("results", job_id=job_id).status_code == 200
 
 
 def test_the_view_holds_what_was_published(world: Published) -> None:
