@@ -73,7 +73,7 @@ class TestJob:
 
     def test_charts_are_published_with_the_result(self, world: World, job_id: str, weights: list[Json]) -> None:
         charts, summary = world.get(f"{job_id}/results/charts"), world.get(f"{job_id}/results")
-        assert charts["influence"]["edges"][0] == min(row["influence"] for row in weights)
+        assert charts["influence"]["edges"][0] == pytest.approx(min(row["influence"] for row in weights), rel=1e-6)
         assert charts["landmarks"]["count"] == summary["landmark_count"]
         assert charts["shortlist"]["count"] == summary["refined_count"]
         assert {each["source"]: each["selected"] for each in charts["sources"] if each["selected"]} == {
