@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 
 from service.audit.router import router as audit
-from service.auth.authentication import admit, admitted
+from service.auth.authentication import admitted
 from service.auth.callers import Callers
 from service.auth.rate_limit import Rates
 from service.background.dispatcher import Dispatcher
@@ -47,6 +47,9 @@ from service.shares import Shares, allow_open_files
 from service.storage.artifacts import ArtifactStore
 from service.storage.encryption import Encryptor
 from service.usage.router import router as usage
+from service.web.admission import admit
+from service.web.rendering import error_page
+from service.web.router import router as pages
 from service.webhooks.router import router as webhooks
 from service.webhooks.safe_http import Outbound
 
@@ -136,8 +139,9 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.add_middleware(EveryAnswer)
     traces.instrument(app, engine)
     errors.install(app)
+    app.state.error_page = error_page
     idempotency.install(app)
-    for router in (health.router, exposition.router, docs.router):
+    for router in (health.router, exposition.router, docs.router, pages):
         app.include_router(router)
     anywhere = errors.responses(errors.AddressTooLong, errors.TooManyRequests, errors.HeadTooLarge, errors.Unavailable)
     for router in (models, datasets, previews, targets, uploads, jobs, results, keys, usage, audit, webhooks):

@@ -196,6 +196,12 @@ class ShareSettings(_Group):
     )
 
 
+class WebSettings(_Group):
+    """The pages."""
+
+    session_hours: float = Field(default=12.0, gt=0, le=24 * 365, description="A browser is logged out after so long")
+
+
 class WebhookSettings(_Group):
     allowed_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
         default=(), description="Private networks that webhooks may be delivered to, in addition to public addresses"
@@ -313,6 +319,7 @@ class ApiSettings(Settings):
     datasets: DatasetSettings = DatasetSettings()
     limits: LimitSettings = LimitSettings()
     shares: ShareSettings = ShareSettings()
+    web: WebSettings = WebSettings()
     webhooks: WebhookSettings = WebhookSettings()
 
     @field_validator("secret_key")

@@ -44,22 +44,22 @@ def authenticate(session: Session, key: str, secret_key: str) -> Principal:
     Raises:
         Unauthorized: the key is malformed, unknown, expired or revoked.
     """
-    return _principal(_valid_key(session, key, secret_key))
+    return principal_of(valid_key(session, key, secret_key))
 
 
-def _principal(row: ApiKey) -> Principal:
+def principal_of(row: ApiKey) -> Principal:
     scopes = frozenset(Scope(scope) for scope in row.scopes)
     return Principal(tenant_id=row.tenant_id, key_id=row.id, scopes=scopes, limits=row.limits)
 
 
-def _valid_key(session: Session, key: str, secret_key: str) -> ApiKey:
+def valid_key(session: Session, key: str, secret_key: str) -> ApiKey:
     """The row of a valid key. The comparison takes constant time, and the error does not reveal what was wrong."""
     parts = _KEY.fullmatch(key)
     row = repository.live_key(session, parts[1]) if parts is not None else None
     expected = row.digest if row is not None else bytes(32)
     is_ours = hmac.compare_digest(key_digest(secret_key, key), expected)
     if not is_ours or row is None:
-        raise _unauthorized("The API key is not valid.")
+        raise unauthorized("The API key is not valid.")
     return row
 
 
@@ -80,17 +80,17 @@ def require_live(session: Session, principal: Principal) -> None:
         Unauthorized: the key has been revoked, or has expired, since.
     """
     if not repository.is_live(session, principal.key_id):
-        raise _unauthorized("The API key is not valid.")
+        raise unauthorized("The API key is not valid.")
 
 
-def _unauthorized(why: str) -> Unauthorized:
+def unauthorized(why: str) -> Unauthorized:
     return Unauthorized(
         f"{why} Send `Authorization: Bearer wnw_...`; create a key with `winnow keys create`.",
         headers={"WWW-Authenticate": "Bearer"},
     )
 
 
-def _commit_use(session: Session, row: ApiKey) -> None:
+def commit_use(session: Session, row: ApiKey) -> None:
     """Commits the key's last use, at most once a minute, even if the request fails. The session must be new."""
     if row.last_used_at is not None and datetime.now(UTC) - row.last_used_at < repository.USE_INTERVAL:
         return
@@ -136,16 +136,25 @@ async def _admit(
     settings: ApiSettings = request.app.state.settings
     credentials = await _bearer(request)
     if credentials is None:
-        raise _unauthorized("The API key is missing.")
+        raise unauthorized("The API key is missing.")
     asked = Asked.by(request)
     found = None if asked is None else await _read(request, asked)
 
     def identify(session: Session) -> Principal:
-        row = _valid_key(session, credentials.credentials, settings.secret_key.get_secret_value())
-        _commit_use(session, row)
-        return replace(_principal(row), request_id=request.state.request_id)
+        row = valid_key(session, credentials.credentials, settings.secret_key.get_secret_value())
+        commit_use(session, row)
+        return replace(principal_of(row), request_id=request.state.request_id)
 
-    principal = found or await with_session(identify)
+    return await accept(request, found or await with_session(identify))
+
+
+async def accept(request: Request, principal: Principal) -> Principal:
+    """Counts the request of a principal who was identified; from now on its dependencies find the principal.
+
+    Raises:
+        TooManyRequests: the key has sent too many requests.
+    """
+    settings: ApiSettings = request.app.state.settings
     request.state.tenant_id = principal.tenant_id
     request.app.state.callers.remember(request, principal.tenant_id)
     await request.app.state.rate.hit(principal.key_id, limits_of(principal, settings.limits).requests_per_minute)

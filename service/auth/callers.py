@@ -23,4 +23,4 @@ class Callers:
 
     @staticmethod
     def _header(request: Request) -> int:
-        return hash(request.headers.get("authorization"))
+        return hash(request.headers.get("authorization") or request.headers.get("cookie"))

@@ -1,12 +1,12 @@
 """All SQL of authentication."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import Boolean, ColumnElement, func, literal_column, or_, select, update
+from sqlalchemy import Boolean, ColumnElement, delete, func, literal_column, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.auth.tables import ApiKey
+from service.auth.tables import ApiKey, BrowserSession, LoginLink
 
 USE_INTERVAL = timedelta(minutes=1)  # how exactly the last use of a key is known
 
@@ -46,3 +46,41 @@ def record_use(session: Session, key_id: str) -> None:
         .values(last_used_at=func.clock_timestamp())
         .execution_options(synchronize_session=False)
     )
+
+
+def key_of_browser(session: Session, digest: bytes) -> ApiKey | None:
+    """The live key that a browser has logged in with, in a session that has not ended."""
+    opened = BrowserSession.expires_at > func.clock_timestamp()
+    found = select(ApiKey).join(BrowserSession, BrowserSession.key_id == ApiKey.id)
+    return session.scalar(found.where(BrowserSession.digest == digest, opened, lives()))
+
+
+def end_browser_session(session: Session, digest: bytes) -> bool:
+    """False if there was none."""
+    ended = delete(BrowserSession).where(BrowserSession.digest == digest).returning(BrowserSession.key_id)
+    return session.scalar(ended) is not None
+
+
+def key_of_link(session: Session, digest: bytes) -> ApiKey | None:
+    """The live key of a login link, which is used up by that: of two that use it at a time, one finds it."""
+    used = delete(LoginLink).where(LoginLink.digest == digest, LoginLink.expires_at > func.clock_timestamp())
+    key_id = session.scalar(used.returning(LoginLink.key_id))
+    return None if key_id is None else session.scalar(select(ApiKey).where(ApiKey.id == key_id, lives()))
+
+
+def remove_expired_logins(session: Session) -> None:
+    for table in (BrowserSession, LoginLink):
+        session.execute(delete(table).where(table.expires_at <= func.clock_timestamp()))
+
+
+def remove_oldest_browser_sessions(session: Session, key_id: str, kept: int) -> None:
+    """All but the newest of a key."""
+    older = select(BrowserSession.digest).where(BrowserSession.key_id == key_id)
+    older = older.order_by(BrowserSession.created_at.desc()).offset(kept)
+    session.execute(delete(BrowserSession).where(BrowserSession.digest.in_(older)))
+
+
+def time_after(session: Session, lifetime: timedelta) -> datetime:
+    """The time after so long, by the clock of the database."""
+    at: datetime = session.scalars(select(func.clock_timestamp() + lifetime)).one()
+    return at

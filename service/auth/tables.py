@@ -46,6 +46,32 @@ class ApiKey(CreatedAt, Base):
     revoked_at: Mapped[datetime | None]
 
 
+class BrowserSession(CreatedAt, Base):
+    """A browser that has logged in with a key, and may do what the key may for as long as both are valid. Only the HMAC of what
+    its cookie holds is kept."""
+
+    __tablename__ = "browser_sessions"
+    __table_args__ = (
+        CheckConstraint("length(digest) = 32", name="digest_is_sha256"),
+        Index("ix_browser_sessions_key_id_created_at", "key_id", "created_at"),
+    )
+
+    digest: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class LoginLink(CreatedAt, Base):
+    """A link that logs a browser in with a key; it is removed when it is used. Only the HMAC of its token is kept."""
+
+    __tablename__ = "login_links"
+    __table_args__ = (CheckConstraint("length(digest) = 32", name="digest_is_sha256"),)
+
+    digest: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), index=True)
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
 class KeyUsage(Base):
     """What the jobs of a key use of its quotas. Triggers keep it right, in the transaction of each change of a job.
 

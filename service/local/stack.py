@@ -92,6 +92,24 @@ def _make_key(home: Path, database_url: str, secret_key: str) -> str:
         engine.dispose()
 
 
+def login_address(stack: Stack, page: str = "/jobs") -> str:
+    """Of a page, with a link that logs in once, within minutes; without one where the stack's key was revoked."""
+    from service.auth.browsers import make_link
+    from service.db.engine import make_engine, make_sessions
+    from service.http.errors import Unauthorized
+    from service.settings import DatabaseSettings
+
+    engine = make_engine(DatabaseSettings(url=stack.database_url))
+    try:
+        with make_sessions(engine).begin() as session:
+            link = make_link(session, stack.api_key, (stack.home / "secret_key").read_text())
+    except Unauthorized:
+        return f"{stack.url}{page}"
+    finally:
+        engine.dispose()
+    return f"{stack.url}/login?link={link}&next={page}"
+
+
 def _connections(workers: int, api_processes: int) -> int:
     """What all of it may take, and those that PostgreSQL keeps for superusers."""
     from service.db import budget
