@@ -2,7 +2,7 @@
 
 from alembic import op
 
-revision, down_revision = "0009", "0008"
+revision, down_revision = "0010", "0009"
 branch_labels = depends_on = None
 
 
