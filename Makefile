@@ -55,8 +55,9 @@ lint: $(INSTALLED)  ## style, types, directions of imports
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports
 
-openapi: $(INSTALLED)  ## write docs/openapi.json anew, after a change of the API that is meant
+openapi: $(INSTALLED)  ## write docs/openapi.json and winnow/answers anew, after a change of the API that is meant
 	@PYTHONPATH=. $(BIN)/python tests/support/openapi_document.py > docs/openapi.json
+	@PYTHONPATH=.:tests $(BIN)/python tests/support/client_models.py
 
 compose-up:  ## the service in containers: secrets, images, start; PROFILE=gpu,observability, DOCKER=podman
 	@ops/compose-up $(ARGS)

@@ -3,8 +3,44 @@
 It imports nothing of `service` and `worker`, and needs none of their dependencies.
 """
 
-from winnow.client import AsyncWinnow, JobFailed, Unreachable, Winnow, WinnowError
+from winnow.client import AsyncWinnow, Winnow
+from winnow.errors import (
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    NoAddress,
+    NotFound,
+    RateLimited,
+    ServiceError,
+    Unauthorized,
+    UnexpectedAnswer,
+    Unreachable,
+    WinnowError,
+)
+from winnow.handles import AsyncJob, AsyncResults, Job, Results
 from winnow.importing import ImportFailed
+from winnow.job_calls import JobFailed
 from winnow.uploading import UploadProgress
 
-__all__ = ["AsyncWinnow", "ImportFailed", "JobFailed", "Unreachable", "UploadProgress", "Winnow", "WinnowError"]
+__all__ = [
+    "AsyncJob",
+    "AsyncResults",
+    "AsyncWinnow",
+    "Conflict",
+    "Forbidden",
+    "ImportFailed",
+    "InvalidRequest",
+    "Job",
+    "JobFailed",
+    "NoAddress",
+    "NotFound",
+    "RateLimited",
+    "Results",
+    "ServiceError",
+    "Unauthorized",
+    "UnexpectedAnswer",
+    "Unreachable",
+    "UploadProgress",
+    "Winnow",
+    "WinnowError",
+]

@@ -5,16 +5,37 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import httpx
 
+from winnow.answers import Answer, Dataset, PendingRows, Preset, Row, Upload
 from winnow.importing import Importing
-from winnow.transport import Json, call
+from winnow.transport import Json
+from winnow.twins import call
 from winnow.uploading import OnProgress, Uploading
 
 _MOST_ROWS = 100  # of a page
 _HELD_SECONDS = 20.0  # for which the service is asked to hold a request
+
+
+class SkippedRow(Answer):
+    """A row of an upload that its dataset was left without."""
+
+    unit: str
+    """What `number` counts: `line` or `row`"""
+    number: int
+    reason: str
+
+
+class _Presets(Answer):
+    data: list[Preset]
+
+
+class _RowPage(Answer):
+    data: list[Row]
+    has_more: bool
+    last_id: int | None
 
 
 class DatasetCalls(Uploading, Importing):
@@ -31,7 +52,7 @@ class DatasetCalls(Uploading, Importing):
         template: Mapping[str, str] | str | None = None,
         on_bad_row: Literal["refuse", "skip"] | None = None,
         on_progress: OnProgress | None = None,
-    ) -> Json:
+    ) -> Dataset:
         """Uploads JSONL, JSON, CSV, TSV, text, Parquet or Arrow, also gzip or zstd of it; a file is streamed.
 
         A file of 64 MiB or more is sent in parts: a connection that breaks costs its part, and
@@ -67,9 +88,9 @@ class DatasetCalls(Uploading, Importing):
         return await self._upload(source, params, on_progress)
 
     @call
-    def uploads(self) -> AsyncGenerator[Json]:
+    def uploads(self) -> AsyncGenerator[Upload]:
         """Your uploads in parts of which no dataset was made yet, newest first; they count into your limits."""
-        return self._pages("/uploads", {})
+        return self._pages(Upload, "/uploads")
 
     @call
     async def delete_upload(self, upload_id: str) -> None:
@@ -77,14 +98,14 @@ class DatasetCalls(Uploading, Importing):
         await self._call("DELETE", f"/uploads/{upload_id}")
 
     @call
-    def datasets(self) -> AsyncGenerator[Json]:
+    def datasets(self) -> AsyncGenerator[Dataset]:
         """Your datasets, newest first."""
-        return self._pages("/datasets", {})
+        return self._pages(Dataset, "/datasets")
 
     @call
-    async def targets(self) -> list[Json]:
+    async def targets(self) -> list[Preset]:
         """The ready-made targets: name, hub, why that split, template, how many samples there are and are taken, licence."""
-        return cast(list[Json], (await self._json("GET", "/targets"))["data"])
+        return (await self._one(_Presets, "GET", "/targets")).data
 
     @call
     async def rows(
@@ -99,7 +120,7 @@ class DatasetCalls(Uploading, Importing):
         max_length: int | None = None,
         timeout: float | None = None,
         on_wait: Callable[[str], object] | None = None,
-    ) -> AsyncGenerator[Json]:
+    ) -> AsyncGenerator[Row]:
         """The rows of a dataset, in order; each of their messages says whether the loss `counts` it.
 
         Args:
@@ -127,16 +148,16 @@ class DatasetCalls(Uploading, Importing):
             size = {} if left is None else {"limit": min(left, _MOST_ROWS)}
             params = {name: value for name, value in {**given, **size}.items() if value is not None}
             page = await self._page_of_rows(dataset_id, params, timeout, on_wait)
-            for row in page["data"]:
+            for row in page.data:
                 yield row
-            if not page["has_more"]:
+            if not page.has_more:
                 return
-            given["after"] = page["last_id"]
-            left = None if left is None else left - len(page["data"])
+            given["after"] = page.last_id
+            left = None if left is None else left - len(page.data)
 
     async def _page_of_rows(
         self, dataset_id: str, params: Json, timeout: float | None, on_wait: Callable[[str], object] | None
-    ) -> Json:
+    ) -> "_RowPage":
         started, why = time.monotonic(), None
         held: float = _HELD_SECONDS if "model" in params else 0
         while True:
@@ -146,8 +167,8 @@ class DatasetCalls(Uploading, Importing):
             path = f"/datasets/{dataset_id}/rows"
             response = await self._call("GET", path, params={**params, **({"wait": int(held)} if held else {})})
             if response.status_code != httpx.codes.ACCEPTED:
-                return cast(Json, response.json())
-            detail = response.json()["detail"]
+                return self._read(_RowPage, response.content)
+            detail = self._read(PendingRows, response.content).detail
             if on_wait is not None and detail != why:
                 on_wait(detail)
             why = detail
@@ -157,7 +178,7 @@ class DatasetCalls(Uploading, Importing):
             await self._sleep(min(1.0, max(0.0, asked + held - time.monotonic())) or 0.1)
 
     @call
-    async def skipped_rows(self, dataset_id: str) -> AsyncGenerator[Json]:
+    async def skipped_rows(self, dataset_id: str) -> AsyncGenerator[SkippedRow]:
         """The rows of the upload that the dataset was left without: unit (line or row), number and reason.
 
         Raises:
@@ -165,7 +186,7 @@ class DatasetCalls(Uploading, Importing):
         """
         async with self._stream(f"/datasets/{dataset_id}/skipped", {}) as response:
             async for line in self._lines(response):
-                yield json.loads(line)
+                yield self._read(SkippedRow, line)
 
     @call
     async def delete_dataset(self, dataset_id: str) -> None:

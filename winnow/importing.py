@@ -1,13 +1,13 @@
 """The client's calls for datasets that the service imports from the hub."""
 
 import json
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import httpx
-
-from winnow.transport import Connection, Json, WinnowError, call
+from winnow.answers import Dataset
+from winnow.errors import WinnowError
+from winnow.transport import Connection, Json
+from winnow.twins import call
 
 _WAIT_SECONDS = 30
 
@@ -15,10 +15,11 @@ _WAIT_SECONDS = 30
 class ImportFailed(WinnowError):
     """The import has failed; `dataset` is its last state, `errors` the rows that cannot be used."""
 
-    def __init__(self, dataset: Json) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        problem: Json = dataset["error"]
-        super().__init__(None, problem["code"], problem["detail"], errors=problem.get("errors") or [])
+        problem = dataset.error
+        assert problem is not None  # of an import that has failed
+        super().__init__(None, problem.code, problem.detail, errors=problem.errors)
 
 
 class Importing(Connection):
@@ -38,7 +39,7 @@ class Importing(Connection):
         columns: Mapping[str, str] | str | None = None,
         template: Mapping[str, str] | str | None = None,
         on_bad_row: Literal["refuse", "skip"] | None = None,
-    ) -> Json:
+    ) -> Dataset:
         """Asks the service to import a split of a dataset of the Hugging Face Hub, and returns the dataset, which is `importing`:
         a job may name it at once, and waits for it; `imported` waits here.
 
@@ -66,32 +67,29 @@ class Importing(Connection):
             "on_bad_row": on_bad_row,
         }
         body = {"hub": {key: value for key, value in source.items() if value is not None}, "name": name}
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-        return await self._json("POST", "/datasets", json=body, headers=headers)
+        return await self._one(Dataset, "POST", "/datasets", json=body)
 
     @call
-    async def dataset(self, dataset_id: str) -> Json:
+    async def dataset(self, dataset_id: str) -> Dataset:
         """The dataset as it is now."""
-        return await self._json("GET", f"/datasets/{dataset_id}")
+        return await self._one(Dataset, "GET", f"/datasets/{dataset_id}")
 
     @call
-    async def imported(self, dataset_id: str, on_update: Callable[[Json], object] | None = None) -> Json:
+    async def imported(self, dataset_id: str, on_update: Callable[[Dataset], object] | None = None) -> Dataset:
         """Returns the dataset once its import has succeeded; `on_update` is called with it about every second until then.
 
         Raises:
             ImportFailed: it has failed.
         """
         seconds = _WAIT_SECONDS if on_update is None else 1
-        usual = self._http.timeout
-        timeout = httpx.Timeout(usual.connect, read=None if usual.read is None else usual.read + seconds)
+        held = {"params": {"wait": seconds}, "timeout": self._held(seconds)}
         while True:
-            params = {"wait": seconds}
-            dataset = await self._json("GET", f"/datasets/{dataset_id}", params=params, timeout=timeout)
-            if dataset["status"] == "failed":
+            dataset = await self._one(Dataset, "GET", f"/datasets/{dataset_id}", **held)
+            if dataset.status == "failed":
                 raise ImportFailed(dataset)
             if on_update is not None:
                 on_update(dataset)
-            if dataset["status"] == "ready":
+            if dataset.status == "ready":
                 return dataset
 
 

@@ -1,54 +1,18 @@
-"""How the command line shows a dataset, and a job: its stages as live progress bars, its plan and results in a few tables."""
+"""How the command line shows a dataset, and a job: its plan and results in a few tables."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from winnow.client import Winnow
 
-Json = dict[str, Any]
+class Json(Protocol):
+    """Fields by their names: an answer of the service, or a dict of what was computed here."""
 
-
-def follow(client: Winnow, job_id: str, console: Console) -> Json:
-    """Shows a progress bar for each stage until the job has succeeded, and returns the job.
-
-    Raises:
-        JobFailed: it failed or was cancelled.
-    """
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("samples"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-    )
-    with Progress(*columns, console=console) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def update(job: Json) -> None:
-            for stage in job["stages"]:
-                name = stage["stage"]
-                if name not in bars:
-                    bars[name] = progress.add_task(name, total=stage["total"], start=False, note="")
-                if stage["started_at"] is not None and not progress.tasks[bars[name]].started:
-                    progress.start_task(bars[name])
-                progress.update(bars[name], completed=stage["done"], note=_progress_note(stage))
-                if stage["seconds"] is not None:
-                    progress.stop_task(bars[name])
-
-        return client.wait(job_id, on_update=update, poll_seconds=1)
-
-
-def _progress_note(stage: Json) -> str:
-    if stage["seconds"] is None:
-        return f"{stage['units_done']}/{stage['units']} units" if stage["units"] > 1 else ""
-    reused = f", {stage['units_reused']} of {stage['units']} reused" if stage["units_reused"] else ""
-    return f"{stage['seconds']:.1f} s{reused}"
+    def __getitem__(self, name: str, /) -> Any: ...
+    def get(self, name: str, default: Any = None, /) -> Any: ...
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str], *, key: str | None = None) -> Table:

@@ -1,11 +1,6 @@
-"""Requests with one API key: which of them are retried, and how a refusal becomes an exception.
-
-Both clients run the same coroutines. In the synchronous one nothing that is awaited suspends, so that a coroutine reaches its end
-in a single step, without an event loop (`run`).
-"""
+"""Requests with one API key: which of them are retried, and how an answer is read."""
 
 import asyncio
-import json
 import random
 import threading
 import time
@@ -13,79 +8,89 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from functools import wraps
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Self, TypeVar
 
 import httpx
+from pydantic import PrivateAttr, ValidationError
+
+from winnow.address import resolve
+from winnow.answers.base import Answer
+from winnow.errors import UnexpectedAnswer, Unreachable, WinnowError, refusal
+from winnow.twins import Blocking, NonBlocking, run
+from winnow.version import user_agent
 
 Json = dict[str, Any]
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S")  # what a method of the synchronous client returns
-A = TypeVar("A")  # what one of the asynchronous client returns
+M = TypeVar("M", bound=Answer)
 
 _RETRY_STATUSES = frozenset({429, 502, 503, 504})
 _FIRST_PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 30.0
 
 
-class WinnowError(Exception):
-    """The service refused. The attributes are its problem details; `code` is the one to branch on."""
-
-    def __init__(
-        self,
-        status: int | None,
-        code: str,
-        detail: str,
-        *,
-        param: str | None = None,
-        errors: list[dict[str, str]] | None = None,
-        request_id: str | None = None,
-    ) -> None:
-        super().__init__(f"{code}: {detail}" + (f" (request {request_id})" if request_id else ""))
-        self.status = status
-        self.code = code
-        self.detail = detail
-        self.param = param
-        self.errors = errors or []
-        self.request_id = request_id
+class _Page(Answer):
+    data: list[Any]
+    has_more: bool
+    last_id: str | int | None
 
 
-class Unreachable(WinnowError):
-    """The service could not be reached, or the connection was lost; `status` is None."""
+class Handle(Answer):
+    """An answer that has calls of its own."""
 
-    def __init__(self, error: httpx.TransportError, advice: str = "Is the service running?") -> None:
-        self.error = error
-        reason = str(error) or type(error).__name__
-        super().__init__(None, "unreachable", f"{error.request.url} did not respond: {reason}. {advice}")
+    _client: Any = PrivateAttr(None)
 
 
 class Connection(ABC):
     """What both clients share. The abstract methods are all that differs between blocking and asynchronous I/O.
 
-    A GET, a PUT, and a POST (it carries an `Idempotency-Key`), is retried when the connection fails and after 429, 502, 503 and
-    504, unless the service says that this is useless or asks for more than half a minute. Any other call is retried only where no
-    connection could be made: otherwise it may have been carried out.
+    A GET, a PUT, and a POST (it carries an `Idempotency-Key`), is retried when the connection fails, where the service says so
+    (`x-should-retry`) and, where it says nothing, after 429, 502, 503 and 504; not where it asks for more than half a minute
+    (`Retry-After`). Any other call is retried only where no connection could be made: otherwise it may have been carried out.
+
+    The key is sent to the origin of the URL and to no other: redirects are not followed.
     """
 
     _http: Any  # of the type `_client`
     _client: type[httpx.Client] | type[httpx.AsyncClient]
 
     def __init__(
-        self, url: str, api_key: str, *, timeout: float = 60.0, retries: int = 4, transport: Any = None
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        retries: int = 4,
+        transport: Any = None,
     ) -> None:
         """Opens no connection yet.
 
         Args:
+            url: None: `WINNOW_URL`, else the service that `winnow login` was last called for, else the stack that runs from
+                `.winnow` of this folder.
+            api_key: None: `WINNOW_API_KEY`, else what `winnow login` has stored for this URL, or the running stack's own.
             timeout: seconds without progress after which a request counts as failed.
             retries: attempts after the first.
             transport: an httpx transport of the client's kind, for a proxy or for tests.
+
+        Raises:
+            NoAddress: no URL, or no key for it, is given or stored.
         """
+        address = resolve(url, api_key)
         self._retries = retries
-        headers = {"Authorization": f"Bearer {api_key}"}
         self._http = self._client(
-            base_url=url.rstrip("/") + "/v1", headers=headers, timeout=timeout, transport=transport
+            base_url=f"{address.url}/v1",
+            headers={"Authorization": f"Bearer {address.api_key}", "User-Agent": user_agent()},
+            timeout=timeout,
+            transport=transport,
+            follow_redirects=False,
         )
+
+    @property
+    def url(self) -> str:
+        """Of the service."""
+        return str(self._http.base_url).removesuffix("/v1/")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"  # without the key
 
     @abstractmethod
     async def _send_once(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response: ...
@@ -114,19 +119,43 @@ class Connection(ABC):
     ) -> AbstractAsyncContextManager[None]:
         """Calls `look` every so many seconds until the context ends; None: nothing."""
 
-    async def _pages(self, path: str, params: Mapping[str, str | None]) -> AsyncGenerator[Json]:
+    async def _pages(self, kind: type[M], path: str, **params: Any) -> AsyncGenerator[M]:
         """The entries of all pages; parameters that are None are left out."""
         given = {name: value for name, value in params.items() if value is not None}
-        page = await self._json("GET", path, params=given)
-        for entry in page["data"]:
-            yield entry
-        while page["has_more"]:
-            page = await self._json("GET", path, params={**given, "after": page["last_id"]})
-            for entry in page["data"]:
-                yield entry
+        page = await self._one(_Page, "GET", path, params=given)
+        for entry in page.data:
+            yield self._read(kind, entry)
+        while page.has_more:
+            page = await self._one(_Page, "GET", path, params={**given, "after": page.last_id})
+            for entry in page.data:
+                yield self._read(kind, entry)
 
-    async def _json(self, method: str, path: str, **options: Any) -> Json:
-        return cast(Json, (await self._call(method, path, **options)).json())
+    async def _one(self, kind: type[M], method: str, path: str, **options: Any) -> M:
+        """The answer to a call."""
+        return self._read(kind, (await self._call(method, path, **options)).content)
+
+    def _held(self, seconds: float) -> httpx.Timeout:
+        """Of a request that the service holds for so long."""
+        usual = self._http.timeout
+        return httpx.Timeout(usual.connect, read=None if usual.read is None else usual.read + seconds)
+
+    def _read(self, kind: type[M], value: bytes | Json) -> M:
+        """An answer, from JSON or of what JSON means.
+
+        Raises:
+            UnexpectedAnswer: it is none.
+        """
+        try:
+            answer = kind.model_validate_json(value) if isinstance(value, bytes) else kind.model_validate(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            advice = "Is this the URL of a Winnow service? A client of its version reads its answers."
+            detail = f"{self.url} answered what is no {kind.__name__}: {where}: {first['msg']}. {advice}"
+            raise UnexpectedAnswer(None, "unexpected_answer", detail) from error
+        if isinstance(answer, Handle):
+            answer._client = self
+        return answer
 
     async def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
         if method == "POST":
@@ -171,19 +200,19 @@ class Connection(ABC):
                     body = b"".join([chunk async for chunk in self._chunks(response)])
                 finally:
                     await self._close_response(response)
-                refusal = _refusal(response, body)
-                if not is_safe or not _may_succeed(response, refusal) or left == 0:
-                    raise refusal
-                asked = _retry_after(response)
-            except httpx.TransportError as error:
-                if not (is_safe or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)) or left == 0:
-                    raise Unreachable(error) from error
+                error = refusal(response, body)
+                if not is_safe or not _may_succeed(response, error) or left == 0:
+                    raise error
+                asked = error.retry_after
+            except httpx.TransportError as lost:
+                if not (is_safe or isinstance(lost, httpx.ConnectError | httpx.ConnectTimeout)) or left == 0:
+                    raise Unreachable(lost) from lost
             await self._sleep(asked if asked is not None else pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         raise AssertionError("the last attempt returns or raises")
 
 
-class SyncConnection(Connection):
+class SyncConnection(Connection, Blocking):
     """Blocking I/O. Close it, or use it in a `with` block."""
 
     _client = httpx.Client
@@ -239,7 +268,7 @@ class SyncConnection(Connection):
             thread.join()
 
 
-class AsyncConnection(Connection):
+class AsyncConnection(Connection, NonBlocking):
     """I/O on asyncio's event loop. Close it, or use it in an `async with` block."""
 
     _client = httpx.AsyncClient
@@ -294,79 +323,9 @@ class AsyncConnection(Connection):
             await looks
 
 
-def run(coroutine: Coroutine[Any, Any, R]) -> R:
-    """The result of a coroutine that never suspends."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        return cast(R, done.value)
-    finally:
-        coroutine.close()
-    raise RuntimeError("a coroutine of the synchronous client was suspended")
-
-
-def iterate(items: AsyncGenerator[R]) -> Iterator[R]:
-    """The items of an asynchronous generator that never suspends."""
-    try:
-        while True:
-            yield run(items.asend(None))
-    except StopAsyncIteration:
-        pass
-    finally:
-        run(items.aclose())
-
-
-class call(Generic[P, S, A]):  # noqa: N801  # a decorator
-    """A method of both clients: a coroutine function is a plain one in the synchronous client, a generator a plain generator."""
-
-    @overload
-    def __init__(
-        self: "call[P, R, Coroutine[Any, Any, R]]", method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: "call[P, Iterator[R], AsyncIterator[R]]", method: Callable[Concatenate[Any, P], AsyncGenerator[R]]
-    ) -> None: ...
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
-
-    @overload
-    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, client: SyncConnection, owner: type) -> Callable[P, S]: ...
-    @overload
-    def __get__(self, client: AsyncConnection, owner: type) -> Callable[P, A]: ...
-    def __get__(self, client: Connection | None, owner: type) -> Callable[..., Any]:
-        method = self._method.__get__(client, owner)
-
-        @wraps(method)
-        def blocking(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            return iterate(result) if isinstance(result, AsyncGenerator) else run(result)
-
-        return blocking if isinstance(client, SyncConnection) else cast(Callable[..., Any], method)
-
-
-def _may_succeed(response: httpx.Response, refusal: WinnowError) -> bool:
-    """Whether the same request is worth retrying soon."""
-    if response.headers.get("x-should-retry") == "false" or (_retry_after(response) or 0) > _MAX_PAUSE_SECONDS:
+def _may_succeed(response: httpx.Response, error: WinnowError) -> bool:
+    """Whether the same request is worth retrying soon: as the service says, else by the status."""
+    if (error.retry_after or 0) > _MAX_PAUSE_SECONDS:
         return False
-    return response.status_code in _RETRY_STATUSES or refusal.code == "idempotency_key_in_use"
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the service asks to wait; it never sends the other form, a date."""
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else None
-
-
-def _refusal(response: httpx.Response, body: bytes) -> WinnowError:
-    """The error of a response: the service's problem details, or the response of a proxy in between."""
-    if not response.headers.get("Content-Type", "").startswith("application/problem+json"):
-        text = body[:200].decode(errors="replace")
-        return WinnowError(response.status_code, "http_error", f"{response.status_code} {text}")
-    problem = json.loads(body)
-    names = ("param", "errors", "request_id")
-    return WinnowError(
-        response.status_code, problem["code"], problem["detail"], **{name: problem.get(name) for name in names}
-    )
+    advice = response.headers.get("x-should-retry")
+    return advice == "true" if advice in ("true", "false") else response.status_code in _RETRY_STATUSES

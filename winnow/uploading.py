@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 import httpx
 
-from winnow.transport import Connection, Json, Unreachable, WinnowError
+from winnow.answers import Dataset, Upload
+from winnow.errors import Unreachable, WinnowError
+from winnow.transport import Connection
 
 PARTS_FROM = 64 * 2**20
 """Files of so many bytes are sent in parts."""
@@ -48,14 +50,14 @@ OnProgress = Callable[[UploadProgress], object]
 
 
 class Uploading(Connection):
-    async def _upload(self, source: Source, params: dict[str, str], on_progress: OnProgress | None) -> Json:
+    async def _upload(self, source: Source, params: dict[str, str], on_progress: OnProgress | None) -> Dataset:
         """The dataset that the service makes of the file."""
         report = on_progress or _ignore
         with _opened(source) as file:
             size = file.seek(0, os.SEEK_END)
             if size >= PARTS_FROM:
                 upload = await self._send_parts(file, size, report)
-                return await self._finish(upload["id"], params, on_progress)
+                return await self._finish(upload.id, params, on_progress)
             headers = {"Idempotency-Key": str(uuid.uuid4()), "Content-Length": str(size)}
 
             async def attempt() -> httpx.Response:
@@ -63,9 +65,9 @@ class Uploading(Connection):
                 content = self._content(pieces)
                 return await self._post(params, headers, content=content)
 
-            return cast(Json, (await self._send("POST", attempt)).json())
+            return self._read(Dataset, (await self._send("POST", attempt)).content)
 
-    async def _send_parts(self, file: IO[bytes], size: int, report: OnProgress) -> Json:
+    async def _send_parts(self, file: IO[bytes], size: int, report: OnProgress) -> Upload:
         digest = hashlib.sha256()
         pieces = _pieces(file, 0, size, lambda done: report(UploadProgress("checksum", done, size)), _HASHED_BYTES)
 
@@ -74,17 +76,18 @@ class Uploading(Connection):
                 digest.update(piece)
 
         await self._off_loop(read)
-        upload = await self._json("POST", "/uploads", json={"bytes": size, "sha256": digest.hexdigest()})
-        while upload["received"] < upload["parts"]:
+        body = {"bytes": size, "sha256": digest.hexdigest()}
+        upload = await self._one(Upload, "POST", "/uploads", json=body)
+        while upload.received < upload.parts:
             upload = await self._send_part(file, upload, report)
         return upload
 
-    async def _send_part(self, file: IO[bytes], upload: Json, report: OnProgress) -> Json:
+    async def _send_part(self, file: IO[bytes], upload: Upload, report: OnProgress) -> Upload:
         """Sends the next part, with twice the retries of other requests; the upload as it is then."""
-        number, total = upload["received"], upload["bytes"]
-        start = number * upload["part_bytes"]
-        size = min(upload["part_bytes"], total - start)
-        path = f"/uploads/{upload['id']}"
+        number, total = upload.received, upload.bytes
+        start = number * upload.part_bytes
+        size = min(upload.part_bytes, total - start)
+        path = f"/uploads/{upload.id}"
         headers = {"Content-Length": str(size)}
 
         async def attempt() -> httpx.Response:
@@ -94,7 +97,8 @@ class Uploading(Connection):
             return await self._send_once(request)
 
         try:
-            return cast(Json, (await self._send("PUT", attempt, retries=2 * self._retries)).json())
+            response = await self._send("PUT", attempt, retries=2 * self._retries)
+            return self._read(Upload, response.content)
         except Unreachable as error:
             advice = f"{start:,} of {total:,} bytes have arrived; upload the same file again to go on from there."
             raise Unreachable(error.error, advice) from error
@@ -102,9 +106,9 @@ class Uploading(Connection):
             if error.code != "part_not_next":
                 raise
             # It had arrived although its answer was lost, or somebody else uploads the same file just now.
-            return await self._json("GET", path)
+            return await self._one(Upload, "GET", path)
 
-    async def _finish(self, upload_id: str, params: dict[str, str], on_progress: OnProgress | None) -> Json:
+    async def _finish(self, upload_id: str, params: dict[str, str], on_progress: OnProgress | None) -> Dataset:
         headers = {"Idempotency-Key": str(uuid.uuid4())}
 
         async def attempt() -> httpx.Response:
@@ -115,12 +119,13 @@ class Uploading(Connection):
             with suppress(httpx.TransportError):
                 response = await self._send_once(request)
                 if response.is_success and on_progress is not None:
-                    on_progress(UploadProgress("read", response.json()["rows_read"], None))
+                    on_progress(UploadProgress("read", self._read(Upload, response.content).rows_read, None))
 
         async with self._meanwhile(look if on_progress else None, _LOOK_SECONDS):
             while True:
                 try:
-                    return cast(Json, (await self._send("POST", attempt, retries=2 * self._retries)).json())
+                    response = await self._send("POST", attempt, retries=2 * self._retries)
+                    return self._read(Dataset, response.content)
                 except WinnowError as error:
                     # What an earlier attempt began, whose connection broke, goes on; its answer is then ours.
                     if error.code != "upload_in_use":

@@ -14,8 +14,10 @@ from rich.console import Console
 
 from service.local.process_group import StackError
 from service.local.stack import MODEL_NAME, StackProcess, login_address
-from winnow import render
+from winnow import progress, render
+from winnow.answers import Dataset, Selected
 from winnow.client import Winnow, WinnowError
+from winnow.handles import Results
 from winnow.stack import Stack, running_stack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,7 +53,7 @@ def run(home: Path, *, keep: bool, as_json: bool) -> None:
         _commands(console, stack, [f"/v1/selection-jobs/{job['id']}"])
         _page(console, stack, job["id"])
         with _cancelled_on_exit(client, job["id"]):
-            render.follow(client, job["id"], console)
+            progress.follow(client, job["id"], console)
         summary, selected = client.results(job["id"]), list(client.selected(job["id"]))
         if as_json:
             print(json.dumps({"job": client.job(job["id"]), "results": summary, "selected": selected}))
@@ -70,18 +72,18 @@ def _cancelled_on_exit(client: Winnow, job_id: str) -> Iterator[None]:
         raise
 
 
-def _kind(target: dict[str, Any]) -> str:
+def _kind(target: Dataset) -> str:
     """The source of the example target's rows, which is the same for all."""
-    return str(next(iter(target["sources"])))
+    return next(iter(target.sources or {}))
 
 
 def _report(
     console: Console,
     stack: Stack,
     job_id: str,
-    summary: dict[str, Any],
-    selected: list[dict[str, Any]],
-    pool: dict[str, Any],
+    summary: Results,
+    selected: list[Selected],
+    pool: Dataset,
     kind: str,
 ) -> None:
     render.results(console, summary, selected)

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from winnow import AsyncWinnow
+from winnow.answers import Answer
 
 Step = httpx.Response | Exception
 Connect = Callable[..., Any]  # the fixture `connect`: a context manager with a client of the server that it is given
@@ -103,6 +104,13 @@ class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         self.closed = True
+
+
+def plain(answer: Any) -> Any:
+    """The JSON that an answer was made of."""
+    if isinstance(answer, Answer):
+        return answer.to_dict()
+    return [plain(each) for each in answer] if isinstance(answer, list) else answer
 
 
 def page(data: list[Any], last: Any, has_more: bool) -> httpx.Response:

@@ -144,12 +144,12 @@ def _record(client: Winnow, job_id: str) -> "Record":
 
     def chunks() -> list[str] | None:
         try:
-            hashes: list[str] | None = client.provenance(job_id, chunks=True)["chunk_sha256"]
+            hashes: list[str] | None = client.provenance(job_id, chunks=True).chunk_sha256
         except WinnowError:  # the file is known to differ by then, but not where
             return None
         return hashes
 
-    return Record.of_provenance(client.provenance(job_id), chunks)
+    return Record.of_provenance(client.provenance(job_id).to_dict(), chunks)
 
 
 def provenance(job_id: str) -> None:
@@ -168,6 +168,6 @@ def audit(
         found = list(islice(client.audit_log(action=action, object_id=object_id), limit))
     lines = []
     for entry in found:
-        who = f"{entry['key']['name']} ({entry['key']['prefix']})" if entry["key"] else entry["actor"]
-        lines.append(f"{entry['created_at'][:19]}  {who:<30} {entry['action']:<24} {entry['object_id']}")
+        who = f"{entry.key.name} ({entry.key.prefix})" if entry.key else entry.actor
+        lines.append(f"{entry.created_at:%Y-%m-%dT%H:%M:%S}  {who:<30} {entry.action:<24} {entry.object_id}")
     show(found, *lines)

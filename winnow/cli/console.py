@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from winnow.answers import Answer
 from winnow.client import Winnow, WinnowError
 from winnow.stack import DEFAULT_HOME, running_stack
 
@@ -99,7 +100,12 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(as_json(value, indent=2))
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value in which answers of the service may be."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=Answer.to_dict)
 
 
 def show(value: Any, *lines: str) -> None:

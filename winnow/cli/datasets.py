@@ -1,6 +1,5 @@
 """The commands for datasets, and the options of every command that reads a file of samples."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from winnow import marked_text, render
-from winnow.cli.console import connected, err, fail, options, out, print_json
+from winnow.cli.console import as_json, connected, err, fail, options, out, print_json
 from winnow.options import Reading, assigned
 from winnow.upload_bar import uploading
 
@@ -60,7 +59,7 @@ def skipped(dataset_id: str) -> None:
     """List the rows of an upload that were left out, as JSON lines."""
     with connected() as client:
         for row in client.skipped_rows(dataset_id):
-            print(json.dumps(row, ensure_ascii=False))
+            print(as_json(row))
 
 
 def rows(
@@ -84,9 +83,9 @@ def rows(
             fail(f"--set {min(unknown)}: rows have reasoning, template_arguments and max_length", 2)
         for row in client.rows(dataset_id, model=model, limit=limit, after=after, on_wait=_waiting, **arguments):
             if options.as_json:
-                print(json.dumps(row, ensure_ascii=False))
+                print(as_json(row))
                 continue
-            for line in marked_text.lines(row, row.get("rendered")):
+            for line in marked_text.lines(row.to_dict(), row.to_dict().get("rendered")):
                 out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -99,9 +98,9 @@ def targets(name: Annotated[str | None, typer.Argument(help="Show this one with 
     with connected() as client:
         found = client.targets()
     if name is not None:
-        chosen = next((each for each in found if each["name"] == name), None)
+        chosen = next((each for each in found if each.name == name), None)
         if chosen is None:
-            fail(f"{name!r} is no ready-made target; there are {', '.join(each['name'] for each in found)}")
+            fail(f"{name!r} is no ready-made target; there are {', '.join(each.name for each in found)}")
         print_json(chosen) if options.as_json else render.target(out, chosen)
     elif options.as_json:
         print_json(found)

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from winnow import render
+from winnow.answers import Dataset
 from winnow.cli.console import connected, err, options, out, print_json
 from winnow.cli.datasets import Columns, Format, OnBadRow, Template
-from winnow.client import Json, Winnow
+from winnow.client import Winnow
 from winnow.options import Reading
 
 
@@ -41,7 +42,7 @@ def import_(
     print_json(dataset) if options.as_json else render.dataset(out, dataset)
 
 
-def imported(client: Winnow, dataset_id: str, console: Console) -> Json:
+def imported(client: Winnow, dataset_id: str, console: Console) -> Dataset:
     """The dataset once it is ready; in a terminal with what was downloaded and read until then.
 
     Raises:
@@ -58,10 +59,10 @@ def imported(client: Winnow, dataset_id: str, console: Console) -> Json:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(f"{dataset_id}: waiting for a worker", total=None, note="")
 
-        def update(dataset: Json) -> None:
-            if (at := dataset["progress"]) is not None and at["total_bytes"]:
-                note = f"{at['bytes'] / 1e6:,.1f} of {at['total_bytes'] / 1e6:,.1f} MB, {at['rows']:,} rows"
+        def update(dataset: Dataset) -> None:
+            if (at := dataset.progress) is not None and at.total_bytes:
+                note = f"{at.bytes / 1e6:,.1f} of {at.total_bytes / 1e6:,.1f} MB, {at.rows:,} rows"
                 doing = f"{dataset_id}: importing"
-                progress.update(bar, completed=at["bytes"], total=at["total_bytes"], description=doing, note=note)
+                progress.update(bar, completed=at.bytes, total=at.total_bytes, description=doing, note=note)
 
         return client.imported(dataset_id, on_update=update)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from winnow import render
+from winnow import progress, render
 from winnow.cli.console import connected, err, options, out, print_json, show
 from winnow.cli.datasets import (
     Columns,
@@ -20,6 +20,7 @@ from winnow.cli.datasets import (
     Template,
 )
 from winnow.client import Winnow
+from winnow.handles import Job
 from winnow.options import Reading, assigned, read_budget
 from winnow.sources import SPELLINGS, Dataset, File, HubSplit, Preset, Source, read_source
 from winnow.upload_bar import uploading
@@ -37,9 +38,9 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def follow(client: Winnow, job_id: str) -> dict[str, Any]:
+def follow(client: Winnow, job_id: str) -> Job:
     """Shows the progress of a job until it has succeeded; with --json on stderr."""
-    return render.follow(client, job_id, err if options.as_json else out)
+    return progress.follow(client, job_id, err if options.as_json else out)
 
 
 def submit(
@@ -122,7 +123,9 @@ def jobs(limit: Annotated[int, typer.Option(min=1)] = 20) -> None:
     # In a narrow terminal the other columns shrink, never the id: it is there to be copied.
     table = Table(Column("id", no_wrap=True, min_width=36), "status", "phase", "budget", "created")
     for job in found:
-        table.add_row(job["id"], job["status"], job["phase"] or "", str(job["budget"]), job["created_at"][:19])
+        table.add_row(
+            job["id"], job["status"], job["phase"] or "", str(job["budget"]), f"{job.created_at:%Y-%m-%dT%H:%M:%S}"
+        )
     out.print(table)
 
 
@@ -145,8 +148,8 @@ def events(job_id: str) -> None:
         found = list(client.events(job_id))
     lines = []
     for event in found:  # lists and objects, as those of a plan, are for --json
-        data = [f"{key}={value}" for key, value in event["data"].items() if not isinstance(value, dict | list)]
-        lines.append(f"{event['created_at'][:19]}  {event['type']:<20} {' '.join(data)}")
+        data = [f"{key}={value}" for key, value in event.data.items() if not isinstance(value, dict | list)]
+        lines.append(f"{event.created_at:%Y-%m-%dT%H:%M:%S}  {event['type']:<20} {' '.join(data)}")
     show(found, *lines)
 
 

@@ -1,0 +1,244 @@
+"""A job and its results as objects that have calls of their own, for both clients."""
+
+import tempfile
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+from winnow import html
+from winnow.answers import Event, Provenance, Sample, Selected, SelectionJob, SelectionResult, Weight
+from winnow.transport import Connection, Handle
+from winnow.twins import Blocking, NonBlocking, call
+
+if TYPE_CHECKING:  # imported by the methods that need them
+    import pandas as pd
+    import pyarrow as pa
+    from datasets import Dataset
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class _JobHandle(SelectionJob, Handle):
+    def _become(self, other: SelectionJob) -> None:
+        """Takes the state of the same job as it was read later."""
+        for name in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__"):
+            object.__setattr__(self, name, getattr(other, name))
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return html.job(self)
+
+
+class _JobCalls(Generic[J, R]):
+    """The calls of a job. Those that change it, and `refresh` and `wait`, bring the object up to date and return it."""
+
+    if TYPE_CHECKING:
+        id: str
+        _client: Any
+
+        def _become(self, other: SelectionJob) -> None: ...
+
+    @call
+    async def refresh(self) -> J:
+        """The job as it is now."""
+        return self._now(await _calls(self).job(self._client, self.id))
+
+    @call
+    async def wait(
+        self,
+        timeout: float | None = None,
+        *,
+        progress: bool | None = None,
+        on_update: Callable[[Any], object] | None = None,
+    ) -> J:
+        """Returns the job once it has succeeded.
+
+        Args:
+            timeout: seconds to wait at most; the job goes on regardless.
+            progress: whether bars show how far it is; None: where a terminal or a notebook is there to show them.
+            on_update: called with the job whenever it has changed.
+
+        Raises:
+            JobFailed: it failed or was cancelled.
+            TimeoutError: it had not ended in time.
+        """
+        from winnow.progress import watching
+
+        with watching(progress) as watch:
+
+            def update(job: SelectionJob) -> None:
+                self._become(job)
+                for each in (watch, on_update):
+                    if each is not None:
+                        each(cast(SelectionJob, self))
+
+            is_watched = watch is not None or on_update is not None
+            seconds = {"poll_seconds": 1.0} if watch is not None else {}
+            job = await _calls(self).wait(self._client, self.id, update if is_watched else None, timeout, **seconds)
+        return self._now(job)
+
+    @call
+    async def cancel(self) -> J:
+        """Asks the job to stop; it may still be `cancelling`."""
+        return self._now(await _calls(self).cancel(self._client, self.id))
+
+    @call
+    async def delete(self) -> None:
+        """Deletes the job, which has ended; its provenance stays."""
+        await _calls(self).delete_job(self._client, self.id)
+
+    @call
+    async def retry(self) -> J:
+        """Retries the job, which failed or was cancelled, as a new one, which is returned."""
+        job: J = await _calls(self).retry(self._client, self.id)
+        return job
+
+    @call
+    async def reproduce(self) -> J:
+        """Posts a job that recomputes this one from its provenance; returns the new job."""
+        job: J = await _calls(self).reproduce(self._client, self.id)
+        return job
+
+    @call
+    async def events(self) -> AsyncGenerator[Event]:
+        """What has happened to the job so far, oldest first."""
+        async for event in _calls(self).events(self._client, self.id):
+            yield event
+
+    @call
+    async def follow(self, after: int = 0) -> AsyncGenerator[Event]:
+        """The events of the job, each as it happens, oldest first; ends with the job.
+
+        Args:
+            after: the `id` of an event; only later ones are yielded.
+        """
+        async for event in _calls(self).follow(self._client, self.id, after):
+            yield event
+
+    @call
+    async def results(self) -> R:
+        """What the job has found, once it has succeeded."""
+        results: R = await _calls(self).results(self._client, self.id)
+        return results
+
+    def _now(self, job: SelectionJob) -> J:
+        self._become(job)
+        return self  # type: ignore[return-value]  # J is the class of this object
+
+
+class _ResultsHandle(SelectionResult, Handle):
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return html.results(self)
+
+
+class _ResultsCalls:
+    """The calls of a result."""
+
+    if TYPE_CHECKING:
+        job_id: str
+        _client: Any
+
+    @call
+    async def selected(self) -> AsyncGenerator[Selected]:
+        """The selected samples in rank order, read page by page."""
+        async for entry in _calls(self).selected(self._client, self.job_id):
+            yield entry
+
+    @call
+    async def weights(self) -> AsyncGenerator[Weight]:
+        """Every sample of the pool in order, streamed."""
+        async for entry in _calls(self).weights(self._client, self.job_id):
+            yield entry
+
+    @call
+    async def sample(self, index: int, *, landmarks: int = 10, target: int | None = None) -> Sample:
+        """One sample of the pool and the explanation of its influence, as `sample` of the client."""
+        sample: Sample = await _calls(self).sample(self._client, self.job_id, index, landmarks=landmarks, target=target)
+        return sample
+
+    @call
+    async def provenance(self, chunks: bool = False) -> Provenance:
+        """The audit record; `chunks` adds the leaves of its Merkle tree."""
+        record: Provenance = await _calls(self).provenance(self._client, self.job_id, chunks)
+        return record
+
+    @call
+    async def export(self, path: str | Path, /, **options: Any) -> Path:
+        """Downloads all samples, or the selection, to a file, as `export` of the client."""
+        written: Path = await _calls(self).export(self._client, self.job_id, path, **options)
+        return written
+
+    @call
+    async def to_arrow(
+        self, *, selected_only: bool = True, include: Literal["messages"] | None = "messages"
+    ) -> "pa.Table":
+        """The selection with its content, in rank order, as a table in memory.
+
+        Args:
+            selected_only: False: every sample of the pool, in its order. Of a large pool rather use `export`.
+            include: None: without the content.
+        """
+        return await self._table(selected_only, include)
+
+    @call
+    async def to_pandas(
+        self, *, selected_only: bool = True, include: Literal["messages"] | None = "messages"
+    ) -> "pd.DataFrame":
+        """The selection with its content, in rank order, as a DataFrame; the options are those of `to_arrow`.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        import pandas  # noqa: F401  # before the download
+
+        return (await self._table(selected_only, include)).to_pandas()
+
+    @call
+    async def to_dataset(
+        self, *, selected_only: bool = True, include: Literal["messages"] | None = "messages"
+    ) -> "Dataset":
+        """The selection with its content, in rank order, as a `datasets.Dataset`; the options are those of `to_arrow`.
+
+        Raises:
+            ModuleNotFoundError: the library `datasets` is not installed.
+        """
+        import datasets
+
+        return datasets.Dataset(await self._table(selected_only, include))
+
+    async def _table(self, selected_only: bool, include: str | None) -> "pa.Table":
+        import pyarrow.parquet as pq
+
+        tables: list[pa.Table] = []
+        with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
+            path = Path(folder) / "export.parquet"
+            options = {"selected_only": selected_only, "include": include}
+            await _calls(self).export(self._client, self.job_id, path, **options)
+            client: Connection = self._client
+            await client._off_loop(lambda: tables.append(pq.read_table(path, memory_map=False)))
+        return tables[0]
+
+
+def _calls(handle: Any) -> Any:
+    """The client's class, whose methods are the coroutines that both clients run."""
+    if handle._client is None:
+        raise RuntimeError("this was read from no service, so it has no calls; get it from a client")
+    return type(handle._client)
+
+
+class Results(_ResultsHandle, _ResultsCalls, Blocking):
+    """What a job has found: the summary's fields, and calls for the rest."""
+
+
+class AsyncResults(_ResultsHandle, _ResultsCalls, NonBlocking):
+    """What a job has found, for asyncio."""
+
+
+class Job(_JobHandle, _JobCalls["Job", Results], Blocking):
+    """A selection job: its fields as they were when it was last read, and its calls."""
+
+
+class AsyncJob(_JobHandle, _JobCalls["AsyncJob", AsyncResults], NonBlocking):
+    """A selection job, for asyncio."""

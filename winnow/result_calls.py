@@ -1,0 +1,99 @@
+"""The client's calls for what a job has found."""
+
+import os
+import uuid
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from winnow.answers import Provenance, Sample, Selected, SelectionResult, Weight
+from winnow.transport import Connection
+from winnow.twins import call
+
+R = TypeVar("R", bound=SelectionResult)
+
+_SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+class ResultCalls(Connection, Generic[R]):
+    """Results are read and downloaded. `R` is what the summary is in Python."""
+
+    _results_type: type[R]
+
+    @call
+    async def results(self, job_id: str) -> R:
+        """The summary of a succeeded job."""
+        return await self._one(self._results_type, "GET", f"/selection-jobs/{job_id}/results")
+
+    @call
+    def selected(self, job_id: str) -> AsyncGenerator[Selected]:
+        """The selected samples in rank order."""
+        return self._pages(Selected, f"/selection-jobs/{job_id}/selected")
+
+    @call
+    async def weights(self, job_id: str) -> AsyncGenerator[Weight]:
+        """Every sample of the pool in order: index, id, source, influence (None: it took no part), weight, exact.
+
+        Raises:
+            Unreachable: the stream was interrupted; the entries yielded so far are correct.
+        """
+        async with self._stream(f"/selection-jobs/{job_id}/weights", {"stream": "true"}) as response:
+            async for line in self._lines(response):
+                yield self._read(Weight, line)
+
+    @call
+    async def sample(self, job_id: str, index: int, *, landmarks: int = 10, target: int | None = None) -> Sample:
+        """One sample of the pool and the explanation of its influence: on every target, and through which landmarks.
+
+        Args:
+            landmarks: how many of those that contributed most are named, at most 100.
+            target: index of a target sample, to explain the influence on it alone; None: the mean over all.
+        """
+        params = {"landmarks": landmarks} | ({} if target is None else {"target": target})
+        return await self._one(Sample, "GET", f"/selection-jobs/{job_id}/samples/{index}", params=params)
+
+    @call
+    async def export(
+        self,
+        job_id: str,
+        path: str | os.PathLike[str],
+        format: Literal["jsonl", "csv", "parquet"] | None = None,
+        selected_only: bool = False,
+        include: Literal["messages"] | None = None,
+        escape_formulas: bool = True,
+    ) -> Path:
+        """Downloads all samples, or the selection; the file appears only once it is complete.
+
+        Args:
+            format: None: by the suffix of the path.
+            include: "messages" adds the samples' content; uploaded again, the file gives the same samples.
+            escape_formulas: in CSV, an apostrophe goes before an id, source or text that a spreadsheet would take for a formula.
+
+        Raises:
+            ValueError: neither `format` nor the suffix of the path names one.
+        """
+        path = Path(path)
+        chosen = format or _SUFFIXES.get(path.suffix)
+        if chosen is None:
+            raise ValueError(f"path: {path.name} ends in none of {', '.join(_SUFFIXES)}; pass the format")
+        params = {"format": chosen, "selected_only": str(selected_only).lower()}
+        if include is not None:
+            params["include"] = include
+        if not escape_formulas:
+            params["escape_formulas"] = "false"
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            async with self._stream(f"/selection-jobs/{job_id}/export", params) as response:
+                with part.open("xb") as file:
+                    async for chunk in self._chunks(response):
+                        file.write(chunk)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    @call
+    async def provenance(self, job_id: str, chunks: bool = False) -> Provenance:
+        """The audit record of a succeeded job; `chunks` adds the leaves of its Merkle tree."""
+        params = {"chunks": "true"} if chunks else {}
+        return await self._one(Provenance, "GET", f"/selection-jobs/{job_id}/provenance", params=params)
