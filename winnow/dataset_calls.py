@@ -3,20 +3,31 @@
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import httpx
 
 from winnow.answers import Answer, Dataset, PendingRows, Preset, Row, Upload
 from winnow.importing import Importing
+from winnow.in_memory import as_file
 from winnow.transport import Json
 from winnow.twins import call
 from winnow.uploading import OnProgress, Uploading
 
 _MOST_ROWS = 100  # of a page
 _HELD_SECONDS = 20.0  # for which the service is asked to hold a request
+
+
+class ArrowStream(Protocol):
+    """Rows in columns, as pandas, Polars and PyArrow have them."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+
+
+Source = str | os.PathLike[str] | bytes | ArrowStream | Iterable[Mapping[str, Any]]
 
 
 class SkippedRow(Answer):
@@ -44,7 +55,7 @@ class DatasetCalls(Uploading, Importing):
     @call
     async def upload_dataset(
         self,
-        source: str | os.PathLike[str] | bytes,
+        source: Source,
         name: str | None = None,
         format: str | None = None,
         *,
@@ -53,7 +64,10 @@ class DatasetCalls(Uploading, Importing):
         on_bad_row: Literal["refuse", "skip"] | None = None,
         on_progress: OnProgress | None = None,
     ) -> Dataset:
-        """Uploads JSONL, JSON, CSV, TSV, text, Parquet or Arrow, also gzip or zstd of it; a file is streamed.
+        """Uploads a file (JSONL, JSON, CSV, TSV, text, Parquet or Arrow, also gzip or zstd of it) or rows that are in memory.
+
+        A file is streamed. Rows are first written to a temporary one, some thousands at a time, so that they may be more than
+        fits into memory: as Parquet where they are columns, else as JSONL. An unnamed index of a pandas DataFrame is left out.
 
         A file of 64 MiB or more is sent in parts: a connection that breaks costs its part, and
         after an error, or an end of this process, the same call goes on where it was. So it does where rows were refused.
@@ -61,7 +75,8 @@ class DatasetCalls(Uploading, Importing):
         Returns the dataset; its `detected` says what was taken of the file.
 
         Args:
-            source: the path of a file, or the content itself.
+            source: the path of a file, or its content; or a DataFrame of pandas or Polars, a `datasets.Dataset`, whatever else
+                gives an Arrow stream, or an iterable of dicts.
             name: name of the dataset; None: the file's name.
             format: the form of the rows; needed only where they fit more than one.
             columns: which columns hold what, where their names do not say so: {"prompt": "question"} or "prompt:question,...".
@@ -70,12 +85,13 @@ class DatasetCalls(Uploading, Importing):
             on_progress: called with an `UploadProgress` now and then, in whichever thread; first bytes, then rows.
 
         Raises:
-            ValueError: content without a name.
+            ValueError: what is no file has no name, or no rows.
+            TypeError: a row holds what JSON has no form for.
             WinnowError: `errors` names the rows that cannot be used.
         """
         if name is None:
-            if isinstance(source, bytes):
-                raise ValueError("name: content needs a name; pass one")
+            if not isinstance(source, str | os.PathLike):
+                raise ValueError("name: what is no file needs a name; pass one")
             name = Path(source).name
         given = {
             "name": name,
@@ -85,7 +101,12 @@ class DatasetCalls(Uploading, Importing):
             "on_bad_row": on_bad_row,
         }
         params = {key: value for key, value in given.items() if value is not None}
-        return await self._upload(source, params, on_progress)
+        if isinstance(source, str | os.PathLike | bytes):
+            return await self._upload(source, params, on_progress)
+        with ExitStack() as until_sent:
+            files: list[Path] = []
+            await self._off_loop(lambda: files.append(until_sent.enter_context(as_file(source))))
+            return await self._upload(files[0], params, on_progress)
 
     @call
     def uploads(self) -> AsyncGenerator[Upload]:

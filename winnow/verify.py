@@ -21,6 +21,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from winnow.answers import Provenance
 from winnow.merkle import CHUNK_SIZE, JOB_METADATA, SELECTION_ROW, chunk_sha256, merkle_root, selection_sha256
 
 _BLOCK_BYTES = 2**23
@@ -53,7 +54,7 @@ class Record:
 
     @classmethod
     def of_provenance(
-        cls, provenance: dict[str, Any], chunks: Callable[[], list[str] | None] = lambda: None
+        cls, provenance: Provenance | dict[str, Any], chunks: Callable[[], list[str] | None] = lambda: None
     ) -> "Record":
         """From the response of `GET provenance`."""
         record = provenance["record"]

@@ -1,6 +1,6 @@
 """What every answer of the service is."""
 
-from collections.abc import Iterator
+from collections.abc import KeysView
 from inspect import get_annotations
 from typing import Any
 
@@ -43,9 +43,9 @@ class Answer(BaseModel):
     def __contains__(self, name: object) -> bool:
         return name in self.model_fields_set or f"{name}_" in self.model_fields_set
 
-    def keys(self) -> Iterator[str]:
+    def keys(self) -> KeysView[str]:
         """The names of the fields that were sent."""
-        return iter(self.to_dict())
+        return self.to_dict().keys()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that were sent, as JSON has them."""

@@ -149,7 +149,7 @@ def _record(client: Winnow, job_id: str) -> "Record":
             return None
         return hashes
 
-    return Record.of_provenance(client.provenance(job_id).to_dict(), chunks)
+    return Record.of_provenance(client.provenance(job_id), chunks)
 
 
 def provenance(job_id: str) -> None:

@@ -298,9 +298,14 @@ def test_the_client_reads_all_of_it_from_a_real_server(world: Published, url: st
         assert all(same(row, world.row(i)) for i, row in enumerate(winnow.weights(world.job_id)))
         path = winnow.export(world.job_id, tmp_path / "all.parquet")
         np.testing.assert_array_equal(pq.read_table(path)["weight"].to_numpy(), world.weight)
+        results = winnow.results(world.job_id)
+        frame = results.to_pandas(include=None)
+        assert frame["index"].tolist() == [row.index for row in results.selected()] == world.selected.tolist()
+        assert len(results.to_dataset(selected_only=False, include=None)) == results.sample_count == len(world.weight)
+        assert results.provenance().job_id == winnow.job(world.job_id).results().job_id == world.job_id
         dataset = winnow.upload_dataset(b'{"text": "a"}\n', name="small")
-        assert next(winnow.datasets())["id"] == dataset["id"]
-        winnow.delete_dataset(dataset["id"])
+        assert next(winnow.datasets()).id == dataset.id
+        winnow.delete_dataset(dataset.id)
         with pytest.raises(WinnowError, match="not_found"):
             winnow.results("job_0")
 
