@@ -65,7 +65,8 @@ def _batches(source: Any) -> "Iterator[pa.RecordBatch] | None":
         return None
     import pyarrow as pa
 
-    return iter(pa.RecordBatchReader.from_stream(source))
+    reader: Iterator[pa.RecordBatch] = iter(pa.RecordBatchReader.from_stream(source))
+    return reader
 
 
 def _write_parquet(path: Path, batches: "Iterator[pa.RecordBatch]") -> None:

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import cli_errors, connected, err, fail, options, out, print_json, show
+from winnow.cli.console import DIFFERENT, cli_errors, connected, err, fail, options, out, print_json, show
 from winnow.cli.jobs import follow
 from winnow.client import Winnow, WinnowError
 
 if TYPE_CHECKING:  # pyarrow is imported only by the commands that need it
     from winnow.verify import Record
-
-DIFFERENT = 3
-"""Exit status if results differ; 1 means that this could not be determined."""
 
 Tolerance = Annotated[
     float, typer.Option(min=0, help="Largest difference of an influence or weight, relative to the largest value")

@@ -7,25 +7,35 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
-from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from winnow.address import resolve
 from winnow.answers import Answer
 from winnow.client import Winnow, WinnowError
-from winnow.stack import DEFAULT_HOME, running_stack
+from winnow.job_calls import JobFailed
+from winnow.stack import DEFAULT_HOME
 
 Home = Annotated[
     Path | None,
     typer.Option(help=f"Folder of the embedded stack's state; default: {DEFAULT_HOME}", envvar="WINNOW_HOME"),
 ]
 Url = Annotated[
-    str | None, typer.Option(help="URL of the service; default: the stack running from --home", envvar="WINNOW_URL")
+    str | None,
+    typer.Option(
+        help="URL of the service; default: WINNOW_URL, that of `winnow login`, or the stack running from --home"
+    ),
 ]
-Key = Annotated[str | None, typer.Option("--api-key", help="wnw_...", envvar="WINNOW_API_KEY")]
+Key = Annotated[
+    str | None, typer.Option("--api-key", help="wnw_...; default: WINNOW_API_KEY, or the one of `winnow login`")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
+
+
+REFUSED, USAGE, DIFFERENT, JOB_FAILED, NOT_YET = 1, 2, 3, 4, 5
+"""Exit statuses, as docs/cli.md has them."""
 
 
 @dataclass(slots=True)
@@ -43,7 +53,7 @@ out = Console()
 err = Console(stderr=True)
 
 
-def fail(message: str, status: int = 1) -> NoReturn:
+def fail(message: str, status: int = REFUSED) -> NoReturn:
     """Ends the program with a message."""
     err.print(f"[red]winnow:[/] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(status)
@@ -63,40 +73,22 @@ def cli_errors(*more: type[Exception]) -> Iterator[None]:
         yield
     except WinnowError as error:
         lines = [f"\n  {each['param']}: {each['message']}" for each in error.errors]
-        fail(f"{error}{''.join(lines)}")
+        fail(f"{error}{''.join(lines)}", JOB_FAILED if isinstance(error, JobFailed) else REFUSED)
+    except TimeoutError as error:
+        fail(str(error), NOT_YET)
     except Exception as error:
-        if not isinstance(error, (ValueError, TimeoutError, OSError, *more)):
+        if not isinstance(error, (ValueError, OSError, *more)):
             raise
         fail(str(error))
 
 
 @contextmanager
 def connected() -> Iterator[Winnow]:
-    """A client of the service at --url, or of the stack that runs from --home."""
-    with cli_errors(), Winnow(*_address()) as client:
-        yield client
-
-
-def _address() -> tuple[str, str]:
-    """The URL and the key. The key of the running stack goes to that stack alone, never to another address that is named."""
-    url, api_key = options.url, options.api_key
-    if url is not None and api_key is not None:
-        return url, api_key
-    home = options.home or DEFAULT_HOME
-    stack = running_stack(home)
-    if url is not None and (stack is None or _origin(url) != _origin(stack.url)):
-        fail(f"pass the key of {url} too: --api-key, or WINNOW_API_KEY")
-    if stack is None:
-        fail(
-            f"no stack is running from {home}; start one with `winnow up`, or pass --url and --api-key (WINNOW_URL,"
-            " WINNOW_API_KEY)"
-        )
-    return url or stack.url, api_key or stack.api_key
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    """A client of the service that is meant: see `winnow.address`."""
+    with cli_errors():
+        at = resolve(options.url, options.api_key, options.home)
+        with Winnow(at.url, at.api_key) as client:
+            yield client
 
 
 def print_json(value: Any) -> None:

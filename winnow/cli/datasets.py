@@ -1,13 +1,16 @@
 """The commands for datasets, and the options of every command that reads a file of samples."""
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from winnow import marked_text, render
-from winnow.cli.console import as_json, connected, err, fail, options, out, print_json
+from winnow.cli.console import as_json, connected, err, fail, options, out, print_json, show
+from winnow.cli.groups import add_group
+from winnow.cli.records import TableColumns, print_records
 from winnow.options import Reading, assigned
 from winnow.upload_bar import uploading
 
@@ -36,8 +39,12 @@ TargetTemplate = Annotated[str | None, typer.Option(metavar="JSON", help="The sa
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (upload, rows, skipped, targets):
+    for command in (upload, rows, skipped):
         app.command()(command)
+    group = {"ls": list_datasets, "get": get, "upload": upload, "rows": rows, "skipped": skipped, "rm": delete}
+    add_group(app, "datasets", "Datasets: upload, list, read and delete them.", group)
+    targets = {"ls": list_targets, "get": get_target}
+    add_group(app, "targets", "The ready-made targets, which `winnow submit POOL preset:NAME` takes.", targets)
 
 
 def upload(
@@ -93,16 +100,56 @@ def _waiting(why: str) -> None:
     err.print(why, soft_wrap=True, markup=False, highlight=False)
 
 
-def targets(name: Annotated[str | None, typer.Argument(help="Show this one with its template")] = None) -> None:
-    """List the ready-made targets, which `winnow submit POOL preset:NAME` takes."""
+def list_targets() -> None:
+    """List the ready-made targets."""
     with connected() as client:
         found = client.targets()
-    if name is not None:
-        chosen = next((each for each in found if each.name == name), None)
-        if chosen is None:
-            fail(f"{name!r} is no ready-made target; there are {', '.join(each.name for each in found)}")
-        print_json(chosen) if options.as_json else render.target(out, chosen)
-    elif options.as_json:
-        print_json(found)
-    else:
+    if out.is_terminal and not options.as_json:
         render.targets(out, found)
+    else:
+        columns: TableColumns = {
+            "name": lambda target: target.name,
+            "title": lambda target: target.title,
+            "hub": lambda target: f"{target.hub.id}:{target.hub.config}:{target.hub.split}",
+            "licence": lambda target: target.licence,
+            "samples": lambda target: target.samples,
+            "taken": lambda target: target.count,
+        }
+        print_records(found, columns)
+
+
+def get_target(name: str) -> None:
+    """Show a ready-made target with its template."""
+    with connected() as client:
+        found = client.targets()
+    chosen = next((each for each in found if each.name == name), None)
+    if chosen is None:
+        fail(f"{name!r} is no ready-made target; there are {', '.join(each.name for each in found)}")
+    print_json(chosen) if options.as_json else render.target(out, chosen)
+
+
+def list_datasets(limit: Annotated[int, typer.Option(min=1, help="How many, at most")] = 20) -> None:
+    """List your datasets, newest first."""
+    columns: TableColumns = {
+        "id": lambda dataset: dataset.id,
+        "name": lambda dataset: dataset.name,
+        "status": lambda dataset: dataset.status,
+        "rows": lambda dataset: dataset.row_count,
+        "created": lambda dataset: dataset.created_at,
+    }
+    with connected() as client:
+        print_records(islice(client.datasets(), limit), columns)
+
+
+def get(dataset_id: str) -> None:
+    """Show a dataset: its rows, and what was taken of the upload."""
+    with connected() as client:
+        dataset = client.dataset(dataset_id)
+    print_json(dataset) if options.as_json else render.dataset(out, dataset)
+
+
+def delete(dataset_id: str) -> None:
+    """Delete a dataset; jobs over it keep their results."""
+    with connected() as client:
+        client.delete_dataset(dataset_id)
+    show({"id": dataset_id, "deleted": True}, f"{dataset_id}: deleted")

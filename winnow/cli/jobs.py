@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
 from winnow import progress, render
-from winnow.cli.console import connected, err, options, out, print_json, show
+from winnow.answers import Event
+from winnow.cli.console import as_json, connected, err, options, out, print_json, show
 from winnow.cli.datasets import (
     Columns,
     Format,
@@ -19,6 +19,8 @@ from winnow.cli.datasets import (
     TargetTemplate,
     Template,
 )
+from winnow.cli.groups import add_group
+from winnow.cli.records import TableColumns, print_records
 from winnow.client import Winnow
 from winnow.handles import Job
 from winnow.options import Reading, assigned, read_budget
@@ -34,8 +36,22 @@ Settings = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (submit, jobs, status, events, results, explain, export, cancel, delete, retry):
+    for command in (submit, status, events, results, explain, export, cancel, delete, retry):
         app.command()(command)
+    group = {
+        "ls": list_jobs,
+        "get": status,
+        "inspect": inspect,
+        "logs": events,
+        "wait": wait_for,
+        "results": results,
+        "explain": explain,
+        "export": export,
+        "cancel": cancel,
+        "retry": retry,
+        "rm": delete,
+    }
+    add_group(app, "jobs", "Selection jobs: list, watch, read and end them.", group)
 
 
 def follow(client: Winnow, job_id: str) -> Job:
@@ -52,7 +68,10 @@ def submit(
     budget: Annotated[str, typer.Option(help="Samples to select: a number or a fraction")],
     settings: Settings = None,
     wait: Wait = False,
-    dry_run: Annotated[bool, typer.Option(help="Only show the plan and its cost")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(help="Only show the plan and its cost, of datasets that are uploaded; nothing is sent or created"),
+    ] = False,
     format: Format = None,
     columns: Columns = None,
     template: Template = None,
@@ -68,10 +87,13 @@ def submit(
         fields: dict[str, Any] = {"model": model, "budget": read_budget(budget)}
         sources = read_source(pool, of_target=False), read_source(target, of_target=True)
         _check_used(sources, reading, of_target)
+        is_plan = dry_run or bool(assigned(settings or []).get("dry_run"))
+        if is_plan:
+            _check_uploaded(sources)
         fields["pool"] = _named(client, sources[0], reading)
         fields["target"] = _named(client, sources[1], of_target)
         request = assigned(settings or [], fields)
-        if dry_run or request.get("dry_run"):
+        if is_plan:
             plan = client.plan(**request)
             print_json(plan) if options.as_json else render.plan(out, plan)
             return
@@ -97,6 +119,17 @@ def _check_used(sources: tuple[Source, Source], reading: Reading, of_target: Rea
         raise ValueError("--format, --columns, --template, --on-bad-row: they are for files and datasets of the hub")
 
 
+def _check_uploaded(sources: tuple[Source, Source]) -> None:
+    """A plan is made by the service from the rows that it has, and a dry run gives it none."""
+    for name, source in zip(("pool", "target"), sources, strict=True):
+        if isinstance(source, File | HubSplit):
+            command = f"winnow upload {source.path}" if isinstance(source, File) else f"winnow import {source.id}"
+            raise ValueError(
+                f"--dry-run uploads and imports nothing, and the service plans from the {name} that it has: first `{command}`,"
+                f" then pass its id, or see `winnow check` for what a file would become"
+            )
+
+
 def _named(client: Winnow, source: Source, reading: Reading) -> str | dict[str, Any]:
     """What the request has for a pool or target; a file is uploaded, and a dataset of the hub imported."""
     match source:
@@ -113,20 +146,20 @@ def _named(client: Winnow, source: Source, reading: Reading) -> str | dict[str, 
     return str(dataset["id"])
 
 
-def jobs(limit: Annotated[int, typer.Option(min=1)] = 20) -> None:
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, help="How many, at most")] = 20,
+    status: Annotated[str | None, typer.Option(help="Only those: queued, running, succeeded, ...")] = None,
+) -> None:
     """List your jobs, newest first."""
+    columns: TableColumns = {
+        "id": lambda job: job.id,
+        "status": lambda job: job.status,
+        "phase": lambda job: job.phase,
+        "budget": lambda job: job.budget,
+        "created": lambda job: job.created_at,
+    }
     with connected() as client:
-        found = list(islice(client.jobs(), limit))
-    if options.as_json:
-        print_json(found)
-        return
-    # In a narrow terminal the other columns shrink, never the id: it is there to be copied.
-    table = Table(Column("id", no_wrap=True, min_width=36), "status", "phase", "budget", "created")
-    for job in found:
-        table.add_row(
-            job["id"], job["status"], job["phase"] or "", str(job["budget"]), f"{job.created_at:%Y-%m-%dT%H:%M:%S}"
-        )
-    out.print(table)
+        print_records(islice(client.jobs(status), limit), columns)
 
 
 def status(job_id: str, wait: Wait = False) -> None:
@@ -134,23 +167,47 @@ def status(job_id: str, wait: Wait = False) -> None:
     with connected() as client:
         job = follow(client, job_id) if wait else client.job(job_id)
     lines = [
-        f"  {stage['stage']:<20} {stage['done']}/{stage['total']} samples, {stage['units_done']}/{stage['units']} units"
-        for stage in job["stages"]
+        f"  {stage.stage:<20} {stage.done}/{stage.total} samples, {stage.units_done}/{stage.units} units"
+        for stage in job.stages
     ]
-    if job["error"]:
-        lines.append(f"  {job['error']['code']}: {job['error']['detail']}")
-    show(job, f"{job['id']}: {job['status']}", *lines)
+    if job.error:
+        lines.append(f"  {job.error.code}: {job.error.detail}")
+    show(job, f"{job.id}: {job.status}", *lines)
 
 
-def events(job_id: str) -> None:
+def inspect(job_id: str) -> None:
+    """Print everything about a job, as JSON."""
+    with connected() as client:
+        print_json(client.job(job_id))
+
+
+def wait_for(
+    job_id: str, timeout: Annotated[float | None, typer.Option(min=0, help="Seconds to wait at most")] = None
+) -> None:
+    """Wait for the end of a job, and show how far it is. Exit status 4 if it failed or was cancelled, 5 after --timeout."""
+    with connected() as client, progress.showing(err) as watch:
+        job = client.wait(job_id, watch, timeout, poll_seconds=1)
+    show(job, f"{job.id}: {job.status}")
+
+
+def events(
+    job_id: str,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended")] = False,
+) -> None:
     """List the events of a job: its plan, its units, the loss of its warm-up."""
     with connected() as client:
-        found = list(client.events(job_id))
-    lines = []
-    for event in found:  # lists and objects, as those of a plan, are for --json
-        data = [f"{key}={value}" for key, value in event.data.items() if not isinstance(value, dict | list)]
-        lines.append(f"{event.created_at:%Y-%m-%dT%H:%M:%S}  {event['type']:<20} {' '.join(data)}")
-    show(found, *lines)
+        if follow:
+            for event in client.follow(job_id):
+                print(as_json(event) if options.as_json else _line(event), flush=True)
+        else:
+            found = list(client.events(job_id))
+            show(found, *map(_line, found))
+
+
+def _line(event: Event) -> str:
+    # Lists and objects, as those of a plan, are for --json.
+    data = [f"{key}={value}" for key, value in event.data.items() if not isinstance(value, dict | list)]
+    return f"{event.created_at:%Y-%m-%dT%H:%M:%S}  {event.type:<20} {' '.join(data)}"
 
 
 def results(job_id: str) -> None:

@@ -5,14 +5,15 @@ An entry point is a function or a Typer application. It is loaded only when its 
 
 from copy import copy
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from winnow.cli import audit, datasets, importing, jobs
-from winnow.cli.console import AsJson, Home, Key, Url, fail, options
+from winnow.cli import account, audit, datasets, importing, jobs, login
+from winnow.cli.console import USAGE, AsJson, Home, Key, Url, fail, options
+from winnow.version import DISTRIBUTION, client_version
 
 _SHARED = ("home", "url", "api_key", "as_json")
 _PACKAGES = ("winnow", "service", "worker")
@@ -41,8 +42,12 @@ class Program(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands and cmd_name in self._extensions:
-            self.commands[cmd_name] = _loaded(self._extensions[cmd_name])
+            self.commands[cmd_name] = self.get_extension(cmd_name)
         return super().get_command(ctx, cmd_name)
+
+    def get_extension(self, name: str) -> Any:
+        """The command of an entry point, also where the program has one of the same name."""
+        return _loaded(self._extensions[name])
 
 
 def _loaded(entry: EntryPoint) -> Any:
@@ -69,7 +74,7 @@ def _unavailable(name: str, extra: str) -> typer.Typer:
 
     @app.command(name, help=f"Needs: {escape(needed)}", context_settings=settings)
     def unavailable() -> None:
-        fail(f"`winnow {name}` needs more than the client: {needed}", 2)
+        fail(f"`winnow {name}` needs more than the client: {needed}", USAGE)
 
     return app
 
@@ -98,14 +103,26 @@ def _share_options(command: Any, shared: list[TyperOption]) -> None:
 
 
 app = typer.Typer(cls=Program, no_args_is_help=True)
-datasets.register(app)
-importing.register(app)
-jobs.register(app)
-audit.register(app)
+for module in (jobs, datasets, importing, audit, account, login):
+    module.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"{DISTRIBUTION} {client_version()}")
+        raise typer.Exit
 
 
 @app.callback()
-def program(home: Home = None, url: Url = None, api_key: Key = None, as_json: AsJson = False) -> None:
+def program(
+    home: Home = None,
+    url: Url = None,
+    api_key: Key = None,
+    as_json: AsJson = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and end")
+    ] = False,
+) -> None:
     """Data selection as a service for fine-tuning language models."""
     options.home, options.url, options.api_key, options.as_json = home, url, api_key, as_json
 

@@ -205,7 +205,7 @@ def test_a_failed_job_is_reported(home: Path, files: tuple[str, str]) -> None:
     (home / "models" / "empty").mkdir()
     shutil.copy(home / "models" / "tiny" / "config.json", home / "models" / "empty")
     done = typed("submit", *files, "--model", "empty", "--budget", "6", *SET, "--wait", home=home)
-    assert done.exit_code == 1
+    assert done.exit_code == 4
     assert done.stderr.startswith("winnow: model_not_usable: ")
 
 
