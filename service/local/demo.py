@@ -15,7 +15,7 @@ from rich.console import Console
 from service.local.process_group import StackError
 from service.local.stack import MODEL_NAME, StackProcess, login_address
 from winnow import progress, render
-from winnow.answers import Dataset, Selected
+from winnow.answers import Answer, Dataset, Selected
 from winnow.client import Winnow, WinnowError
 from winnow.handles import Results
 from winnow.stack import Stack, running_stack
@@ -56,7 +56,11 @@ def run(home: Path, *, keep: bool, as_json: bool) -> None:
             progress.follow(client, job["id"], console)
         summary, selected = client.results(job["id"]), list(client.selected(job["id"]))
         if as_json:
-            print(json.dumps({"job": client.job(job["id"]), "results": summary, "selected": selected}))
+            print(
+                json.dumps(
+                    {"job": client.job(job.id), "results": summary, "selected": selected}, default=Answer.to_dict
+                )
+            )
         else:
             _report(console, stack, job["id"], summary, selected, pool, _kind(target))
 
