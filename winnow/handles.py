@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from winnow import html
-from winnow.answers import Event, Provenance, Sample, Selected, SelectionJob, SelectionResult, Weight
+from winnow.answers import Event, Provenance, ResultCharts, Sample, Selected, SelectionJob, SelectionResult, Weight
 from winnow.transport import Connection, Handle
 from winnow.twins import Blocking, NonBlocking, call
 
@@ -157,6 +157,12 @@ class _ResultsCalls:
         """One sample of the pool and the explanation of its influence, as `sample` of the client."""
         sample: Sample = await _calls(self).sample(self._client, self.job_id, index, landmarks=landmarks, target=target)
         return sample
+
+    @call
+    async def charts(self) -> ResultCharts:
+        """What pictures of the result are drawn from, as `charts` of the client."""
+        charts: ResultCharts = await _calls(self).charts(self._client, self.job_id)
+        return charts
 
     @call
     async def provenance(self, chunks: bool = False) -> Provenance:

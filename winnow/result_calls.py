@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from winnow.answers import Provenance, Sample, Selected, SelectionResult, Weight
+from winnow.answers import Provenance, ResultCharts, Sample, Selected, SelectionResult, Weight
 from winnow.transport import Connection
 from winnow.twins import call
 
@@ -24,6 +24,15 @@ class ResultCalls(Connection, Generic[R]):
     async def results(self, job_id: str) -> R:
         """The summary of a succeeded job."""
         return await self._one(self._results_type, "GET", f"/selection-jobs/{job_id}/results")
+
+    @call
+    async def charts(self, job_id: str) -> ResultCharts:
+        """What pictures of the result are drawn from: histograms, pairs, sources, targets, a map, other budgets.
+
+        Raises:
+            NotFound: `no_charts`, the job is of a version that made none.
+        """
+        return await self._one(ResultCharts, "GET", f"/selection-jobs/{job_id}/results/charts")
 
     @call
     def selected(self, job_id: str) -> AsyncGenerator[Selected]:

@@ -22,6 +22,7 @@ _MODULES = {  # a model that two of them use is in the first
     "parameters": "The parameters of a job.",
     "jobs": "Jobs: their state, plan and events.",
     "datasets": "Datasets, their rows, uploads in parts, and ready-made targets.",
+    "charts": "What pictures of a result are drawn from.",
     "results": "Results of jobs.",
     "account": "Registered models, keys, limits, webhooks and the audit log.",
 }
@@ -52,6 +53,8 @@ def answers() -> dict[str, list[str]]:
 
 def _module(path: str) -> str:
     parts = path.removeprefix("/v1/").split("/")
+    if parts[-1] == "charts":
+        return "charts"
     if parts[0] == "selection-jobs":
         return "results" if len(parts) > 2 and parts[2] in _RESULTS else "jobs"
     return "datasets" if parts[0] in ("datasets", "uploads", "targets") else "account"
