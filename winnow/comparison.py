@@ -99,8 +99,7 @@ def _figures(one: dict[str, Array], other: dict[str, Array]) -> Json:
             "mean_difference": float(difference.mean()),
             "largest_value": float(np.abs(one[name][both]).max()),
         }
-    a, b = (_mean_ranks(side["influence"][both]) for side in (one, other))
-    figures["rank_correlation"] = float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else None
+    figures["rank_correlation"] = rank_correlation(one["influence"][both], other["influence"][both])
     first, second = (
         np.argsort(side["rank"], kind="stable")[np.count_nonzero(side["rank"] < 0) :] for side in (one, other)
     )
@@ -110,6 +109,12 @@ def _figures(one: dict[str, Array], other: dict[str, Array]) -> Json:
         "same_order": np.array_equal(first, second),
     }
     return figures
+
+
+def rank_correlation(one: Array, other: Array) -> float | None:
+    """Spearman, of two vectors of finite values; None where all values of either are equal."""
+    a, b = _mean_ranks(one), _mean_ranks(other)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else None
 
 
 def _mean_ranks(values: Array) -> Array:

@@ -93,12 +93,28 @@ def wanted(
         Unavailable: the hub does not answer.
     """
     parameters = Parameters(method="random", **arguments)
-    resolved = registry.with_fingerprints(settings, registry.resolve(settings, model, parameters))
+    return wanted_by(settings, dataset, start, limit, registry.resolve(settings, model, parameters), parameters, model)
+
+
+def wanted_by(
+    settings: ModelSettings,
+    dataset: Dataset,
+    start: int,
+    limit: int,
+    resolved: Mapping[str, Any],
+    parameters: Parameters,
+    model: str,
+) -> Wanted:
+    """The same for a model that was resolved before, as that of a job. Its files are looked at, and no hub is asked.
+
+    Raises:
+        Unprocessable: its files cannot be read.
+    """
     input = {
         "dataset": dataset.fingerprint,
         "start": start,
         "stop": min(start + limit, dataset.row_count),
-        "model": resolved,
+        "model": registry.with_fingerprints(settings, resolved),
         "parameters": parameters.model_dump(mode="json", include={"reasoning", "template_arguments", "max_length"}),
     }
     digest = hashlib.sha256(json.dumps(input, sort_keys=True).encode()).hexdigest()

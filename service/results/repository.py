@@ -1,6 +1,6 @@
 """All SQL of results. Every function takes the id of a job that was found through its tenant (`service.ledger.require_job`)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from psycopg import Connection as PsycopgConnection
 from sqlalchemy import delete as delete_from
-from sqlalchemy import select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session, aliased
 
 from service.db.pagination import paginate
 from service.results.tables import JobResult, Provenance, SelectedSample, StoredCharts, WeightChunk
@@ -104,6 +104,62 @@ def ranks(session: Session, job_id: str, start: int, stop: int) -> dict[int, int
         )
     ).all()
     return {row.sample_index: row.rank for row in rows}
+
+
+def selection(session: Session, job_id: str) -> Iterator[tuple[int, int, float, float, bool]]:
+    """Rank, index, influence, weight and exact of each selected sample, in rank order."""
+    columns = (
+        SelectedSample.rank,
+        SelectedSample.sample_index,
+        SelectedSample.influence,
+        SelectedSample.weight,
+        SelectedSample.exact,
+    )
+    rows = select(*columns).where(SelectedSample.job_id == job_id).order_by(SelectedSample.rank)
+    yield from map(tuple, session.execute(rows.execution_options(yield_per=CHUNK_SIZE)))
+
+
+_SENT_INFLUENCE = text(
+    "SELECT array_send(influence) AS influence FROM weight_chunks"
+    " WHERE job_id = :job_id AND chunk_no = ANY(:numbers) ORDER BY chunk_no"
+)
+
+
+def influence_of_chunks(session: Session, job_id: str, numbers: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+    """The influences of each of these chunks, in rising order."""
+    where = {"job_id": job_id, "numbers": list(numbers)}
+    for row in session.execute(_SENT_INFLUENCE.execution_options(yield_per=8), where):
+        yield _received(row.influence, _SENT_FLOAT).astype(np.float32)
+
+
+def selected_in_both(session: Session, first: str, second: str) -> int:
+    """How many samples of one pool both jobs selected."""
+    one, other = aliased(SelectedSample), aliased(SelectedSample)
+    both = select(func.count()).select_from(one).join(other, one.sample_index == other.sample_index)
+    return session.scalars(both.where(one.job_id == first, other.job_id == second)).one()
+
+
+@dataclass(frozen=True, slots=True)
+class InBoth:
+    """How many selected samples of two pools have an id in common, and the influences of the first of them in either."""
+
+    count: int
+    first: list[float]
+    second: list[float]
+
+
+def selected_in_both_by_id(session: Session, first: str, second: str, most: int) -> InBoth:
+    """`most`: of how many the influences are read, in the order of the first job's ranks."""
+    one, other = aliased(SelectedSample), aliased(SelectedSample)
+    both = (
+        select(one.influence, other.influence, func.count().over())
+        .join(other, one.sample_id == other.sample_id)
+        .where(one.job_id == first, other.job_id == second)
+        .order_by(one.rank)
+        .limit(most)
+    )
+    rows = session.execute(both).all()
+    return InBoth(rows[0][2] if rows else 0, [row[0] for row in rows], [row[1] for row in rows])
 
 
 def copy_in(session: Session, table: str, columns: dict[str, str], rows: Iterable[Sequence[object]]) -> None:

@@ -15,7 +15,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return _NONE
     if isinstance(value, int) or abs(value) >= 10**digits:
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    written = f"{value:.{digits}g}"
+    return f"{value:,.0f}" if "e+" in written else written
 
 
 def percent(share: float | None) -> str:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 
-from service.web.plots.numbers import number, percent
+from service.web.formats import number, percent
 from service.web.plots.scales import spanning
 from service.web.plots.svg import WIDTH, Chart, Drawing
 
 _BAR, _GAP, _LABEL = 13.0, 9.0, 17.0
 _VALUE_WIDTH = 70.0
-_PARTS = 7
+_PARTS = 9
 """Colours that are told apart; what is beyond is one part."""
 REST = "all others"
 
@@ -64,7 +64,7 @@ def grouped(
 
 
 def stacked(name: str, title: str, rows: Sequence[Row], parts: Sequence[str], *, row_title: str) -> Chart:
-    """One bar a row, as wide as the others, of its parts' shares. Parts beyond seven, which must be the smallest, are one.
+    """One bar a row, as wide as the others, of its parts' shares. Parts beyond nine, which must be the smallest, are one.
 
     Raises:
         ValueError: a row has not as many values as there are parts, or one of them is negative.

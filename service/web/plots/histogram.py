@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from service.web.plots.numbers import number
+from service.web.formats import number
 from service.web.plots.scales import Counts, Linear
 from service.web.plots.svg import Chart, Drawing, Frame
 

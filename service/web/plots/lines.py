@@ -1,8 +1,9 @@
 """Figures that follow another: means by bins, and a curve."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from service.web.plots.numbers import number
+from service.web.formats import number
 from service.web.plots.scales import Counts, Linear, spanning
 from service.web.plots.svg import Chart, Drawing, Frame
 
@@ -55,9 +56,17 @@ def steps(
     return Chart(name, title, drawing.description, drawing.markup(), columns, rows, [each[:2] for each in series])
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """`places` are those of the points along x, for the script that moves the marker."""
+
+    chart: Chart
+    places: list[float]
+
+
 def curve(
     name: str, title: str, x: Sequence[int], y: Sequence[float], *, x_title: str, y_title: str, marked: int
-) -> Chart:
+) -> Curve:
     """A line through the points over counts, of which there is at least one and the last is the largest; and an upright line at
     the place `marked`, which the page moves."""
     bottom = _HEIGHT - Frame.BOTTOM
@@ -69,9 +78,10 @@ def curve(
     )
     drawing = Drawing(name, title, f"{y_title} at {number(x[0])} to {number(x[-1])} {x_title}.", _HEIGHT)
     frame.draw(drawing)
-    points = " ".join(f"{frame.x(a):.1f} {frame.y(b):.1f}" for a, b in zip(x, y, strict=True))
+    places = [round(frame.x(value), 1) for value in x]
+    points = " ".join(f"{place:g} {frame.y(value):.1f}" for place, value in zip(places, y, strict=True))
     drawing.add("path", "line selected", d=f"M{points}")
-    at = frame.x(x[marked])
-    drawing.add("line", "marker", x1=at, x2=at, y1=Frame.TOP, y2=bottom)
-    rows = [[number(a), number(b)] for a, b in zip(x, y, strict=True)]
-    return Chart(name, title, drawing.description, drawing.markup(), [x_title, y_title], rows)
+    drawing.add("line", "marker", x1=places[marked], x2=places[marked], y1=Frame.TOP, y2=bottom)
+    rows = [[number(count), number(value)] for count, value in zip(x, y, strict=True)]
+    chart = Chart(name, title, drawing.description, drawing.markup(), [x_title, y_title], rows)
+    return Curve(chart, places)

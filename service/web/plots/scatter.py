@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.web.plots.numbers import number
+from service.web.formats import number
 from service.web.plots.scales import Linear, spanning
 from service.web.plots.svg import WIDTH, Chart, Drawing, Frame
 
@@ -36,17 +36,14 @@ def against(
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
     bottom = _HEIGHT - Frame.BOTTOM
-    frame = Frame(
-        x=spanning(first + second if has_diagonal else first, Frame.LEFT + 6, Frame.RIGHT - 6),
-        y=spanning(first + second if has_diagonal else second, bottom - 6, Frame.TOP + 6),
-        x_title=x_title,
-        y_title=y_title,
-    )
+    across = spanning(first + second if has_diagonal else first, Frame.LEFT + 6, Frame.RIGHT - 6)
+    up = spanning(first + second if has_diagonal else second, bottom - 6, Frame.TOP + 6)
+    frame = Frame(across, up, x_title, y_title)
     description = f"{number(len(pairs))} points: {y_title} over {x_title}."
     drawing = Drawing(name, title, description, _HEIGHT)
     frame.draw(drawing)
     if has_diagonal and pairs:
-        low, high = frame.x.low, frame.x.high
+        low, high = across.low, across.high
         drawing.add("line", "diagonal", x1=frame.x(low), y1=frame.y(low), x2=frame.x(high), y2=frame.y(high))
     places = [(frame.x(a), frame.y(b)) for a, b in pairs]
     if css:
@@ -99,12 +96,9 @@ class Map:
     targets: list[list[float | int | None]]
 
 
-def sample_map(name: str, title: str, points: Sequence[MapPoint], *, row: str, levels: int = 5) -> Map:
+def sample_map(name: str, title: str, points: Sequence[MapPoint], levels: int = 5) -> Map:
     """Samples near one another where they are alike, coloured by the fifth of the points that their influence is in; the selected
-    are ringed. The table has the most influential ones.
-
-    Args:
-        row: what a sample is called in the table, for instance `sample {}`.
+    are ringed. The table has the most influential ones, whose first column is their index.
     """
     spans = [
         spanning([getattr(point, axis) for point in points], start, stop)
@@ -129,7 +123,7 @@ def sample_map(name: str, title: str, points: Sequence[MapPoint], *, row: str, l
     drawing.dots(rings, "ringed")
     first = sorted(points, key=lambda point: -math.inf if point.influence is None else point.influence, reverse=True)
     rows = [
-        [row.format(point.index), number(point.influence), "yes" if point.is_selected else "no"]
+        [str(point.index), number(point.influence), "yes" if point.is_selected else "no"]
         for point in first[: 2 * _TABLE_ROWS]
     ]
     legend = [("level-0", "lowest fifth of influence"), (f"level-{levels - 1}", "highest fifth"), ("ring", "selected")]

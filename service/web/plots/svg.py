@@ -11,7 +11,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from service.web.plots.numbers import number
+from service.web.formats import number
 from service.web.plots.scales import Counts, Linear
 from winnow.marked_text import printable
 
