@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-pipeline bench-export bench-api bench-upload bench-large-pool bench-text-embedding gpu-check
+.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-pipeline bench-export bench-api bench-upload bench-large-pool bench-text-embedding bench-result-page gpu-check
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -129,6 +129,9 @@ bench-large-pool: $(INSTALLED)  ## a pool of 5,800,000 rows on two workers: time
 
 bench-text-embedding: $(INSTALLED)  ## a million rows embedded from their text: time, rows a second, memory
 	@$(BIN)/python benchmarks/text_embedding.py --cache $(BENCH_CACHE)/text_embedding --out $(BENCH_OUT) $(ARGS)
+
+bench-result-page: $(INSTALLED)  ## the pages of a result with a million samples: server time, page weight; some minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/result_page.py --cache $(BENCH_CACHE)/result_page --out $(BENCH_OUT) $(ARGS)
 
 # The CUDA build of PyTorch is needed: make gpu-check TORCH_CONSTRAINTS=
 gpu-check: $(INSTALLED)  ## on a GPU, in eight minutes: tests marked cuda, speeds of the core, whole jobs, memory

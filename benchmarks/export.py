@@ -86,13 +86,25 @@ def write_pool(store: ArtifactStore, folder: Path, count: int, words: int) -> st
     return content
 
 
-def publish_job(sessions: sessionmaker[Session], key: str, content: storage.Content, seed: int) -> str:
-    """A succeeded job on the content, with a twentieth of it selected."""
+def publish_job(
+    sessions: sessionmaker[Session],
+    key: str,
+    content: storage.Content,
+    seed: int,
+    found: Callable[[dict[str, np.ndarray]], dict[str, Any]] = lambda _: {},
+) -> str:
+    """A succeeded job on the content, with a twentieth of it selected. `found`: what else is published, from the arrays."""
     count = content.row_count
     rng = np.random.default_rng(seed)
     selected = rng.permutation(count)[: count // 20].astype(np.int64)
     weight = np.zeros(count, np.float32)
     weight[selected] = rng.random(selected.size, dtype=np.float32) + 0.5
+    arrays = {
+        "influence": rng.normal(size=count).astype(np.float32),
+        "weight": weight,
+        "exact": rng.random(count) < 0.1,
+        "selected": selected,
+    }
     job_id, dataset_id = new_id("job"), new_id("ds")
     with sessions.begin() as session:
         caller = authenticate(session, key, SECRET)
@@ -127,14 +139,10 @@ def publish_job(sessions: sessionmaker[Session], key: str, content: storage.Cont
         publish(
             session,
             job_id=job_id,
-            influence=rng.normal(size=count).astype(np.float32),
-            weight=weight,
-            exact=rng.random(count) < 0.1,
-            selected=selected,
+            **arrays,
             sample_ids=[f"sample-{i}" for i in selected],
             sources=[f"source-{i % 7}" for i in selected],
-            summary={},
-            provenance={},
+            **{"summary": {}, "provenance": {}, **found(arrays)},
         )
         for values in ({"status": "running"}, {"status": "succeeded", "finished_at": "now"}):
             session.execute(update(SelectionJob).where(SelectionJob.id == job_id).values(**values))
