@@ -197,11 +197,12 @@ class Share:
 
 
 READS = 4
-"""Connections that read in the event loop (`db/reader`), which cannot keep more of them busy."""
+WRITES = 4
+"""Connections that read and write in the event loop (`db/reader`), which cannot keep more of them busy."""
 
 
 class Shares:
-    """All of them. One waits for a connection, a read, a reader or an encoder, soon free; the others are refused at once."""
+    """All of them. One waits for a connection, a read, a write, a reader or an encoder, soon free; the others are refused."""
 
     def __init__(self, settings: ShareSettings, connections: int, peers: Peers | None = None) -> None:
         def share(name: str, total: int, peers: Peers | None = None) -> Share:
@@ -214,6 +215,7 @@ class Shares:
         self.readers = share("readers", settings.readers)
         self.connections = share("connections", connections)
         self.reads = share("reads", READS)
+        self.writes = share("writes", WRITES)
         # A stream that waits for its client holds one encoded batch; while it is encoded, several times as much.
         self.encoders = share("encoders", 1)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, text
 
 from service.settings import DatabaseSettings
-from service.shares import READS
+from service.shares import READS, WRITES
 
 LISTENER = "winnow notifications"
 """The name of the connection that every API process has one of."""
@@ -19,7 +19,7 @@ _SPARE = 10  # for the operator's commands, and what connects anew before the ol
 
 def of_api_process(settings: DatabaseSettings) -> int:
     """At most: its requests', the reader's, and those of what runs beside."""
-    return 2 * settings.pool_size + READS + _BESIDE_REQUESTS
+    return 2 * settings.pool_size + READS + WRITES + _BESIDE_REQUESTS
 
 
 def of_worker(settings: DatabaseSettings) -> int:

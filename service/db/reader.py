@@ -1,4 +1,5 @@
-"""Reads of one statement, in the event loop and on connections of their own: without a thread, a session or a transaction."""
+"""Reads and writes of one statement, in the event loop and on connections of their own: without a thread, a session or more
+than the statement's own transaction."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -25,15 +26,17 @@ async def _configure(connection: AsyncConnection[Any]) -> None:
 
 
 class Away(Exception):
-    """Nothing can be read here now; the usual way may still do it, and says what is wrong."""
+    """Nothing can be done here now, or what became of it is not known; the usual way may still do it, and says what is wrong."""
 
 
 class Reader:
     """Of one event loop: the one that opened it. A statement is planned once for each connection, which takes longer than
     running it."""
 
-    def __init__(self, settings: DatabaseSettings, share: Share) -> None:
-        self._share = share
+    def __init__(self, settings: DatabaseSettings, reads: Share, writes: Share) -> None:
+        """Those that write may wait for locks, so they have connections for themselves."""
+        self._reads, self._writes = reads, writes
+        connections = reads.total + writes.total
         self._loop: asyncio.AbstractEventLoop | None = None
         self._away_until = 0.0
         self._pool: AsyncConnectionPool[AsyncConnection[NamedTuple]] = AsyncConnectionPool(
@@ -45,8 +48,8 @@ class Reader:
                 "row_factory": namedtuple_row,
             },
             configure=_configure,
-            min_size=share.total,
-            max_size=share.total,
+            min_size=connections,
+            max_size=connections,
             timeout=_WAIT_SECONDS,
             reconnect_timeout=_GIVE_UP_SECONDS,
             open=False,
@@ -66,9 +69,18 @@ class Reader:
         Raises:
             Away: the reader is not open in this event loop, or the database does not answer.
         """
+        return await self._run(self._reads, tenant, statement, values)
+
+    async def write(self, tenant: str, statement: LiteralString, values: Mapping[str, Any]) -> Sequence[Any]:
+        """As `rows`, of a statement that writes. Where the connection is lost, it may have taken effect all the same."""
+        return await self._run(self._writes, tenant, statement, values)
+
+    async def _run(
+        self, share: Share, tenant: str, statement: LiteralString, values: Mapping[str, Any]
+    ) -> Sequence[Any]:
         loop = self._here()
         try:
-            await self._share.wait(tenant, _TURN_SECONDS)
+            await share.wait(tenant, _TURN_SECONDS)
         except UsedUp as error:
             raise Away from error
         try:
@@ -79,7 +91,7 @@ class Reader:
             self._away_until = loop.time() + _AWAY_SECONDS
             raise Away from error
         finally:
-            self._share.give_back(tenant)
+            share.give_back(tenant)
 
     def _here(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.get_running_loop()

@@ -1,6 +1,7 @@
 """`/v1/selection-jobs`: posting, polling, listing, cancelling and deleting jobs, and their events."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -70,20 +71,35 @@ async def create_job(
     asked = (body, request, session, principal, idempotent)
     if known is None or not known.is_ready or body.dry_run:
         return await run_in_threadpool(_submit_any, *asked)
-    return await run_in_threadpool(_submit_plain, *asked, known)
+    draft, answer, values = await run_in_threadpool(_drafted, body, request, principal, idempotent, known)
+    with suppress(Away):
+        if await submission.write_at_once(request, values) is None:
+            return answer
+    return await run_in_threadpool(_write, request, session, principal, idempotent, draft, answer, values)
 
 
-def _submit_plain(
-    body: JobRequest,
+def _drafted(
+    body: JobRequest, request: Request, principal: Principal, idempotent: IdempotentRequest, known: Known
+) -> tuple[service.Draft, JSONResponse, Mapping[str, Any]]:
+    settings = request.app.state.settings
+    draft = service.draft_on(principal, body, known, settings)
+    answer = _answer(draft)
+    return draft, answer, service.to_write(principal, draft, settings, idempotent, answer, "selection_job.created")
+
+
+def _write(
     request: Request,
     session: Session,
     principal: Principal,
     idempotent: IdempotentRequest,
-    known: Known,
+    draft: service.Draft,
+    answer: JSONResponse,
+    values: Mapping[str, Any],
 ) -> JSONResponse:
-    draft = service.draft_on(principal, body, known, request.app.state.settings)
+    """Once more, the usual way, which says why it cannot be written."""
     session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})  # one statement is one transaction
-    return _create(request, session, principal, idempotent, draft, "selection_job.created")
+    service.create(session, principal, draft, request.app.state.settings, idempotent, values)
+    return answer
 
 
 def _submit_any(
@@ -113,12 +129,16 @@ def _create(
         service.import_target(session, principal, draft, settings)
     if job.created_at is None:
         job.created_at = submission.now(session)
-    headers = {"Location": f"/v1/selection-jobs/{job.id}", "Retry-After": reads.RETRY_AFTER_SECONDS}
-    answer = service.describe_new(draft).model_dump(mode="json")
-    response = JSONResponse(answer, status.HTTP_202_ACCEPTED, headers)
-    service.create(session, principal, draft, settings, idempotent, response, action, **detail)
+    answer = _answer(draft)
+    values = service.to_write(principal, draft, settings, idempotent, answer, action, **detail)
+    service.create(session, principal, draft, settings, idempotent, values)
     session.commit()
-    return response
+    return answer
+
+
+def _answer(draft: service.Draft) -> JSONResponse:
+    headers = {"Location": f"/v1/selection-jobs/{draft.job.id}", "Retry-After": reads.RETRY_AFTER_SECONDS}
+    return JSONResponse(service.describe_new(draft).model_dump(mode="json"), status.HTTP_202_ACCEPTED, headers)
 
 
 @router.get("", summary="List your jobs, newest first", response_model=Page[SelectionJobOut])

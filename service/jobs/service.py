@@ -1,9 +1,8 @@
 """Drafting, creating, describing, cancelling and deleting jobs."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -165,8 +164,7 @@ def import_target(session: Session, principal: Principal, draft: Draft, settings
     audit.record(session, principal, "dataset.imported", draft.job.target_id, hub=new.source.id, commit=new.commit)
 
 
-def create(
-    session: Session,
+def to_write(
     principal: Principal,
     draft: Draft,
     settings: ApiSettings,
@@ -174,23 +172,13 @@ def create(
     response: Response,
     action: str,
     **detail: str,
-) -> None:
-    """Writes the job with its first unit and `job.queued`, or without a unit and with `job.waiting` where it awaits an import;
-    its audit entry; and its answer, the response. Every new job goes through here. Its plan follows (`first_plans`), and then the
-    dispatcher is notified of the unit.
-
-    Raises:
-        Unprocessable: a dataset was deleted since the draft; `param` names it.
-        QuotaExceeded: a quota of the key does not allow it now.
-        Replayed: the request has been answered meanwhile; its answer.
-        Conflict: a request with its idempotency key is running.
-    """
+) -> Mapping[str, Any]:
+    """Everything that is written of a new job: with its first unit and `job.queued`, or without a unit and with `job.waiting`
+    where it awaits an import; its audit entry; and its answer, the response. Every new job goes through here. Its plan follows
+    (`first_plans`), and then the dispatcher is notified of the unit."""
     job = draft.job
     job.trace = traceparent()
-    session.flush()
-    written = partial(
-        submission.write,
-        session,
+    return submission.values_of(
         principal,
         settings.limits,
         job,
@@ -200,7 +188,26 @@ def create(
         lock=idempotent.lock,
         kept=idempotent.sealed(response),
     )
-    while (refused := written()) is not None:
+
+
+def create(
+    session: Session,
+    principal: Principal,
+    draft: Draft,
+    settings: ApiSettings,
+    idempotent: IdempotentRequest,
+    values: Mapping[str, Any],
+) -> None:
+    """Writes what is `to_write`.
+
+    Raises:
+        Unprocessable: a dataset was deleted since the draft; `param` names it.
+        QuotaExceeded: a quota of the key does not allow it now.
+        Replayed: the request has been answered meanwhile; its answer.
+        Conflict: a request with its idempotency key is running.
+    """
+    session.flush()
+    while (refused := submission.write(session, values)) is not None:
         _refuse(session, principal, draft, settings, idempotent, refused)
 
 

@@ -71,6 +71,7 @@ WITH held AS MATERIALIZED (
         %(budget)s::bigint, %(parameters)s::jsonb, %(request)s::jsonb, %(job_metadata)s::jsonb, %(trace)s,
         %(awaits_datasets)s, %(awaits_plan)s, %(retry_of)s, %(reproduces)s, %(created_at)s::timestamptz
     FROM verdict WHERE refused IS NULL AND (%(lock)s::text IS NULL OR EXISTS (SELECT FROM kept))
+    ON CONFLICT (id) DO NOTHING
     RETURNING id
 ), unit AS (
     INSERT INTO job_units (job_id, stage, shard, artifact_key, spec, state, progress_total)
@@ -135,8 +136,7 @@ def now(session: Session) -> datetime:
     return found
 
 
-def write(
-    session: Session,
+def values_of(
     principal: Principal,
     limits: LimitSettings,
     job: SelectionJob,
@@ -146,19 +146,15 @@ def write(
     detail: Mapping[str, Any],
     lock: str | None,
     kept: Mapping[str, Any] | None,
-) -> str | None:
-    """Writes the job with its first unit (where it awaits no dataset), its first events, its audit entry and its answer.
+) -> Mapping[str, Any]:
+    """What is written of a job: with its first unit (where it awaits no dataset), first events, audit entry and answer.
 
     Args:
         samples: of the datasets that are ready.
         lock: of the idempotency key under which the answer is `kept`.
-
-    Returns:
-        None where it was written; else nothing was, and why not: `answered`, where the key has an answer by now, or `key`, which
-        is in use; `pool` or `target`, which is gone; or the quota.
     """
     of_key, unit = limits_of(principal, limits), prepare_unit(job.id, samples)
-    values = {
+    return {
         **{name: getattr(job, name) for name in _PLAIN_COLUMNS},
         **{name: json.dumps(getattr(job, name)) for name in _JSON_COLUMNS},
         "awaits_datasets": bool(job.awaits_datasets),
@@ -177,9 +173,33 @@ def write(
         **_UNKEPT,
         **({} if kept is None else {**kept, "headers": json.dumps(kept["headers"])}),
     }
+
+
+def write(session: Session, values: Mapping[str, Any]) -> str | None:
+    """Writes these `values_of` a job.
+
+    Returns:
+        None where it was written; else nothing was, and why not: `answered`, where the key has an answer by now, or `key`, which
+        is in use; `pool` or `target`, which is gone; or the quota.
+    """
     statement: LiteralString = _SUBMIT
-    (row,) = session.connection().exec_driver_sql(statement, values)
-    return row.refused or (None if row.is_written else "answered")
+    (row,) = session.connection().exec_driver_sql(statement, dict(values))
+    return _refused(row, values)
+
+
+async def write_at_once(request: Request, values: Mapping[str, Any]) -> str | None:
+    """As `write`, in the event loop.
+
+    Raises:
+        Away: it may have been written; `write` does it then, and not twice.
+    """
+    (row,) = await request.app.state.reader.write(values["tenant_id"], _SUBMIT, values)
+    return _refused(row, values)
+
+
+def _refused(row: Any, values: Mapping[str, Any]) -> str | None:
+    """Without a key, only a job that is written already is not written."""
+    return row.refused or (None if row.is_written or values["lock"] is None else "answered")
 
 
 _PLAIN_COLUMNS = (

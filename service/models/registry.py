@@ -175,13 +175,12 @@ def resolve(settings: ModelSettings, model: str | HubModel, parameters: Paramete
 
 
 def _resolve_registered(settings: ModelSettings, name: str, parameters: Parameters) -> dict[str, Any]:
-    found = {m.name: m for m in registered(settings)}
-    if name not in found:
-        known = ", ".join(m.name for m in found.values() if m.problem is None) or "none"
+    if not (_NAME.fullmatch(name) and _is_model(settings.folder / name)):
+        known = ", ".join(m.name for m in registered(settings) if m.problem is None) or "none"
         raise Unprocessable(
             f"No model is registered as {name!r}. Registered: {known}. A hub model is named owner/name.", param="model"
         )
-    model = found[name]
+    model = _describe(settings, name)
     if model.problem is not None:
         raise Unprocessable(f"The model {name!r} cannot be used: {model.problem}.", param="model")
     blocks = parameters.embedding.blocks

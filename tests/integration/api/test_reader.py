@@ -19,7 +19,7 @@ def test_a_database_that_is_away_is_waited_for_by_few() -> None:
     """Each that tries waits a second for a connection; the others are told at once, also those whose turn comes meanwhile."""
 
     async def tried() -> tuple[list[bool], float]:
-        reader = Reader(NOWHERE, Share("reads", 2, 1.0))
+        reader = Reader(NOWHERE, Share("reads", 2, 1.0), Share("writes", 1, 1.0))
         await reader.open()
         started = time.monotonic()
         try:
@@ -45,7 +45,7 @@ def test_a_database_that_comes_back_is_read_again(postgres_url: str, tmp_path: P
         return False
 
     async def waited() -> float:
-        reader = Reader(DatabaseSettings(url=url), Share("reads", 2, 1.0))
+        reader = Reader(DatabaseSettings(url=url), Share("reads", 2, 1.0), Share("writes", 1, 1.0))
         await reader.open()
         try:
             away_until = time.monotonic() + 8

@@ -11,7 +11,7 @@ from service.db import budget, engine
 from service.db.loop import BackgroundLoop
 from service.health.connections import warn_at_start
 from service.settings import ApiSettings
-from service.shares import READS
+from service.shares import READS, WRITES
 from worker.supervisor import Supervisor
 
 
@@ -41,7 +41,7 @@ def test_the_budget_of_an_api_process_is_what_it_may_open(
     settings = make_settings(postgres_url, tmp_path, broker_url=broker_url, pool_size=pool_size)
     opened = Opened(monkeypatch)
     with World.made(settings, runs=True):
-        assert opened.most + READS == budget.of_api_process(settings.database)
+        assert opened.most + READS + WRITES == budget.of_api_process(settings.database)
 
 
 def test_the_budget_of_a_worker_is_what_it_may_open(settings: ApiSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,7 @@ def test_where_nothing_can_be_read_the_route_answers(
 ) -> None:
     path = f"{URL}/{posted(api.client, body)['id']}"
     monkeypatch.setattr(quick.app.state, "sessions", api.sessions)
-    monkeypatch.setattr(quick.app.state, "reader", Reader(NOWHERE, Share("reads", 1, 1.0)))
+    monkeypatch.setattr(quick.app.state, "reader", Reader(NOWHERE, Share("reads", 1, 1.0), Share("writes", 1, 1.0)))
     assert_same(quick, api, path)
     monkeypatch.undo()
     with api.engine.begin() as connection:  # its connections are lost, as by a restart

@@ -12,7 +12,7 @@ from support.waiting import at_once, until
 from support.world import World
 
 from service.app import create_app
-from service.db.reader import Reader
+from service.db.reader import Away, Reader
 from service.jobs import repository
 
 MIGRATION = import_module("migrations.versions.0008_submissions")
@@ -29,15 +29,18 @@ def test_a_plain_submission_is_three_statements_each_a_transaction_of_its_own(
     api: World, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[str] = []
-    its = Reader.rows
+    read, write = Reader.rows, Reader.write
 
-    async def rows(reader: Reader, tenant: str, statement: Any, values: Any) -> Any:
+    async def noted_read(*given: Any) -> Any:
         found.append("read")
-        return await its(reader, tenant, statement, values)
+        return await read(*given)
 
-    def note(connection: Any, *_: Any) -> None:
-        is_alone = connection.connection.dbapi_connection.autocommit
-        found.append("written" if is_alone else "in a longer transaction")
+    async def noted_write(*given: Any) -> Any:
+        found.append("written")
+        return await write(*given)
+
+    def note(*_: Any) -> None:
+        found.append("in a session")
 
     def posts(client: TestClient) -> list[str]:
         found.clear()
@@ -47,7 +50,8 @@ def test_a_plain_submission_is_three_statements_each_a_transaction_of_its_own(
     plain = ["read", "read", "written"]
     app = create_app(api.settings)  # which plans no job at once, as those of other tests do
     with TestClient(app, headers=api.client.headers) as client:
-        monkeypatch.setattr(Reader, "rows", rows)
+        monkeypatch.setattr(Reader, "rows", noted_read)
+        monkeypatch.setattr(Reader, "write", noted_write)
         event.listen(app.state.engine, "before_cursor_execute", note)
         until("its connections are open and the key's use is noted", lambda: posts(client) == plain, 60)
         found.clear()
@@ -56,6 +60,45 @@ def test_a_plain_submission_is_three_statements_each_a_transaction_of_its_own(
     assert [answer.status_code for answer in answers] == [202] * 3
     assert answers[1].json() == answers[2].json()
     assert found == [*plain, *plain, "read", "read"]
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+@pytest.mark.parametrize("key", [None, "one-of-its-own"])
+def test_a_connection_that_is_lost_while_a_job_is_written_leaves_one_job(
+    api: World, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch, key: str | None, is_done: bool
+) -> None:
+    """Whether it was lost before the statement took effect or after."""
+    write, lost = Reader.write, []
+
+    async def write_and_lose(*given: Any) -> Any:
+        if is_done:
+            await write(*given)
+        lost.append(given)
+        raise Away
+
+    body = {**body, "metadata": {"run": f"{key} {is_done}"}}
+    headers = {} if key is None else {"Idempotency-Key": f"{key}-{is_done}"}
+    app = create_app(api.settings)
+    with TestClient(app, headers=api.client.headers) as client:
+        monkeypatch.setattr(Reader, "write", write_and_lose)
+
+        def answer() -> Any:
+            return client.post(URL, json=body, headers=headers)
+
+        until("its connections are open", lambda: client.get(URL).is_success and (answer().status_code, lost)[1], 60)
+        lost.clear()
+        found = answer()
+        assert len(lost) == (0 if key else 1)
+        assert found.status_code == 202
+        listed = [
+            job for job in client.get(URL, params={"limit": 100}).json()["data"] if job["metadata"] == body["metadata"]
+        ]
+    app.state.metrics.close()
+    ids = [job["id"] for job in listed]
+    assert found.json()["id"] in ids
+    assert len(ids) == len(set(ids))
+    if key:
+        assert len(ids) == 1
 
 
 def test_the_answer_is_what_is_read_and_what_was_kept(api: World, body: dict[str, Any]) -> None:
