@@ -21,6 +21,16 @@ class Reading:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
+DuplicatesOption = Literal["keep", "one"]
+OverlapOption = Literal["keep", "exclude"]
+
+
+def chosen(duplicates: DuplicatesOption | None, overlap: OverlapOption | None) -> dict[str, str]:
+    """The parameters of a job that have an option of their own, those that are given."""
+    given = {"duplicates": duplicates, "overlap": overlap}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def assigned(settings: Iterable[str], fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`fields` with the settings on top; a dot leads into an object, and a value that is JSON is read as JSON.
 

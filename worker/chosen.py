@@ -1,7 +1,5 @@
 """What was chosen of the pool: ids and sources of the selected samples, and which of them repeat one another or the target."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,9 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.datasets.storage import Sample, iter_ids, iter_samples, read_samples
+from service.datasets.storage import Sample, iter_ids, read_samples
 from service.datasets.values import NO_SOURCE
+from service.plan.stages import JobInputs
 from service.storage.artifacts import ArtifactStore
+from worker.duplicates import exclusions
+from worker.duplicates.repeats import Repeats
 
 _READ_AT_ONCE = 128  # a row may have a megabyte
 _MAX_NAMED = 100
@@ -55,55 +56,82 @@ def by_source(
 
 
 def read(
-    store: ArtifactStore, pool: str, target: str, selected: npt.NDArray[np.int64], ids: Sequence[str]
+    store: ArtifactStore,
+    job: JobInputs,
+    prepared: Mapping[str, Any],
+    selected: npt.NDArray[np.int64],
+    ids: Sequence[str],
 ) -> dict[str, Any]:
-    """What the selected samples say, beside one another and the target: the summary's `repeats` and `conversations`.
-
-    Two say the same if nothing but white space differs.
+    """What the selected samples say, beside one another and the target: the summary's `repeats`, `excluded` and `conversations`.
 
     Args:
-        pool, target: their fingerprints.
+        prepared: the result of the job's prepare stage.
         selected: (k,) positions in the pool, the first taken first; `ids` (k,) theirs.
 
     Returns:
-        repeats: `duplicates`, of a sample that was taken before, and `overlap`, with the target: each {count, first}, of the
-            first hundred {id, same_as}.  conversations: how many of the selected are messages, not plain text.
+        repeats: `duplicates` and `overlap`: how many of the `pool` repeat another one of it, or one of the target {exact, near,
+            repeated}, how many were `excluded`, and how many of the selected do {count, first}, of the first hundred {id,
+            same_as}; None if the job was prepared by a version that looked for none.
+        excluded: what an option left out of the job {count, by_reason, first}, of the first hundred {index, id, reason, same_as};
+            None if nothing.
+        conversations: how many of the selected are messages, not plain text.
     """
-    in_target: dict[bytes, str] = {}
-    for sample in iter_samples(store, target):
-        in_target.setdefault(_content(sample), sample.id)
-    contents, conversations = {}, 0
-    for sample in _samples(store, pool, np.sort(selected)):
-        contents[sample.index] = _content(sample)
-        conversations += sample.messages is not None
-    taken: dict[bytes, str] = {}
-    found: dict[str, list[dict[str, str]]] = {"duplicates": [], "overlap": []}
+    conversations = sum(sample.messages is not None for sample in _samples(store, job.pool, np.sort(selected)))
+    if (found := prepared.get("repeats")) is None:
+        return {"repeats": None, "excluded": None, "conversations": conversations}
+    duplicates, overlap = (Repeats.read(store, found["keys"][kind]) for kind in ("duplicates", "overlap"))
+    group = np.where(duplicates.is_repeat, duplicates.same_as, np.arange(len(duplicates.same_as)))
+    target_ids = [name for names, _ in iter_ids(store, job.target) for name in names]
+    first_of: dict[int, str] = {}
+    repeats: dict[str, list[dict[str, str]]] = {"duplicates": [], "overlap": []}
     for index, name in zip(selected.tolist(), ids, strict=True):
-        content = contents[index]
-        for kind, others in (("duplicates", taken), ("overlap", in_target)):
-            if content in others:
-                found[kind].append({"id": name, "same_as": others[content]})
-        taken.setdefault(content, name)
-    repeats = {kind: {"count": len(each), "first": each[:_MAX_NAMED]} for kind, each in found.items()}
-    return {"repeats": repeats, "conversations": conversations}
+        if (before := first_of.setdefault(int(group[index]), name)) != name:
+            repeats["duplicates"].append({"id": name, "same_as": before})
+        if overlap.is_repeat[index]:
+            repeats["overlap"].append({"id": name, "same_as": target_ids[overlap.same_as[index]]})
+    excluded = prepared.get("exclusions")
+    left_out = {} if excluded is None else excluded["by_reason"]
+    return {
+        "repeats": {
+            kind: {
+                "pool": found[kind],
+                "excluded": left_out.get(reason, 0),
+                "count": len(repeats[kind]),
+                "first": repeats[kind][:_MAX_NAMED],
+            }
+            for kind, reason in (("duplicates", "duplicate"), ("overlap", "overlap"))
+        },
+        "excluded": None if excluded is None else _excluded(store, job.pool, prepared, group, overlap, target_ids),
+        "conversations": conversations,
+    }
+
+
+def _excluded(
+    store: ArtifactStore,
+    pool: str,
+    prepared: Mapping[str, Any],
+    group: npt.NDArray[np.int64],
+    overlap: Repeats,
+    target_ids: Sequence[str],
+) -> dict[str, Any]:
+    """What an option left out of the job. `group` (n,) numbers what says the same in the pool."""
+    numbers = exclusions.read(store, prepared)
+    assert numbers is not None
+    rows = np.flatnonzero(numbers)[:_MAX_NAMED]
+    taking_part = np.flatnonzero(exclusions.taking_part(store, prepared))
+    kept = taking_part[np.isin(group[taking_part], group[rows])]
+    kept_of = dict(zip(group[kept].tolist(), kept.tolist(), strict=True))
+    named = sorted({*rows.tolist(), *kept_of.values()})
+    id_of = dict(zip(named, names(store, pool, np.array(named, np.int64))[0], strict=True))
+    first = []
+    for row in rows.tolist():
+        reason = exclusions.REASONS[numbers[row] - 1]
+        same_as = target_ids[overlap.same_as[row]] if reason == "overlap" else id_of[kept_of[group[row]]]
+        first.append({"index": row, "id": id_of[row], "reason": reason, "same_as": same_as})
+    count, by_reason = prepared["exclusions"]["count"], prepared["exclusions"]["by_reason"]
+    return {"count": count, "by_reason": by_reason, "first": first}
 
 
 def _samples(store: ArtifactStore, pool: str, rows: npt.NDArray[np.int64]) -> Iterator[Sample]:
     for start in range(0, len(rows), _READ_AT_ONCE):
         yield from read_samples(store, pool, rows[start : start + _READ_AT_ONCE].tolist())
-
-
-def _content(sample: Sample) -> bytes:
-    """A digest of what is said in the sample; runs of white space count as one space."""
-    said = sample.text if sample.messages is None else sample.messages
-    return hashlib.blake2b(json.dumps(_squeezed([said, sample.tools])).encode(), digest_size=16).digest()
-
-
-def _squeezed(value: Any) -> Any:
-    if isinstance(value, str):
-        return " ".join(value.split())
-    if isinstance(value, list):
-        return [_squeezed(each) for each in value]
-    if isinstance(value, dict):
-        return {key: _squeezed(value[key]) for key in sorted(value)}
-    return value

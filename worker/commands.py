@@ -15,7 +15,8 @@ from winnow.cli.datasets import (
     TargetTemplate,
     Template,
 )
-from winnow.options import Reading
+from winnow.cli.jobs import Duplicates, Overlap
+from winnow.options import Reading, chosen
 
 require("torch", "transformers")  # imported when the command runs: it takes seconds
 select = typer.Typer(add_completion=False)
@@ -33,6 +34,8 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter: landmarks.count=256")
     ] = None,
+    duplicates: Duplicates = None,
+    overlap: Overlap = None,
     selected_only: Annotated[bool, typer.Option("--selected-only", help="Write only the selection")] = False,
     format: Format = None,
     columns: Columns = None,
@@ -53,7 +56,8 @@ def run(
     reading = Reading(format=format, columns=columns, template=template, on_bad_row=on_bad_row)
     local_run.main(
         local_run.Options(
-            model=model, pool=pool, target=target, budget=budget, out=out, settings=settings or [],
+            model=model, pool=pool, target=target, budget=budget, out=out,
+            given=chosen(duplicates, overlap), settings=settings or [],
             selected_only=selected_only, cache=cache, device=device, as_json=as_json,
             reading=reading, target_reading=reading.of_target(target_format, target_columns, target_template),
         )

@@ -1,5 +1,7 @@
 """What the commands without servers are given, checked as the service checks it."""
 
+from collections.abc import Mapping
+
 from pydantic import ValidationError
 
 from service.datasets.rows.forms import Form
@@ -10,14 +12,14 @@ from winnow.options import Reading, assigned
 from worker.errors import ParameterError
 
 
-def parameters_of(settings: list[str]) -> Parameters:
-    """The parameters of a job from `--set NAME=VALUE`.
+def parameters_of(settings: list[str], named: Mapping[str, str] | None = None) -> Parameters:
+    """The parameters of a job from `--set NAME=VALUE`, on top of those that have an option of their own.
 
     Raises:
         ParameterError: one of them is not known, or has a value that it cannot have.
     """
     try:
-        given = assigned(settings)
+        given = assigned(settings, named)
     except ValueError as error:
         raise ParameterError(str(error)) from error
     try:

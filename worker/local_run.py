@@ -57,6 +57,7 @@ class Options:
     target: Path
     budget: str
     out: Path
+    given: dict[str, str]
     settings: list[str]
     selected_only: bool
     cache: Path | None
@@ -214,7 +215,7 @@ def _run(options: Options, folder: Path, console: Console) -> None:
         raise ParameterError(f"--out {options.out}: the name must end in one of {', '.join(_ENCODERS)}")
     if not any((options.model / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise ParameterError(f"--model {options.model}: no folder with a config.json or {ADAPTER_CONFIG}")
-    parameters = parameters_of(options.settings)
+    parameters = parameters_of(options.settings, options.given)
     model_folder = options.model.resolve()
     # The base of an adapter lies beside it, as among the service's registered models.
     # Nobody else decides what this machine takes from the hub.
@@ -244,8 +245,8 @@ def _run(options: Options, folder: Path, console: Console) -> None:
         nonfinite = summary.nonfinite(store, pool.fingerprint, target.fingerprint, done[Stage.SELECT][0].result)
         selected = arrays["selected"]
         ids, sources = chosen.names(store, pool.fingerprint, selected)
-        said = chosen.read(store, pool.fingerprint, target.fingerprint, selected, ids)
-    prepared = done[Stage.PREPARE][-1].result
+        prepared = done[Stage.PREPARE][-1].result
+        said = chosen.read(store, job, prepared, selected, ids)
     unusable = prepared["unusable"]
     found = summary.of_method(computed)
     cost = costs.of_job(shape_in_files(compute.models.folder(job.model)), job, computed, found, Rates())

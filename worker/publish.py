@@ -55,11 +55,12 @@ class Publication:
         with store.local(selection.artifact_key) as path:
             arrays = load_file(path)
         ids, sources = chosen.names(store, job.pool, arrays["selected"])
+        prepared = done[Stage.PREPARE][-1].result
         return cls(
             arrays=arrays,
             ids=ids,
             sources=sources,
-            said=chosen.read(store, job.pool, job.target, arrays["selected"], ids),
+            said=chosen.read(store, job, prepared, arrays["selected"], ids),
             nonfinite=summary.nonfinite(store, job.pool, job.target, selection.result),
             landmarks=_landmarks(store, done),
             charts=charts.read(store, job, done, arrays),

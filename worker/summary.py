@@ -46,6 +46,7 @@ def of_method(results: Results) -> dict[str, Any]:
         "validation": _last(results, Stage.VALIDATE).get("validation"),
         "notes": [
             *_of_unusable(prepared.get("unusable", {})),
+            *_of_exclusions(prepared.get("exclusions")),
             *_of_rendering(prepared.get("rendering", {})),
             *prepared.get("notes", ()),
             *_of_growth(results),
@@ -128,6 +129,15 @@ def _of_unusable(unusable: Mapping[str, Any]) -> list[str]:
         for name, found in unusable.items()
         if found["count"]
     ]
+
+
+def _of_exclusions(excluded: Mapping[str, Any] | None) -> list[str]:
+    """What the options `duplicates` and `overlap` left out."""
+    said = {"duplicate": "repeat another sample of the pool", "overlap": "repeat one of the target"}
+    if excluded is None:
+        return []
+    counts = ", ".join(f"{count} {said[reason]}" for reason, count in excluded["by_reason"].items() if count)
+    return [f"Left out of the pool by duplicates or overlap (listed in excluded): {counts}."]
 
 
 def _of_rendering(rendering: Mapping[str, Any]) -> list[str]:

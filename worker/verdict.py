@@ -24,9 +24,9 @@ ONE_SOURCE, MOST_OF_POOL = 0.9, 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """about: `choice`, `fidelity`, `step`, `rows`, `repeats` or `sources`.  level: `ok`; `look`, worth a look before training on
-    it; `bad`, do not train on it before it is understood.  figure: what the level was decided by.  meaning: in words.
-    advice: what to do, where there is something."""
+    """about: `choice`, `fidelity`, `step`, `rows`, `duplicates`, `overlap` or `sources`.  level: `ok`; `look`, worth a look
+    before training on it; `bad`, do not train on it before it is understood.  figure: what the level was decided by.
+    meaning: in words.  advice: what to do, where there is something."""
 
     about: str
     level: Level
@@ -187,33 +187,70 @@ def _rows(summary: Found) -> Iterator[Finding]:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Repeated:
+    """What is said of repeats: where there are none, of those in the pool, of selected ones, where an option left some out."""
+
+    none: str
+    of_pool: str
+    selected: str
+    none_selected: str
+    option: str
+    advice: str
+
+
+_REPEATED = {
+    "duplicates": _Repeated(
+        none="No two of the pool's {samples:,} samples say the same.",
+        of_pool="{count:,} of the pool's {samples:,} samples repeat another one of it: {exact:,} exactly, {near:,} nearly.",
+        selected="{count:,} of the {selected:,} selected samples say the same as one that was selected before.",
+        none_selected="No two selected samples say the same.",
+        option="duplicates: one left {excluded:,} of them out.",
+        advice="With duplicates: one, the budget goes to samples that differ; repeats names them.",
+    ),
+    "overlap": _Repeated(
+        none="None of the pool's {samples:,} samples is one of the target.",
+        of_pool="{count:,} of the pool's {samples:,} samples repeat one of the target: {exact:,} exactly, {near:,} nearly.",
+        selected="{count:,} of the {selected:,} selected samples are samples of the target too.",
+        none_selected="No selected sample is one of the target.",
+        option="overlap: exclude left {excluded:,} of them out.",
+        advice="A score on a target that was trained on says nothing; overlap: exclude leaves them out, and repeats names them.",
+    ),
+}
+
+
 def _repeats(summary: Found) -> Iterator[Finding]:
-    """Whether the selection repeats itself, or the target."""
-    selected = sum(each["selected"] for each in summary["sources"].values())
-    counts = {kind: found["count"] for kind, found in summary["repeats"].items()}
-    share = max(counts.values()) / selected
-    said, advice = [], ["repeats names them."]
-    if counts["overlap"]:
-        said.append(f"{counts['overlap']:,} of the {selected:,} selected samples are samples of the target too")
-        advice.append("Take them out of the pool: a score on a target that was trained on says nothing.")
-    if counts["duplicates"]:
-        said.append(f"{counts['duplicates']:,} of the {selected:,} say the same as one that was selected before")
-        advice.append("Leave one of each in the pool.")
-    yield Finding(
-        about="repeats",
-        level="bad" if share > MANY_REPEATS else "look" if said else "ok",
-        figure=share,
-        meaning=f"{'; '.join(said)}."
-        if said
-        else "No two selected samples say the same, and none is a sample of the target.",
-        advice=" ".join(advice) if said else None,
-    )
+    """Whether the selection repeats itself, and whether it has samples of the target."""
+    selected, samples = _selected(summary), summary["pool"]["samples"]
+    for about, found in (summary["repeats"] or {}).items():  # None: prepared by the version before
+        said, pool, count = _REPEATED[about], found["pool"], found["count"]
+        share = count / selected
+        if not pool["exact"] + pool["near"]:
+            sentences = [said.none.format(samples=samples)]
+        else:
+            sentences = [
+                said.selected.format(count=count, selected=selected) if count else said.none_selected,
+                said.of_pool.format(count=pool["exact"] + pool["near"], samples=samples, **pool),
+            ]
+        if found["excluded"]:
+            sentences.append(said.option.format(excluded=found["excluded"]))
+        yield Finding(
+            about=about,
+            level="bad" if share > MANY_REPEATS else "look" if count else "ok",
+            figure=share,
+            meaning=" ".join(sentences),
+            advice=said.advice if count else None,
+        )
+
+
+def _selected(summary: Found) -> int:
+    return sum(each["selected"] for each in summary["sources"].values())
 
 
 def _sources(summary: Found) -> Iterator[Finding]:
     """Whether the selection is nearly all of one source that the pool has little of."""
     (name, most), *_ = sorted(summary["sources"].items(), key=lambda each: -each[1]["selected"])
-    share = most["selected"] / sum(each["selected"] for each in summary["sources"].values())
+    share = most["selected"] / _selected(summary)
     of_pool = most["pool"] / summary["pool"]["samples"]
     if of_pool == 1:  # the pool has no other
         return

@@ -150,6 +150,16 @@ class Parameters(Strict):
         description="Largest share of the pool, and of the target, that may be unusable: samples that the model's chat template"
         " cannot render or that have nothing to learn from. They are left out and listed; beyond this share the job fails early",
     )
+    duplicates: Literal["keep", "one"] = Field(
+        default="keep",
+        description="`one`: of samples of the pool that say the same, exactly or but for some words, the first takes part and the"
+        " others are left out, with weight 0; `keep`: all take part, and the verdict says how many the selection has",
+    )
+    overlap: Literal["keep", "exclude"] = Field(
+        default="keep",
+        description="`exclude`: samples of the pool that say the same as one of the target, exactly or but for some words, are"
+        " left out, with weight 0; `keep`: they take part, and the verdict says how many the selection has",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     model_config = ConfigDict(serialize_by_alias=True)

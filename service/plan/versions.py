@@ -14,7 +14,10 @@ _LOADED = ("influence", "loading")  # what a loaded model computes
 _EXACT = ("influence", "stages/exact_rows.py")
 # Files and folders of the package `worker`. What reads tokens is in the names of the tokens already, by PREPARE.
 SOURCES: dict[Stage, tuple[str, ...]] = {
-    Stage.PREPARE: ("text", "influence/landmarks.py", "stages/prepare.py", "stages/tokenise.py"),
+    Stage.PREPARE: (
+        *("text", "duplicates", "influence/landmarks.py"),
+        *("stages/duplicates.py", "stages/prepare.py", "stages/tokenise.py"),
+    ),
     Stage.WARMUP: (*_LOADED, "training.py", "stages/optimizer.py", "stages/warmup.py"),
     Stage.LANDMARK_GRADIENTS: (*_LOADED, "stages/exact_rows.py", "stages/optimizer.py", "stages/gradients.py"),
     Stage.CHOOSE_EMBEDDING: (*_EXACT, "stages/propagate.py", "stages/rounds.py", "stages/select_embedding.py"),

@@ -41,7 +41,10 @@ def rehearse(job: JobInputs, selectable: float) -> dict[Stage, list[str]]:
     is_exact = parameters["method"] == "exact_influence"
     all_exact = is_exact or landmark_count(parameters, int(selectable)) >= selectable
     propagates = parameters["method"] == "influence_distillation" and not all_exact
-    landmarks = pool if is_exact else f"{parameters['landmarks']} of {pool}"
+    options = {name: parameters.get(name, "keep") for name in ("duplicates", "overlap")}
+    left_out = {name: option for name, option in options.items() if option != "keep"}
+    some = f"{pool} without {left_out} of {target}" if left_out else pool
+    landmarks = pool if is_exact else f"{parameters['landmarks']} of {some}"
     prepared = {
         "model_fingerprint": "",
         "is_adapter": False,
@@ -51,7 +54,8 @@ def rehearse(job: JobInputs, selectable: float) -> dict[Stage, list[str]]:
         "target_tokens": target,
         "landmarks": landmarks,
         "candidate_tokens": landmarks,
-        "scaled_on": f"some of {pool}",
+        "scaled_on": f"some of {some}",
+        "exclusions": {"key": some} if left_out else None,
         **dict.fromkeys(("embed_shards", "target_shards", "landmark_shards", "candidate_shards"), one),
         **dict.fromkeys(("n", "t", "landmark_count", "warmup_total"), 1),
         "candidates": [parameters["embedding"]],
@@ -134,9 +138,15 @@ class _Planner:
             "model": self._prepared["model_fingerprint"],
             "dtype": self._prepared["dtype"],  # of the base below adapters
             **self._only("quantization", "warmup", "optimizer", "seed"),
+            **self._exclusions(),
         }
         total = self._prepared["warmup_total"]
         return [self._unit(Stage.WARMUP, "checkpoints", ".safetensors", spec, depends_on, total)]
+
+    def _exclusions(self) -> dict[str, str]:
+        """What names the rows that the job leaves out, where it leaves out any."""
+        found = self._prepared.get("exclusions")
+        return {} if found is None else {"exclusions": found["key"]}
 
     def _model(self) -> dict[str, Any]:
         """What a unit needs to know of the model, beyond its files: the warm-up's checkpoint, and the layers measured on."""
@@ -323,6 +333,7 @@ class _Planner:
             "parameters": self._only(*names),
             "max_centres": MAX_CENTRES,
             **self._data(),
+            **self._exclusions(),
         }
         return [
             self._unit(Stage.PROPAGATE, "influence", ".npy", spec, depends_on, self._prepared["n"], shard=len(rounds))
@@ -357,6 +368,7 @@ class _Planner:
             "normalize": self._parameters["gradient"]["normalize"],
             "held_out_from": HELD_OUT_FROM,
             **self._data(),
+            **self._exclusions(),
         }
         return [self._unit(Stage.SELECT, "selections", ".safetensors", spec, depends_on, self._prepared["n"])]
 

@@ -42,6 +42,8 @@ _SENTENCES = {
 _DRAWN = "The method is random: the selection was drawn from the seed, and no influence was computed."
 _LEFT_OUT = {
     "not_finite": "The sample's loss, gradient or embedding is not finite, so it has no influence and cannot be selected.",
+    "duplicate": "The sample says the same as another one of the pool, and the job left it out (duplicates: one).",
+    "overlap": "The sample says the same as one of the target, and the job left it out (overlap: exclude).",
     "no_reply": "The sample has no response tokens to learn from, so it has no influence and cannot be selected.",
 }
 _NOT_RENDERED = (

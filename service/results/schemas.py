@@ -17,11 +17,12 @@ class _Strict(BaseModel):
 
 
 class Finding(_Strict):
-    about: Literal["choice", "fidelity", "step", "rows", "repeats", "sources"] = Field(
+    about: Literal["choice", "fidelity", "step", "rows", "duplicates", "overlap", "repeats", "sources"] = Field(
         description="`choice`: how near the selection is to the one from exact gradients. `fidelity`: whether propagation knows"
         " more than guessing. `step`: what a step on the selection does to the loss, beside one on random samples. `rows`: what"
-        " took no part, was cut or rendered otherwise. `repeats`: selected samples that say the same, or are of the target."
-        " `sources`: whether nearly all are of one"
+        " took no part, was cut or rendered otherwise. `duplicates`: selected samples that say the same. `overlap`: selected"
+        " samples that are of the target too. `repeats`: both, in results of earlier versions. `sources`: whether nearly all"
+        " are of one"
     )
     level: Literal["ok", "look", "bad"] = Field(
         description="`look`: worth a look before training on it; `bad`: not to be trained on before it is understood"
@@ -41,8 +42,12 @@ class SelectionResult(BaseModel):
     * `sentences`: the main findings in words; `notes`: among these, what was lowered, excluded or not reached
     * `influence`, `weight`: histogram (64 bins), quantiles, mean and std, of all samples and of the selected
     * `sources`: for each source, samples in the pool, samples selected, and the sum of their weights
-    * `repeats`: selected samples that say the same as one selected before (`duplicates`) or as one of the target (`overlap`),
-      white space aside: `count`, and of the `first` hundred `id` and `same_as`
+    * `repeats`: samples that say the same as another one of the pool (`duplicates`) or as one of the target (`overlap`): of the
+      `pool` how many do so `exact`ly (case, white space and Unicode forms aside) and `near`ly (but for some words) and how many
+      others they repeat (`repeated`); how many an option has `excluded`; the `count` of the selected that repeat one selected
+      before or one of the target, and of the `first` hundred of these `id` and `same_as`
+    * `excluded`: what `duplicates: one` and `overlap: exclude` left out, null if nothing: `count`, `by_reason` (duplicate,
+      overlap), and the `first` hundred (index, id, reason, same_as: the sample of the pool or of the target that it repeats)
     * `landmark_count`, `refined_count`: samples whose gradients were computed, as landmarks and as the shortlist
     * `refinement`: of what was computed exactly besides landmarks: `refined` samples, `times_budget`, the `most` that were
       allowed, the `promise` (share of the best selection's influence beyond the pool's mean that the selection is expected to
@@ -90,8 +95,8 @@ class WeightOut(_Strict):
     id: str = Field(description="The sample's own id in the pool", examples=["word_problem-0017"])
     source: str | None = Field(examples=["word_problem"])
     influence: float | None = Field(
-        description="How much training on it helps the target; higher is better. null: it took no part, because it is unusable or"
-        " not finite",
+        description="How much training on it helps the target; higher is better. null: it took no part, because it is unusable,"
+        " not finite or left out by `duplicates` or `overlap`",
         examples=[0.4375],
     )
     weight: float = Field(description="0 if it was not selected", examples=[1.0])

@@ -1,24 +1,19 @@
 """What is read of a selection, on planted repeats: which samples say the same, and which are the target's own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.duplicates import context, published, says
 
-from service.datasets import storage
-from service.datasets.convert import convert
-from service.datasets.rows.options import RowOptions
-from service.settings import UploadSettings
 from service.storage.artifacts import ArtifactStore
 from worker import chosen
+from worker.stages.duplicates import PoolRepeats, exclude
+from worker.text import token_files
+from worker.text.tokenization import Tokenised
 
-
-def says(name: str, *contents: str, **more: Any) -> dict[str, Any]:
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-    return {"id": name, "messages": messages, **more}
+TOKENS, COUNTS = "tokens/pool.parquet", "tokens/pool.counts.parquet"
 
 
 POOL = [
@@ -32,7 +27,6 @@ POOL = [
     {"id": "same text", "text": "Name  a colour. "},
 ]
 TARGET = [says("t0", "Name a  colour.", "Blue."), says("t1", "Name a colour.", "Red.")]
-PLACE = {row["id"]: index for index, row in enumerate(POOL)}
 
 
 @pytest.fixture
@@ -40,24 +34,32 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(str(tmp_path / "store"))
 
 
-def published(store: ArtifactStore, rows: list[dict[str, Any]], folder: Path) -> str:
-    (folder / "upload").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with (folder / "upload").open("rb") as file:
-        content = convert(file, RowOptions(), UploadSettings(), folder)
-    storage.publish(store, content)
-    return content.fingerprint
+def read(
+    store: ArtifactStore,
+    folder: Path,
+    *ids: str,
+    rows: list[dict[str, Any]] = POOL,
+    target: list[dict[str, Any]] = TARGET,
+    **parameters: str,
+) -> dict[str, Any]:
+    of = context(store, published(store, rows, folder), published(store, target, folder), **parameters)
+    found = PoolRepeats(of, [(0, len(rows))], lambda: None).find()
+    samples = (Tokenised(i, np.ones(2, np.int32), np.ones(2, bool), False, False) for i in range(len(rows)))
+    token_files.write_part(store, TOKENS, COUNTS, samples)
+    prepared = {
+        "repeats": {**found.counts, "keys": found.keys},
+        "exclusions": exclude(of, COUNTS, np.ones(len(rows), bool), found),
+        "pool_tokens": COUNTS,
+    }
+    place = {row["id"]: index for index, row in enumerate(rows)}
+    return chosen.read(store, of.job, prepared, np.array([place[name] for name in ids]), ids)
 
 
-def read(store: ArtifactStore, folder: Path, *ids: str) -> dict[str, Any]:
-    pool, target = (published(store, rows, folder) for rows in (POOL, TARGET))
-    return chosen.read(store, pool, target, np.array([PLACE[name] for name in ids]), ids)
-
-
-def test_what_says_the_same_as_one_before_is_named_whatever_its_white_space(
-    store: ArtifactStore, tmp_path: Path
-) -> None:
+def test_what_says_the_same_as_one_before_is_named_whatever_its_form(store: ArtifactStore, tmp_path: Path) -> None:
     found = read(store, tmp_path, "spaced", "changed", "original", "longer", "copy", "text", "same text")
     assert found["repeats"]["duplicates"] == {
+        "pool": {"exact": 3, "near": 0, "repeated": 2},
+        "excluded": 0,
         "count": 3,
         "first": [
             {"id": "original", "same_as": "spaced"},
@@ -65,31 +67,58 @@ def test_what_says_the_same_as_one_before_is_named_whatever_its_white_space(
             {"id": "same text", "same_as": "text"},
         ],
     }
-    assert found["repeats"]["overlap"] == {"count": 0, "first": []}
+    assert found["repeats"]["overlap"]["count"] == 0
+    assert found["excluded"] is None
     assert found["conversations"] == 5
 
 
 def test_samples_of_the_target_are_named(store: ArtifactStore, tmp_path: Path) -> None:
-    found = read(store, tmp_path, "original", "asked", "text")
-    assert found["repeats"]["overlap"] == {"count": 1, "first": [{"id": "asked", "same_as": "t0"}]}
-    assert found["repeats"]["duplicates"]["count"] == 0
+    found = read(store, tmp_path, "original", "asked", "text")["repeats"]
+    assert found["overlap"] == {
+        "pool": {"exact": 1, "near": 0, "repeated": 1},
+        "excluded": 0,
+        "count": 1,
+        "first": [{"id": "asked", "same_as": "t0"}],
+    }
+    assert found["duplicates"]["count"] == 0
+
+
+def test_what_is_left_out_is_named_with_what_it_repeats(store: ArtifactStore, tmp_path: Path) -> None:
+    found = read(store, tmp_path, "original", "changed", duplicates="one", overlap="exclude")
+    assert found["excluded"] == {
+        "count": 4,
+        "by_reason": {"duplicate": 3, "overlap": 1},
+        "first": [
+            {"index": 1, "id": "copy", "reason": "duplicate", "same_as": "original"},
+            {"index": 2, "id": "spaced", "reason": "duplicate", "same_as": "original"},
+            {"index": 5, "id": "asked", "reason": "overlap", "same_as": "t0"},
+            {"index": 7, "id": "same text", "reason": "duplicate", "same_as": "text"},
+        ],
+    }
+    assert {kind: each["excluded"] for kind, each in found["repeats"].items()} == {"duplicates": 3, "overlap": 1}
 
 
 def test_a_hundred_are_named_and_all_are_counted(store: ArtifactStore, tmp_path: Path) -> None:
     rows = [says(f"r{i}", "Same?", "Same.") for i in range(130)]
-    pool, target = published(store, rows, tmp_path), published(store, TARGET, tmp_path)
-    duplicates = chosen.read(store, pool, target, np.arange(130), [row["id"] for row in rows])["repeats"]["duplicates"]
-    assert (duplicates["count"], len(duplicates["first"])) == (129, 100)
+    found = read(store, tmp_path, *(row["id"] for row in rows), rows=rows)["repeats"]["duplicates"]
+    assert (found["count"], len(found["first"])) == (129, 100)
+    left_out = read(store, tmp_path, "r0", rows=rows, duplicates="one")["excluded"]
+    assert (left_out["count"], len(left_out["first"])) == (129, 100)
 
 
 def test_more_samples_than_are_read_at_once(store: ArtifactStore, tmp_path: Path) -> None:
     n = 2 * chosen._READ_AT_ONCE + 3
-    pool = published(store, [{"id": f"r{i}", "text": f"t{i % (n - 1)}"} for i in range(n)], tmp_path)
-    target, selected = published(store, TARGET, tmp_path), np.random.default_rng(0).permutation(n)
-    found = chosen.read(store, pool, target, selected, [f"r{i}" for i in selected])
-    same = {"r0", f"r{n - 1}"}
+    rows = [{"id": f"r{i}", "text": f"t{i % (n - 1)}"} for i in range(n)]
+    found = read(store, tmp_path, *(f"r{i}" for i in np.random.default_rng(0).permutation(n)), rows=rows)
     ((each),) = found["repeats"]["duplicates"]["first"]
-    assert {each["id"], each["same_as"]} == same
+    assert {each["id"], each["same_as"]} == {"r0", f"r{n - 1}"}
+    assert found["conversations"] == 0
+
+
+def test_what_the_version_before_prepared_says_nothing_of_repeats(store: ArtifactStore, tmp_path: Path) -> None:
+    job = context(store, published(store, POOL, tmp_path), "").job
+    found = chosen.read(store, job, {}, np.array([0, 6]), ["original", "text"])
+    assert found == {"repeats": None, "excluded": None, "conversations": 1}
 
 
 def test_names_are_in_rank_order_and_sources_are_counted(store: ArtifactStore, tmp_path: Path) -> None:

@@ -54,6 +54,15 @@ def test_a_preset_and_a_dataset_are_sent_as_they_are_named(server: Server, word:
     assert sent(server) == [("/v1/selection-jobs", {"model": "m", "budget": 3, "pool": "ds_1", "target": target})]
 
 
+def test_what_to_do_with_repeats_is_sent_where_it_is_said(server: Server) -> None:
+    server.script = [JOB]
+    done = submit("ds_1", "ds_2", "--duplicates", "one", "--overlap", "exclude")
+    assert done.exit_code == 0, done.output
+    ((_, request),) = sent(server)
+    assert (request["duplicates"], request["overlap"]) == ("one", "exclude")
+    assert submit("ds_1", "ds_2", "--overlap", "one").exit_code == 2
+
+
 def test_a_dataset_of_the_hub_is_imported_and_the_job_does_not_wait_for_it(server: Server) -> None:
     server.script = [httpx.Response(202, json=IMPORTING), JOB]
     done = submit("org/name@v1:main:train", "preset:mmlu", "--columns", "prompt:q,completion:a")

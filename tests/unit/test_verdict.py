@@ -7,7 +7,9 @@ import pytest
 from worker import verdict
 
 STEP = {"measured": -2e-4, "predicted": -2e-4}
-NOTHING: dict[str, Any] = {"count": 0, "first": []}
+NONE = {"exact": 0, "near": 0, "repeated": 0}
+NOTHING: dict[str, Any] = {"pool": NONE, "excluded": 0, "count": 0, "first": []}
+SOME = {"exact": 30, "near": 12, "repeated": 20}
 
 
 def summary(**changes: Any) -> dict[str, Any]:
@@ -43,14 +45,22 @@ def level(about: str, **changes: Any) -> str:
 
 def test_where_nothing_is_wrong_all_is_well() -> None:
     found = verdict.of(summary())
-    assert [each["about"] for each in found] == ["choice", "fidelity", "step", "rows", "repeats", "sources"]
+    assert [each["about"] for each in found] == [
+        "choice",
+        "fidelity",
+        "step",
+        "rows",
+        "duplicates",
+        "overlap",
+        "sources",
+    ]
     assert {each["level"] for each in found} == {"ok"}
     assert not any(each["advice"] for each in found)
 
 
 def test_the_worst_comes_first_and_says_what_to_do() -> None:
-    found = verdict.of(summary(repeats={"duplicates": {"count": 20, "first": []}, "overlap": NOTHING}))
-    assert (found[0]["about"], found[0]["level"], found[0]["figure"]) == ("repeats", "bad", 20 / 50)
+    found = verdict.of(summary(repeats={"duplicates": {**NOTHING, "pool": SOME, "count": 20}, "overlap": NOTHING}))
+    assert (found[0]["about"], found[0]["level"], found[0]["figure"]) == ("duplicates", "bad", 20 / 50)
     assert found[0]["advice"]
 
 
@@ -75,7 +85,7 @@ def test_a_choice_by_propagated_influence_alone_is_worth_a_look() -> None:
 
 def test_methods_without_landmarks_are_not_judged_by_what_they_do_not_compute() -> None:
     found = verdict.of(summary(landmark_count=0, refinement=None, fidelity=None, validation=None))
-    assert {each["about"] for each in found} == {"rows", "repeats", "sources"}
+    assert {each["about"] for each in found} == {"rows", "duplicates", "overlap", "sources"}
 
 
 @pytest.mark.parametrize(
@@ -143,11 +153,27 @@ def test_results_of_an_earlier_version_count_nothing_unusable() -> None:
     assert level("rows", unusable=None, rendering=None) == "ok"
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, "look"), (5, "look"), (6, "bad")])
+@pytest.mark.parametrize(("count", "expected"), [(0, "ok"), (1, "look"), (5, "look"), (6, "bad")])
+@pytest.mark.parametrize(("kind", "option"), [("duplicates", "duplicates: one"), ("overlap", "overlap: exclude")])
+def test_repeats_count_by_their_share_of_the_selection(kind: str, option: str, count: int, expected: str) -> None:
+    repeats = {"duplicates": NOTHING, "overlap": NOTHING, kind: {**NOTHING, "pool": SOME, "count": count}}
+    found = finding(kind, repeats=repeats)
+    assert (found["level"], found["figure"]) == (expected, count / 50)
+    assert (option in (found["advice"] or "")) == bool(count)
+    assert "42 of the pool's 1,000" in found["meaning"]
+    assert "30 exactly, 12 nearly" in found["meaning"]
+
+
 @pytest.mark.parametrize("kind", ["duplicates", "overlap"])
-def test_repeats_count_by_their_share_of_the_selection(kind: str, count: int, expected: str) -> None:
-    repeats = {"duplicates": NOTHING, "overlap": NOTHING, kind: {"count": count, "first": []}}
-    assert level("repeats", repeats=repeats) == expected
+def test_what_an_option_left_out_is_said_and_is_well(kind: str) -> None:
+    repeats = {"duplicates": NOTHING, "overlap": NOTHING, kind: {**NOTHING, "pool": SOME, "excluded": 41}}
+    found = finding(kind, repeats=repeats)
+    assert (found["level"], found["advice"]) == ("ok", None)
+    assert "left 41 of them out" in found["meaning"]
+
+
+def test_results_that_were_prepared_by_an_earlier_version_say_nothing_of_repeats() -> None:
+    assert {each["about"] for each in verdict.of(summary(repeats=None))}.isdisjoint({"duplicates", "overlap"})
 
 
 @pytest.mark.parametrize(("of_pool", "selected", "expected"), [(500, 45, "look"), (501, 45, "ok"), (500, 44, "ok")])

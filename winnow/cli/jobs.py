@@ -23,7 +23,7 @@ from winnow.cli.groups import add_group
 from winnow.cli.records import TableColumns, print_records
 from winnow.client import Winnow
 from winnow.handles import Job
-from winnow.options import Reading, assigned, read_budget
+from winnow.options import DuplicatesOption, OverlapOption, Reading, assigned, chosen, read_budget
 from winnow.sources import SPELLINGS, Dataset, File, HubSplit, Preset, Source, read_source
 from winnow.upload_bar import uploading
 
@@ -31,6 +31,17 @@ Wait = Annotated[bool, typer.Option(help="Show the progress until the job has en
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any field of the request: --set landmarks.count=256 --set selection=top_k"),
+]
+
+Duplicates = Annotated[
+    DuplicatesOption | None,
+    typer.Option(
+        help="Of samples of the pool that say the same, or nearly: keep all, or one of each", show_default="keep"
+    ),
+]
+Overlap = Annotated[
+    OverlapOption | None,
+    typer.Option(help="Samples of the pool that say the same as one of the target, or nearly", show_default="keep"),
 ]
 
 
@@ -67,6 +78,8 @@ def submit(
     model: Annotated[str, typer.Option(help="The name of a registered model, or owner/name on the hub")],
     budget: Annotated[str, typer.Option(help="Samples to select: a number or a fraction")],
     settings: Settings = None,
+    duplicates: Duplicates = None,
+    overlap: Overlap = None,
     wait: Wait = False,
     dry_run: Annotated[
         bool,
@@ -84,7 +97,7 @@ def submit(
     reading = Reading(format=format, columns=columns, template=template, on_bad_row=on_bad_row)
     of_target = reading.of_target(target_format, target_columns, target_template)
     with connected() as client:
-        fields: dict[str, Any] = {"model": model, "budget": read_budget(budget)}
+        fields: dict[str, Any] = {"model": model, "budget": read_budget(budget), **chosen(duplicates, overlap)}
         sources = read_source(pool, of_target=False), read_source(target, of_target=True)
         _check_used(sources, reading, of_target)
         is_plan = dry_run or bool(assigned(settings or []).get("dry_run"))

@@ -16,6 +16,7 @@ from service.datasets import storage
 from service.plan.artifact_keys import result_key
 from service.plan.limits import HELD_OUT_FROM
 from service.storage.artifacts import ArtifactStore
+from worker.duplicates.exclusions import taking_part
 from worker.errors import DataError
 from worker.influence import cosine_influence
 from worker.stages.context import StageContext
@@ -137,8 +138,8 @@ def split_targets(context: StageContext, valid: Rows) -> tuple[Rows, Rows]:
 
 
 def eligible_samples(context: StageContext, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Which samples of the pool may be selected, bool (n,): the usable ones that are finite in all units of `keys`."""
-    eligible = token_files.read_counts(context.store, context.prepared["pool_tokens"]).usable
+    """Which samples of the pool may be selected, bool (n,): those taking part that are finite in all units of `keys`."""
+    eligible = taking_part(context.store, context.prepared)
     eligible[nonfinite(context.store, keys)] = False
     return eligible
 

@@ -16,6 +16,7 @@ from service.plan.preparing import is_prepared, is_shard
 from service.plan.refine_cap import cap_of_job, refined_samples
 from service.plan.shards import embed_shards, gradient_shards
 from service.plan.stages import JobInputs, Stage
+from worker.duplicates import exclusions
 from worker.errors import NAMED_IN_ERROR, DataError, ParameterError, TooManyUnusable, in_words, max_unusable
 from worker.influence import embedding_candidates, landmark_order
 from worker.loading import models
@@ -23,7 +24,7 @@ from worker.loading.folders import ModelFolder
 from worker.loading.model_shape import shape_in_files
 from worker.loading.optimizer_state import check_optimizer_state
 from worker.loading.placement import choose_dtype, device_name
-from worker.stages import package_versions, tokenise
+from worker.stages import duplicates, package_versions, tokenise
 from worker.stages.context import StageContext
 from worker.text import token_files
 from worker.text.tokenization import TokenCounts
@@ -70,13 +71,14 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
         parts = [key for name in counts for key in (tokens[name].key, *tokens[name].parts)]
         return {**found, "shards": asked, "samples_done": done, "parts": parts}
     pool, target = counts["pool"], counts["target"]
-    usable = np.flatnonzero(pool.usable)
     if not target.usable.any():
         raise DataError(f"The target has no sample that can be used ({in_words(unusable['target']['by_reason'])}).")
-    if len(usable) < 2:
+    if pool.usable.sum() < 2:
         raise DataError("The pool has fewer than two samples that can be used.")
-    if job.budget > len(usable):
-        raise ParameterError(f"budget is {job.budget}, but only {len(usable)} samples of the pool can be used.")
+    done = 0 if "merges" in spec else len(pool.length) + len(target.length)
+    repeats = duplicates.PoolRepeats(context, tokens["pool"].shards, lambda: context.report(done)).find()
+    excluded = duplicates.exclude(context, tokens["pool"].key, pool.usable, repeats)
+    usable = _taking_part(context, pool, excluded)
     dtype = choose_dtype(job.parameters["dtype"], context.models.device)
     warmup = job.parameters["warmup"]
     prepared = {
@@ -90,6 +92,9 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
         "n": len(pool.length),
         "t": len(target.length),
         "usable": len(usable),
+        "exclusions": excluded,
+        "repeats": {**repeats.counts, "keys": repeats.keys},
+        "signatures": repeats.signatures,
         "unusable": {name: unusable[name] for name in ("pool", "target")},
         "rendering": {"pool": dict(pool.notes), "target": dict(target.notes)},
         "pool_tokens": tokens["pool"].key,
@@ -100,7 +105,9 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
         "embed_shards": embed_shards(pool.length),
         "target_shards": gradient_shards(target.length),
         "versions": package_versions.installed(),
-        **_landmarks(context, tokens["pool"].key, pool, usable),
+        **_landmarks(
+            context, tokens["pool"].key, pool, usable, {} if excluded is None else {"exclusions": excluded["key"]}
+        ),
         **({} if warmup is None else {"warmup_total": min(warmup["samples"], len(usable)) * warmup["epochs"]}),
     }
     prepared |= _candidates(job, folder, prepared, int(config.num_hidden_layers))
@@ -135,6 +142,27 @@ def _tokenise(
     return counts, unusable
 
 
+def _taking_part(context: StageContext, pool: TokenCounts, excluded: Mapping[str, Any] | None) -> npt.NDArray[np.int64]:
+    """The rows of the pool that can be used and are not left out by an option.
+
+    Raises:
+        ParameterError: they are fewer than the budget, or than two.
+    """
+    usable, numbers = pool.usable, exclusions.read(context.store, {"exclusions": excluded})
+    rows = np.flatnonzero(usable if numbers is None else usable & (numbers == 0))
+    if max(context.job.budget, 2) <= len(rows):
+        return rows
+    error = f"budget is {context.job.budget}, but only {usable.sum()} samples of the pool can be used"
+    if excluded is not None:
+        options = {
+            "duplicate": "repeat another one (duplicates: one)",
+            "overlap": "repeat the target (overlap: exclude)",
+        }
+        left_out = " and ".join(f"{excluded['by_reason'][reason]} {text}" for reason, text in options.items())
+        error += f"; of these {left_out}, which leaves {len(rows)}. Lower the budget, or keep them"
+    raise ParameterError(f"{error}.")
+
+
 def _check_model(parameters: Mapping[str, Any], folder: ModelFolder, blocks: int) -> None:
     """What can be known of the model before its weights are loaded."""
     embedding, optimizer = parameters["embedding"], parameters["optimizer"]
@@ -147,9 +175,14 @@ def _check_model(parameters: Mapping[str, Any], folder: ModelFolder, blocks: int
 
 
 def _landmarks(
-    context: StageContext, pool_key: str, pool: TokenCounts, usable: npt.NDArray[np.int64]
+    context: StageContext,
+    pool_key: str,
+    pool: TokenCounts,
+    usable: npt.NDArray[np.int64],
+    left_out: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The order in which samples become landmarks, and the first of them as an artifact, in rising order."""
+    """The order in which samples become landmarks, and the first of them as an artifact, in rising order. `left_out` is what
+    makes `usable` other than all that can be used."""
     parameters, notes = context.job.parameters, []
     if parameters["method"] not in ("influence_distillation", "exact_influence"):
         return {"landmark_count": 0, "all_exact": False, "notes": []}
@@ -159,7 +192,7 @@ def _landmarks(
         return {**landmarks, "notes": []}
     named, choice, seed = parameters["landmarks"]["count"], parameters["landmarks"]["choice"], parameters["seed"]
     wanted = landmark_count(parameters, len(usable))
-    order_key = artifact_key(Stage.PREPARE, "orders", ".npy", pool=pool_key, choice=choice, seed=seed)
+    order_key = artifact_key(Stage.PREPARE, "orders", ".npy", pool=pool_key, choice=choice, seed=seed, **left_out)
     if not context.store.is_whole(order_key):
         sources = None
         if choice == "stratified":

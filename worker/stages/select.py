@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from service.plan.limits import KERNEL_ROWS
+from worker.duplicates import exclusions
 from worker.errors import DataError
 from worker.influence import (
     WeightedSolution,
@@ -99,8 +100,12 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
 def _reasons(context: StageContext, eligible: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], list[str]]:
     """Why each sample is not eligible: 0, or the place in the list of reasons, from 1 on."""
     unusable = token_files.read_counts(context.store, context.prepared["pool_tokens"]).unusable
-    reasons = [*unusable, NOT_FINITE]
-    reason = np.where(eligible, 0, len(reasons)).astype(np.uint8)
+    numbers = exclusions.read(context.store, context.prepared)
+    reasons = [*unusable, NOT_FINITE, *(() if numbers is None else exclusions.REASONS)]
+    not_finite = len(unusable) + 1
+    reason = np.where(eligible, 0, not_finite).astype(np.uint8)
+    if numbers is not None:
+        reason[numbers > 0] = not_finite + numbers[numbers > 0]
     for number, rows in enumerate(unusable.values(), 1):
         reason[rows] = number
     return reason, reasons

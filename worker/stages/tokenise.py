@@ -9,6 +9,7 @@ from service.datasets import storage
 from service.plan.artifact_keys import rendering, tokens_key
 from service.plan.shards import prepare_shards
 from worker.errors import NAMED_IN_ERROR
+from worker.stages import duplicates
 from worker.stages.context import StageContext
 from worker.text import token_files, tokenization
 from worker.text.chat_templates import ChatFormat
@@ -106,7 +107,8 @@ def counts_key(shard: str) -> str:
 
 
 def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the tokens of a shard, and beside them what stands for them, which the result names.
+    """Writes the tokens of a shard, and beside them what stands for them, which the result names; of one of the pool also the
+    signatures of its rows.
 
     Raises:
         ModelNotHere: the model's files are not those that the job began with.
@@ -125,4 +127,10 @@ def run(context: StageContext, artifact_key: str, spec: Mapping[str, Any]) -> di
     counts = counts_key(artifact_key)
     tokens.write(rows, counts, context.report)
     unusable = tokens.unusable(counts, token_files.read_counts(context.store, counts), NAMED_IN_ERROR)
-    return {"counts": counts, "of": spec["of"], "unusable": unusable}
+    found = {"counts": counts, "of": spec["of"], "unusable": unusable}
+    if spec["dataset"] != "pool":
+        return found
+    return {
+        **found,
+        "signatures": duplicates.write_signatures(context, rows, lambda: context.report(rows[1] - rows[0])),
+    }

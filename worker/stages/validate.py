@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from service.plan.artifact_keys import result_key
 from service.plan.limits import VALIDATION_SAMPLES
+from worker.duplicates.exclusions import taking_part
 from worker.influence import Samples, StepMeasure, measure_step, sample_losses
 from worker.stages import optimizer
 from worker.stages.context import StageContext
@@ -30,7 +31,7 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
         arrays = load_file(path)
     known = context.store.read_json(result_key(spec["selection"]))
     generator = np.random.default_rng([context.job.parameters["seed"], 0x7E57])
-    eligible = _usable(context, "pool_tokens", known["nonfinite"])
+    eligible = _finite(taking_part(context.store, context.prepared), known["nonfinite"])
     selected, held_out = arrays["selected"], arrays["held_out_targets"]
     drawn = generator.choice(eligible, size=min(len(selected), VALIDATION_SAMPLES), replace=False)
     arms = {
@@ -40,7 +41,8 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     if len(held_out):
         arms["held_out_selection"] = _drawn(arrays["held_out_selected"], arrays["held_out_weight"], generator)
     targets = token_files.read_all(context.store, context.prepared["target_tokens"])
-    valid = _usable(context, "target_tokens", known["nonfinite_targets"])
+    usable = token_files.read_counts(context.store, context.prepared["target_tokens"]).usable
+    valid = _finite(usable, known["nonfinite_targets"])
     sets = [targets.take(rows) for rows in ((valid, held_out) if len(held_out) else (valid,))]
     measured = _measure(context, spec, arms, {"random": sets, "selection": sets[:1], "held_out_selection": sets[1:]})
     found: dict[str, Any] = {
@@ -63,11 +65,10 @@ def run(context: StageContext, spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _usable(context: StageContext, tokens: str, nonfinite: Sequence[int]) -> Rows:
-    """The usable rows that are not known to be without a finite gradient or embedding."""
-    is_valid = token_files.read_counts(context.store, context.prepared[tokens]).usable
-    is_valid[list(nonfinite)] = False
-    return np.flatnonzero(is_valid)
+def _finite(taking_part: npt.NDArray[np.bool_], nonfinite: Sequence[int]) -> Rows:
+    """Those rows that are not known to be without a finite gradient or embedding."""
+    taking_part[list(nonfinite)] = False
+    return np.flatnonzero(taking_part)
 
 
 def _drawn(rows: Rows, weight: Weights, generator: np.random.Generator) -> tuple[Rows, Weights]:

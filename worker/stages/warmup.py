@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from worker.duplicates.exclusions import taking_part
 from worker.influence import Samples, save_state, state_of
 from worker.loading.adapters import add_lora, save_checkpoint, trainable
 from worker.stages import optimizer as job_optimizer
@@ -69,8 +70,8 @@ def run(context: StageContext, artifact_key: str, spec: dict[str, Any]) -> dict[
 
 
 def _drawn(context: StageContext, tokens: str, count: int, seed: int) -> Samples:
-    """`count` of the usable samples, by the seed; all of them where there are no more."""
-    usable: npt.NDArray[np.int64] = np.flatnonzero(token_files.read_counts(context.store, tokens).usable)
+    """`count` of the samples that take part, by the seed; all of them where there are no more."""
+    usable: npt.NDArray[np.int64] = np.flatnonzero(taking_part(context.store, context.prepared))
     chosen = np.random.default_rng([seed, 0x3A0]).choice(usable, size=min(count, usable.size), replace=False)
     return token_files.read_rows(context.store, tokens, np.sort(chosen))
 

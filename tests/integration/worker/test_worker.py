@@ -97,10 +97,12 @@ class TestJob:
     def test_the_verdict_judges_what_the_job_found(self, world: World, job_id: str) -> None:
         summary = world.get(f"{job_id}/results")
         found = {each["about"]: each for each in summary["verdict"]}
-        assert found.keys() == {"choice", "fidelity", "step", "rows", "repeats", "sources"}
+        assert found.keys() == {"choice", "fidelity", "step", "rows", "duplicates", "overlap", "sources"}
         assert found["choice"]["figure"] == summary["refinement"]["promise"]
         assert found["fidelity"]["figure"] == summary["fidelity"]["mean_spearman"]
-        assert found["repeats"]["figure"] == max(each["count"] for each in summary["repeats"].values()) / BUDGET
+        for kind, repeats in summary["repeats"].items():
+            assert found[kind]["figure"] == repeats["count"] / BUDGET
+            assert repeats["count"] <= repeats["pool"]["exact"] + repeats["pool"]["near"]
         assert found["rows"]["level"] == "ok"
         assert summary["conversations"] == BUDGET
 
