@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-pipeline bench-export bench-api bench-upload bench-large-pool bench-text-embedding bench-result-page gpu-check
+.PHONY: help install demo up test test-all chaos fuzz lint openapi format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-pipeline bench-export bench-api bench-upload bench-large-pool bench-text-embedding bench-result-page bench-duplicates gpu-check
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -132,6 +132,9 @@ bench-text-embedding: $(INSTALLED)  ## a million rows embedded from their text: 
 
 bench-result-page: $(INSTALLED)  ## the pages of a result with a million samples: server time, page weight; some minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/result_page.py --cache $(BENCH_CACHE)/result_page --out $(BENCH_OUT) $(ARGS)
+
+bench-duplicates: $(INSTALLED)  ## repeats in a million rows, planted and found: time, rows a second, memory
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/duplicates.py --cache $(BENCH_CACHE)/duplicates --out $(BENCH_OUT) $(ARGS)
 
 # The CUDA build of PyTorch is needed: make gpu-check TORCH_CONSTRAINTS=
 gpu-check: $(INSTALLED)  ## on a GPU, in eight minutes: tests marked cuda, speeds of the core, whole jobs, memory

@@ -1,6 +1,6 @@
 """Repeats in a large pool, and with a target: time and memory, without a model.
 
-    python benchmarks/duplicates.py --cache DIR --out benchmarks/results [--rows 1000000] [--length 200] [--target 1000]
+    python benchmarks/duplicates.py --cache DIR --out benchmarks/results [--rows 1000000] [--length 100] [--target 1000]
 
 Generated rows of words that are as frequent as in a language (Zipf), half of each row reply. A tenth of the rows repeat an
 earlier one, half of them in other case, half with one word in twenty changed; a thousandth of the rows repeat the target so. The
@@ -188,7 +188,7 @@ def in_its_own_process(name: str, options: argparse.Namespace) -> Found:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--length", type=int, default=200, help="words of a row, on average")
+    parser.add_argument("--length", type=int, default=100, help="words of a row, on average")
     parser.add_argument("--target", type=int, default=1_000, help="rows of the target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, required=True)

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.duplicates import random_row, varied
 from support.tiny import pool_rows, save_model, target_rows
-from support.worker_jobs import Datasets, SharedWorker, post
+from support.worker_jobs import MODEL, Datasets, SharedWorker, post
 from support.world import JOBS, Json, World
 
 from winnow.verify import Record, verify
@@ -115,3 +117,40 @@ def test_a_target_that_cannot_be_used_fails_early_too(world: World, pool: str) -
     rows[0]["messages"][0]["content"] = "refuse"
     job = world.ended(post(world, pool, world.upload(rows), model="refusing", **SMALL))
     assert job["error"]["unusable"]["target"]["count"] == 1
+
+
+@pytest.mark.usefixtures("worker")
+def test_repeats_are_found_left_out_and_explained_and_the_job_is_reproduced(world: World, datasets: Datasets) -> None:
+    """Planted: rows of the pool once more, as they are, in capitals and with a changed word; and one of the target."""
+    rows = pool_rows(ROWS)
+    for number, how in enumerate(("same", "case", "changed")):
+        rows.append(random_row(np.random.default_rng(number), f"new-{number}"))
+        rows.append(varied(rows[-1], f"again-{number}", how))
+    rows.append({**target_rows(1, "python_function")[0], "id": "taken"})
+    pool, again, taken = world.upload(rows), [ROWS + 1, ROWS + 3, ROWS + 5], ROWS + 6
+    kept = world.post(model=MODEL, pool=pool, target=datasets.target, method="random", budget=40, max_length=128)
+    job_id = post(world, pool, datasets.target, duplicates="one", overlap="exclude", **SMALL)
+    world.succeeded(kept)
+    world.succeeded(job_id)
+    of_pool = world.get(f"{kept}/results")
+    found = {kind: each["pool"] for kind, each in of_pool["repeats"].items()}
+    assert found["duplicates"]["exact"] >= 2
+    assert found["duplicates"]["near"] >= 1
+    assert found["overlap"]["exact"] >= 1
+    assert of_pool["excluded"] is None
+    summary = world.get(f"{job_id}/results")
+    assert {kind: each["pool"] for kind, each in summary["repeats"].items()} == found
+    excluded = {row["index"]: row for row in summary["excluded"]["first"]}
+    assert len(excluded) == summary["excluded"]["count"] == sum(summary["excluded"]["by_reason"].values())
+    assert [excluded[row]["same_as"] for row in again] == ["new-0", "new-1", "new-2"]
+    assert excluded[taken]["reason"] == "overlap"
+    weights = world.get(f"{job_id}/weights")["data"]
+    assert {row["index"] for row in weights if row["influence"] is None} == excluded.keys()
+    assert world.get(f"{job_id}/samples/{taken}")["explanation"]["reason"] == "overlap"
+    assert world.get(f"{job_id}/samples/{again[0]}")["explanation"]["reason"] == "duplicate"
+    assert {each["level"] for each in summary["verdict"] if each["about"] in ("duplicates", "overlap")} == {"ok"}
+    reproduced = world.call("POST", f"{JOBS}/{job_id}/reproduce").json()["id"]
+    world.succeeded(reproduced)
+    assert world.get(f"{reproduced}/weights")["data"] == weights
+    assert world.get(f"{reproduced}/results")["excluded"] == summary["excluded"]
+    assert not any(unit["reused"] for unit in world.get(f"{reproduced}/provenance")["record"]["units"])
