@@ -30,6 +30,7 @@ _PROCESS_BYTES = 600 * 2**20  # of a compute process without a model
 _DIRECTION_BYTES = 2 * 2**30  # of curvature directions, at a time
 _HEAD_BYTES = 384 * 2**20  # of pieces: four of logits and what derives from them, and one of gradients
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.6}
+_SIGNATURE_BYTES = 80  # of a row of the pool, by which repeats are found
 _SOLVER_STEPS = 1000
 _RIDGES = 5  # of which one is chosen where none is given
 
@@ -126,7 +127,8 @@ class StageCosts:
 
     def _prepare(self) -> StageCost:
         tokens = self._counts.pool.tokens + self._counts.drawn(self._l).tokens + self._counts.target.tokens
-        return StageCost(operations=0, samples=self._n + self._t, artifact_bytes=5 * tokens)
+        bytes_ = 5 * tokens + _SIGNATURE_BYTES * self._n
+        return StageCost(operations=0, samples=self._n + self._t, artifact_bytes=bytes_)
 
     def _warmup(self) -> StageCost:
         warmup = self._parameters["warmup"]
