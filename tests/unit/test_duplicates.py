@@ -22,6 +22,7 @@ from worker.stages.duplicates import PoolRepeats
 EXACT, NEAR = ("same", "spaced", "case", "form"), ("changed",)
 DRAW = np.random.default_rng(0)
 TARGET = [random_row(DRAW, f"t{i}") for i in range(3)]
+LONG = " ".join(f"told{i}" for i in range(300))
 OTHERS = [random_row(DRAW, f"o{i}") for i in range(20)]
 
 Search = Callable[..., tuple[Repeats, Repeats]]
@@ -55,7 +56,7 @@ def test_what_is_planted_is_found_in_the_pool_and_in_the_target(search: Search, 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        pytest.param(("Is it good? " * 3, "Yes."), ("Is it good? " * 3, "No."), id="another short reply"),
+        pytest.param((LONG, "Yes."), (LONG, "No."), id="another short reply"),
         pytest.param(("a b c d e f g h", "x"), ("h g f e d c b a", "x"), id="another order"),
         pytest.param(("one two three", "four five"), ("one six three", "four five"), id="a changed word among few"),
         pytest.param(("same question", "same reply"), ("same reply", "same question"), id="turned round"),
@@ -67,13 +68,12 @@ def test_what_differs_is_no_repeat(search: Search, one: tuple[str, str], other: 
 
 
 def test_a_long_context_makes_no_duplicates_of_what_is_asked_of_it(search: Search) -> None:
-    text = OTHERS[0]["messages"][0]["content"] * 10
-    pool = [says(str(i), f"{text} Which {i}?", row["messages"][1]["content"]) for i, row in enumerate(OTHERS[:5])]
+    pool = [says(str(i), f"{LONG} Which {i}?", row["messages"][1]["content"]) for i, row in enumerate(OTHERS[:5])]
     assert not search(pool)[0].is_repeat.any()
 
 
 def test_shared_system_messages_and_tools_do_not_make_samples_alike(search: Search) -> None:
-    rules = {"role": "system", "content": OTHERS[0]["messages"][0]["content"] * 10}
+    rules = {"role": "system", "content": LONG}
     pool = [{**row, "messages": [rules, *row["messages"]]} for row in OTHERS]
     assert not search(pool)[0].is_repeat.any()
     assert search([*pool, {**pool[3], "id": "again"}])[0].same_as[-1] == 3
