@@ -160,4 +160,10 @@ class JobParameters(Answer):
     max_unusable: float
     """Largest share of the pool, and of the target, that may be unusable: samples that the model's chat template cannot
     render or that have nothing to learn from. They are left out and listed; beyond this share the job fails early"""
+    duplicates: Literal["keep", "one"] | str
+    """`one`: of samples of the pool that say the same, exactly or but for some words, the first takes part and the
+    others are left out, with weight 0; `keep`: all take part, and the verdict says how many the selection has"""
+    overlap: Literal["keep", "exclude"] | str
+    """`exclude`: samples of the pool that say the same as one of the target, exactly or but for some words, are left
+    out, with weight 0; `keep`: they take part, and the verdict says how many the selection has"""
     seed: int

@@ -11,11 +11,12 @@ from winnow.answers.jobs import ComparedCosts
 class Finding(Answer):
     """The object `Finding` of the API."""
 
-    about: Literal["choice", "fidelity", "step", "rows", "repeats", "sources"] | str
+    about: Literal["choice", "fidelity", "step", "rows", "duplicates", "overlap", "repeats", "sources"] | str
     """`choice`: how near the selection is to the one from exact gradients. `fidelity`: whether propagation knows more
     than guessing. `step`: what a step on the selection does to the loss, beside one on random samples. `rows`: what
-    took no part, was cut or rendered otherwise. `repeats`: selected samples that say the same, or are of the target.
-    `sources`: whether nearly all are of one"""
+    took no part, was cut or rendered otherwise. `duplicates`: selected samples that say the same. `overlap`: selected
+    samples that are of the target too. `repeats`: both, in results of earlier versions. `sources`: whether nearly all
+    are of one"""
     level: Literal["ok", "look", "bad"] | str
     """`look`: worth a look before training on it; `bad`: not to be trained on before it is understood"""
     figure: float | None
@@ -51,8 +52,8 @@ class Weight(Answer):
     """The sample's own id in the pool"""
     source: str | None
     influence: float | None
-    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable or not
-    finite"""
+    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable, not
+    finite or left out by `duplicates` or `overlap`"""
     weight: float
     """0 if it was not selected"""
     exact: bool
@@ -157,8 +158,8 @@ class Sample(Answer):
     """The sample's own id in the pool"""
     source: str | None
     influence: float | None
-    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable or not
-    finite"""
+    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable, not
+    finite or left out by `duplicates` or `overlap`"""
     weight: float
     """0 if it was not selected"""
     exact: bool
