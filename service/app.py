@@ -52,6 +52,7 @@ from service.web.rendering import error_page
 from service.web.router import router as pages
 from service.webhooks.router import router as webhooks
 from service.webhooks.safe_http import Outbound
+from service.workers.router import router as workers
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     for router in (health.router, exposition.router, docs.router, pages):
         app.include_router(router)
     anywhere = errors.responses(errors.AddressTooLong, errors.TooManyRequests, errors.HeadTooLarge, errors.Unavailable)
-    for router in (models, datasets, previews, targets, uploads, jobs, results, keys, usage, audit, webhooks):
+    for router in (models, datasets, previews, targets, uploads, jobs, results, keys, usage, audit, webhooks, workers):
         app.include_router(
             router,
             prefix="/v1",

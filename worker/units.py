@@ -190,7 +190,7 @@ class Finish:
             if any(found["count"] for found in unusable.values()):
                 ledger.add_event(session, job.id, "job.unusable", **unusable)
             planned = self.first_wave.plan(session, self.work.job, self.result)
-            ledger.add_event(session, job.id, "job.planned", **planned)
+            ledger.add_plan(session, job, planned)
         units = next_units(self.work.job, history(session, job.id))
         ledger.start_stages(session, job, units, code=worker_version())
 

@@ -28,8 +28,8 @@ _MOST = 100  # entries: more of them would hold up the event loop, and are writt
 
 
 _COLUMNS = """
-    key.*, j.id, j.status, j.model, j.pool_id, j.target_id, j.budget, j.parameters, j.job_metadata, j.error, j.retry_of,
-    j.reproduces, j.created_at, j.started_at, j.cancel_requested_at, j.finished_at, (
+    key.*, j.id, j.name, j.labels, j.status, j.model, j.pool_id, j.target_id, j.budget, j.parameters, j.job_metadata, j.error,
+    j.retry_of, j.reproduces, j.created_at, j.started_at, j.cancel_requested_at, j.finished_at, (
         SELECT json_agg(s) FROM (
             SELECT stage, count(*) AS units, count(*) FILTER (WHERE state = 'succeeded') AS units_done,
                 count(*) FILTER (WHERE (result ->> 'reused')::boolean) AS units_reused, sum(progress_done)::bigint AS done,

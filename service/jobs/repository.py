@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session, aliased
 
 from service.datasets.tables import Dataset
 from service.db.pagination import paginate
+from service.jobs.naming import narrow
 from service.ledger.claims import PLAN_SECONDS
 from service.ledger.state import JobStatus, UnitState
 from service.ledger.tables import JobEvent, JobUnit, SelectionJob
@@ -19,12 +20,20 @@ _SEARCHED_JOBS = 300
 
 
 def page(
-    session: Session, tenant_id: str, *, after: str | None, status: JobStatus | None, limit: int
+    session: Session,
+    tenant_id: str,
+    *,
+    after: str | None,
+    status: JobStatus | None,
+    name: str | None = None,
+    labels: Sequence[str] = (),
+    limit: int,
 ) -> tuple[list[SelectionJob], bool]:
-    """Newest first."""
+    """Newest first. `name`: a part of it; `labels`: each `key:value`."""
     jobs = select(SelectionJob).where(SelectionJob.tenant_id == tenant_id, SelectionJob.deleted_at.is_(None))
     if status is not None:
         jobs = jobs.where(SelectionJob.status == status)
+    jobs = narrow(jobs, tenant_id, name, labels)
     return paginate(session, jobs, SelectionJob.id, after=after, limit=limit)
 
 

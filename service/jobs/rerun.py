@@ -22,7 +22,7 @@ from service.settings import ModelSettings
 
 # What the provenance records of the model beyond the fields that identify it.
 _DERIVED = frozenset({"fingerprint", "files", "chat_template", "tokenizer_fingerprint"})
-_COPIED = ("request", "job_metadata")
+_COPIED = ("request", "job_metadata", "name", "labels", "folded_name", "terms")
 
 
 def retry(session: Session, principal: Principal, job_id: str, settings: ModelSettings) -> Draft:

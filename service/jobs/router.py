@@ -20,7 +20,9 @@ from service.http import etags
 from service.http.errors import Conflict, Forbidden, NotFound, Unauthorized, Unavailable, Unprocessable, responses
 from service.http.pagination import AfterJob, Limit, Page
 from service.idempotency.service import IdempotentDep, IdempotentRequest, KeyedDep, UnansweredDep
-from service.jobs import reads, repository, rerun, service, streaming, submission
+from service.jobs import naming, queue, reads, repository, rerun, service, streaming, submission
+from service.jobs.naming import JobChange, LabelFilter, NameFilter
+from service.jobs.queue import QueuePlace
 from service.jobs.schemas import EventOut, EventPage, JobRequest, SelectionJobOut, SelectionPlan
 from service.jobs.submission import Known
 from service.ledger.state import TERMINAL, JobStatus
@@ -148,8 +150,13 @@ def list_jobs(
     limit: Limit = 20,
     after: AfterJob = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state")] = None,
+    name: NameFilter = None,
+    label: LabelFilter = None,
 ) -> Response:
-    jobs, has_more = repository.page(session, principal.tenant_id, after=after, status=status, limit=limit)
+    """Filters narrow it together."""
+    jobs, has_more = repository.page(
+        session, principal.tenant_id, after=after, status=status, name=name, labels=label or (), limit=limit
+    )
     return reads.page_answer(service.describe(session, jobs), has_more)
 
 
@@ -184,6 +191,30 @@ async def get_job(
     return reads.job_answer(request, job, wait)
 
 
+@router.get(
+    "/{job_id}/queue",
+    summary="Get a job's place in the queue and its estimated start",
+    responses=responses(NotFound),
+)
+def get_queue_place(job_id: str, request: Request, session: SessionDep, principal: ReadDep) -> QueuePlace:
+    """From what plans say and is done by now. It looks through all jobs that have not ended: ask now and then, and poll the
+    job itself."""
+    job = ledger.require_job(session, principal.tenant_id, job_id)
+    return queue.place(session, request.app.state.settings.ledger, job)
+
+
+@router.patch(
+    "/{job_id}",
+    summary="Change a job's name and labels",
+    response_model=SelectionJobOut,
+    responses=responses(NotFound, Unprocessable),
+)
+def change_job(job_id: str, body: JobChange, session: SessionDep, principal: SubmitDep) -> SelectionJobOut:
+    """In any state of the job. Nothing that is computed depends on them, and nothing that is stored of a result contains them;
+    the `ETag` of a job that has ended changes. Safe to repeat."""
+    return service.describe(session, [naming.change(session, principal, job_id, body)])[0]
+
+
 @router.post(
     "/{job_id}/cancel",
     summary="Cancel a job",
@@ -208,7 +239,7 @@ def cancel_job(job_id: str, session: SessionDep, principal: SubmitDep, idempoten
 def retry_job(
     job_id: str, request: Request, session: SessionDep, principal: SubmitDep, idempotent: UnansweredDep
 ) -> JSONResponse:
-    """A new job with the same request, parameters, metadata and model. What the first one computed is reused."""
+    """A new job with the same request, parameters, name, labels, metadata and model. What the first one computed is reused."""
     state = request.app.state
     draft = rerun.retry(session, principal, job_id, state.settings.models)
     return _create(request, session, principal, idempotent, draft, "selection_job.retried", retry_of=job_id)

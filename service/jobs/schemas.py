@@ -20,6 +20,7 @@ from pydantic import (
 
 from service.datasets.presets import MAX_COUNT, PRESETS
 from service.http.pagination import NumberedPage
+from service.jobs.naming import JobName, Labels
 from service.ledger.state import JobStatus
 from service.models.registry import HubModel
 from service.names import Name, Text, check_name
@@ -132,6 +133,10 @@ class JobRequest(Parameters):
     budget: Budget = Field(
         description="How many samples to select: a number, or a fraction of the pool between 0 and 1"
     )
+    name: JobName | None = Field(
+        default=None, description="What you call the job; need not be unique", examples=["gsm8k, lr 3e-4"]
+    )
+    labels: Labels = Field(default_factory=dict, description="By which lists can be filtered, and which can be changed")
     metadata: dict[str, MetadataValue] = Field(default_factory=dict, description="Your own key-value pairs; at most 16")
     dry_run: bool = Field(default=False, description="Only validate the request and return 200 with its plan and cost")
 
@@ -275,6 +280,8 @@ StoredParameters = Annotated[JobParameters, SkipValidation, PlainSerializer(lamb
 class SelectionJobOut(BaseModel):
     object: Literal["selection_job"] = "selection_job"
     id: str
+    name: str | None = Field(description="null: it has none", examples=["gsm8k, lr 3e-4"])
+    labels: dict[str, str] = Field(examples=[{"team": "search"}])
     status: JobStatus
     phase: Stage | None = Field(description="The stage that the job is in; null before it starts and after it ends")
     progress: Progress | None

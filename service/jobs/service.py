@@ -22,7 +22,7 @@ from service.db.engine import Sessions
 from service.http.errors import Conflict, Unprocessable
 from service.idempotency.service import IdempotentRequest, in_use
 from service.ids import new_id
-from service.jobs import planning, quotas, repository, submission
+from service.jobs import naming, planning, quotas, repository, submission
 from service.jobs.schemas import JobError, JobRequest, Progress, SelectionJobOut, SelectionPlan, StageReport
 from service.jobs.submission import Known
 from service.ledger.state import TERMINAL, JobStatus
@@ -101,10 +101,11 @@ def _requested(
         principal,
         pool,
         target,
+        **naming.columns(principal.tenant_id, request.name, request.labels),
         budget=budget,
         model=registry.resolve(settings.models, request.model, request),
         parameters=request.parameters(),
-        request=request.model_dump(mode="json", exclude_unset=True, exclude={"dry_run"}),
+        request=request.model_dump(mode="json", exclude_unset=True, exclude={"name", "labels", "dry_run"}),
         job_metadata=request.metadata,
     )
 
@@ -318,6 +319,8 @@ def describe_one(job: Any, rows: Sequence[Any]) -> SelectionJobOut:
         current = None
     return SelectionJobOut(
         id=job.id,
+        name=job.name,
+        labels=job.labels,
         status=job.status,
         phase=None if current is None else current.stage,
         progress=None if current is None else _progress(current),

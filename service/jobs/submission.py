@@ -66,10 +66,11 @@ WITH held AS MATERIALIZED (
     RETURNING key
 ), job AS (
     INSERT INTO selection_jobs (id, tenant_id, key_id, status, pool_id, target_id, model, budget, parameters, request,
-        job_metadata, trace, awaits_datasets, awaits_plan, retry_of, reproduces, created_at)
+        job_metadata, name, labels, folded_name, terms, trace, awaits_datasets, awaits_plan, retry_of, reproduces, created_at)
     SELECT %(id)s, %(tenant_id)s, %(key_id)s, 'queued'::job_status, %(pool_id)s, %(target_id)s, %(model)s::jsonb,
-        %(budget)s::bigint, %(parameters)s::jsonb, %(request)s::jsonb, %(job_metadata)s::jsonb, %(trace)s,
-        %(awaits_datasets)s, %(awaits_plan)s, %(retry_of)s, %(reproduces)s, %(created_at)s::timestamptz
+        %(budget)s::bigint, %(parameters)s::jsonb, %(request)s::jsonb, %(job_metadata)s::jsonb, %(name)s,
+        %(labels)s::jsonb, %(folded_name)s, %(terms)s::varchar[], %(trace)s, %(awaits_datasets)s,
+        %(awaits_plan)s, %(retry_of)s, %(reproduces)s, %(created_at)s::timestamptz
     FROM verdict WHERE refused IS NULL AND (%(lock)s::text IS NULL OR EXISTS (SELECT FROM kept))
     ON CONFLICT (id) DO NOTHING
     RETURNING id
@@ -203,6 +204,7 @@ def _refused(row: Any, values: Mapping[str, Any]) -> str | None:
 
 
 _PLAIN_COLUMNS = (
-    *("id", "tenant_id", "key_id", "pool_id", "target_id", "budget", "trace", "retry_of", "reproduces", "created_at"),
+    *("id", "tenant_id", "key_id", "pool_id", "target_id", "budget", "name", "folded_name", "terms", "trace"),
+    *("retry_of", "reproduces", "created_at"),
 )
-_JSON_COLUMNS = ("model", "parameters", "request", "job_metadata")
+_JSON_COLUMNS = ("model", "parameters", "request", "job_metadata", "labels")

@@ -80,4 +80,4 @@ def _start(sessions: Sessions, store: ArtifactStore, settings: ApiSettings, job_
         if ledger.start_waiting(session, job_id, budget, [prepare_unit(job_id, samples)]):
             repository.add_samples_awaited(session, job_id)
             quotas.check_samples_of_started(session, principal, settings.limits, samples)
-            ledger.add_event(session, job_id, "job.planned", **planned)
+            ledger.add_plan(session, session.get_one(SelectionJob, job_id), planned)

@@ -5,6 +5,7 @@ none of its later writes takes effect. Every change writes its event in the same
 """
 
 from service.ledger.claims import (
+    add_plan,
     beat,
     claim_unit,
     claimable_count,
@@ -33,6 +34,7 @@ from service.ledger.rows import (
     add_event,
     last_result,
     lock_claim,
+    lock_job,
     unit_results,
 )
 from service.ledger.sweeps import delete_job, expire_cancels, expire_leases, lock_artifacts
@@ -46,6 +48,7 @@ __all__ = [
     "NotTerminal",
     "Retries",
     "add_event",
+    "add_plan",
     "beat",
     "claim_unit",
     "claimable_count",
@@ -60,6 +63,7 @@ __all__ = [
     "last_result",
     "lock_artifacts",
     "lock_claim",
+    "lock_job",
     "record_event",
     "release_unit",
     "remake_artifact",

@@ -43,6 +43,7 @@ from service.ledger.rows import (
 )
 from service.ledger.state import JobStatus, UnitState
 from service.ledger.tables import JobUnit, SelectionJob, Worker
+from service.plan.estimate import planned_seconds
 from service.plan.stages import UnitSpec
 
 # While every claimable unit is held by other transactions.
@@ -55,11 +56,13 @@ PLAN_SECONDS = 10
 
 _WRITE_PLANS = text("""
     WITH unplanned AS (
-        SELECT j.id, p.plan FROM jsonb_to_recordset(:plans) AS p (id text, plan jsonb) JOIN selection_jobs j ON j.id = p.id
+        SELECT j.id, p.plan, p.seconds FROM jsonb_to_recordset(:plans) AS p (id text, plan jsonb, seconds jsonb)
+            JOIN selection_jobs j ON j.id = p.id
         WHERE j.awaits_plan AND j.status IN ('queued', 'running')
         ORDER BY j.id FOR NO KEY UPDATE OF j SKIP LOCKED
     ), planned AS (
-        UPDATE selection_jobs j SET awaits_plan = false FROM unplanned u WHERE j.id = u.id RETURNING j.id, u.plan
+        UPDATE selection_jobs j SET awaits_plan = false, planned_seconds = u.seconds
+        FROM unplanned u WHERE j.id = u.id RETURNING j.id, u.plan
     )
     INSERT INTO job_events (job_id, type, data) SELECT id, 'job.planned', plan FROM planned ORDER BY id RETURNING job_id
 """).bindparams(bindparam("plans", type_=JSONB))
@@ -68,8 +71,14 @@ _WRITE_PLANS = text("""
 def write_plans(session: Session, plans: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Writes the first plans of jobs, by their ids, and returns which were written: not of a job that has one or has ended,
     nor, for this time, of one whose row someone holds."""
-    sent = [{"id": job_id, "plan": plan} for job_id, plan in plans.items()]
+    sent = [{"id": job_id, "plan": plan, "seconds": planned_seconds(plan)} for job_id, plan in plans.items()]
     return set(session.scalars(_WRITE_PLANS, {"plans": sent}))
+
+
+def add_plan(session: Session, job: SelectionJob, plan: Mapping[str, Any]) -> None:
+    """Writes a later plan of a job, or the first one of a job that had to wait for its datasets."""
+    job.planned_seconds = planned_seconds(plan)
+    add_event(session, job.id, "job.planned", **plan)
 
 
 def start_stages(session: Session, job: SelectionJob, specs: Sequence[UnitSpec], *, code: str | None = None) -> None:

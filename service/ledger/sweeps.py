@@ -79,6 +79,7 @@ def delete_job(session: Session, job: SelectionJob) -> bool:
         return False
     job.deleted_at = func.clock_timestamp()
     job.job_metadata = {}
+    job.name, job.labels, job.folded_name, job.terms = None, {}, None, None
     for table in (JobUnit, JobEvent):
         session.execute(delete(table).where(table.job_id == job.id))
     return True

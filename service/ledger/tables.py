@@ -4,8 +4,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Enum, ForeignKey, Identity, Index, UniqueConstraint
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import BigInteger, CheckConstraint, Enum, ForeignKey, Identity, Index, String, UniqueConstraint
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.engine import Base, CreatedAt
@@ -51,6 +51,9 @@ class SelectionJob(CreatedAt, Base):
             "id",
             postgresql_where="awaits_plan AND status IN ('queued', 'running')",
         ),
+        Index(
+            "ix_selection_jobs_terms", "terms", postgresql_using="gin", postgresql_where="terms IS NOT NULL"
+        ),  # by which lists are filtered: of those that have a name or labels
         CheckConstraint("budget IS NOT NULL OR awaits_datasets", name="budget_once_started"),
         CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_when_terminal"),
     )
@@ -78,6 +81,13 @@ class SelectionJob(CreatedAt, Base):
     awaits_plan: Mapped[bool] = mapped_column(server_default="false")  # which its first unit waits for a moment
     retry_of: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
     reproduces: Mapped[str | None] = mapped_column(ForeignKey("selection_jobs.id"))
+    # What people call it, which nothing that is computed depends on; the last two are what is searched (`service.jobs.naming`).
+    name: Mapped[str | None]
+    labels: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    folded_name: Mapped[str | None]
+    terms: Mapped[list[str] | None] = mapped_column(ARRAY(String))
+    # By its last plan, of one worker: {"total": seconds or null, "stages": {stage: seconds or null}}.
+    planned_seconds: Mapped[dict[str, Any] | None]
 
 
 class JobUnit(CreatedAt, Base):

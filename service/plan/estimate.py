@@ -77,6 +77,14 @@ def plan(
     }
 
 
+def planned_seconds(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What the stages of a plan take one worker, as JSON: {"total", "stages": {stage: seconds}}; null where that is not known,
+    as the total is where one of them is not."""
+    stages = {entry["stage"]: entry["seconds"] for entry in plan["stages"]}
+    total = None if None in stages.values() else sum(stages.values())
+    return {"total": total, "stages": stages}
+
+
 def _candidates(shape: Shape | str, parameters: Parameters, counts: JobCounts) -> dict[str, Any] | None:
     """What `auto` compares, and the cap from which on `output` is one of it; None where nothing is compared."""
     if parameters["embedding"]["kind"] != "auto" or _caps(parameters, counts):

@@ -61,7 +61,12 @@ def get_results(job_id: str, request: Request, session: SessionDep, principal: R
     job = finished_job(session, principal.tenant_id, job_id)
     result = repository.result(session, job.id)
     found = SelectionResult(
-        job_id=job.id, created_at=result.created_at, sample_count=result.sample_count, **result.summary
+        job_id=job.id,
+        name=job.name,
+        labels=job.labels,
+        created_at=result.created_at,
+        sample_count=result.sample_count,
+        **result.summary,
     )
     return etags.answer_by_content(request, found)
 

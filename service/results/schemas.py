@@ -76,6 +76,8 @@ class SelectionResult(BaseModel):
 
     object: Literal["selection_result"] = "selection_result"
     job_id: str = Field(examples=[_JOB])
+    name: str | None = Field(description="Of the job, now; null: it has none", examples=["gsm8k, lr 3e-4"])
+    labels: dict[str, str] = Field(description="Of the job, now", examples=[{"team": "search"}])
     created_at: datetime
     sample_count: int = Field(description="Number of samples in the pool, each with a weight", examples=[600])
     selected_count: int = Field(description="Number of selected samples", examples=[60])

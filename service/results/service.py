@@ -23,7 +23,9 @@ QUANTILE_PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 RETRY_AFTER_SECONDS = 5
 
 # Fields beside the summary in the answer, which a summary field of the same name would hide.
-RESERVED_SUMMARY_FIELDS = frozenset({"object", "job_id", "created_at", "sample_count", "selected_count"})
+RESERVED_SUMMARY_FIELDS = frozenset(
+    {"object", "job_id", "name", "labels", "created_at", "sample_count", "selected_count"}
+)
 
 _CHUNK_COLUMNS = {
     "job_id": "text",
@@ -50,6 +52,8 @@ class FinishedJob:
     """A job that has results. Its pool may have been deleted."""
 
     id: str
+    name: str | None
+    labels: dict[str, str]
     pool: Dataset
 
 
@@ -62,7 +66,7 @@ def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: b
     """
     job = ledger.require_job(session, tenant_id, job_id, or_deleted=or_deleted)
     if job.status is JobStatus.SUCCEEDED:
-        return FinishedJob(job.id, session.get_one(Dataset, job.pool_id))
+        return FinishedJob(job.id, job.name, job.labels, session.get_one(Dataset, job.pool_id))
     if job.status in TERMINAL:
         why = f" ({job.error['detail']})" if job.error else ""
         raise Conflict(

@@ -40,10 +40,11 @@ async def _requests(request: Request, principal: ReadDep) -> int:
     return used
 
 
+RequestsDep = Annotated[int, Depends(_requests)]
+
+
 @router.get("/usage", summary="Get your key's usage and limits")
-def get_usage(
-    request: Request, session: SessionDep, principal: ReadDep, requests: Annotated[int, Depends(_requests)]
-) -> Usage:
+def get_usage(request: Request, session: SessionDep, principal: ReadDep, requests: RequestsDep) -> Usage:
     settings: ApiSettings = request.app.state.settings
     limits = limits_of(principal, settings.limits)
     open_jobs, samples = usage(session, principal.key_id)

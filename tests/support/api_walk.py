@@ -46,8 +46,10 @@ class Walk:
         self.results()
 
     def system(self) -> None:
-        for path in ("/healthz", "/readyz", "/metrics", "/v1/models", "/v1/targets", "/v1/usage", "/v1/audit-log"):
+        for path in ("/healthz", "/readyz", "/metrics"):
             self.call("GET", path)
+        for path in ("models", "targets", "usage", "audit-log", "workers"):
+            self.call("GET", f"/v1/{path}")
         for path in ("/docs", "/docs/start.js", "/docs/swagger-ui.css", "/openapi.json"):
             self.call("GET", path)
         assert self._client.get("/nowhere").status_code == 404
@@ -123,8 +125,10 @@ class Walk:
         self.call("POST", JOBS, json=body, headers=key)
         one = f"{JOBS}/{job}"
         self.call("GET", one)
+        self.call("GET", f"{one}/queue")
+        self.call("PATCH", one, json={"name": "walked", "labels": {"by": "walk"}})
         self.call("GET", one, params={"wait": 1})
-        self.call("GET", JOBS, params={"status": "queued"})
+        self.call("GET", JOBS, params={"status": "queued", "name": "walk", "label": ["by:walk"]})
         self.call("GET", f"{one}/events")
         self.call("POST", f"{one}/cancel")
         with self._client.stream("GET", f"{one}/events", headers={"accept": "text/event-stream"}) as stream:

@@ -33,10 +33,11 @@ config = schemathesis.Config.from_dict(
 schema = schemathesis.openapi.from_dict(document(), config=config)
 UPLOAD = "POST /v1/datasets"
 # What the schema alone cannot say, and is refused with the field's name: which fields go together, what a file must hold, where a
-# webhook's name leads, which scopes the caller may give, how large a file or a part may be.
+# webhook's name leads, which scopes the caller may give, how large a file or a part may be, how many labels a job has.
 SAYS_MORE = {
     "POST /v1/selection-jobs",
     UPLOAD,
+    "PATCH /v1/selection-jobs/{job_id}",
     "POST /v1/webhooks",
     "PATCH /v1/webhooks/{webhook_id}",
     "POST /v1/keys",

@@ -40,13 +40,16 @@ def test_a_name_that_deceives_is_refused_where_it_stands(world: World, character
         "name": {"url": DATASETS, "params": {"name": name}, "content": '{"text": "t"}'},
         "name ": {"url": "/v1/keys", "json": {"name": name}},
         "description": {"url": "/v1/webhooks", "json": {"url": "https://127.0.0.1:8443/", "description": name}},
+        " name": {"url": JOBS, "json": {**job, "name": name}},
+        "labels.a": {"url": JOBS, "json": {**job, "labels": {"a": name}}},
         "metadata.a": {"url": JOBS, "json": {**job, "metadata": {"a": name}}},
     }
     for param, call in calls.items():
         answer = world.client.post(**call)
         assert (answer.status_code, answer.json()["param"]) == (422, param.strip()), call
-    in_key = world.client.post(JOBS, json={**job, "metadata": {name: "a"}})
-    assert (in_key.status_code, in_key.json()["param"]) == (422, "metadata")
+    for field in ("metadata", "labels"):
+        in_key = world.client.post(JOBS, json={**job, field: {name: "a"}})
+        assert (in_key.status_code, in_key.json()["param"]) == (422, field)
     for field in ("id", "source"):
         answer = world.client.post(**row(**{field: name}))
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_rows")

@@ -12,7 +12,7 @@ from service.ledger.state import JobStatus
 from service.ledger.tables import SelectionJob
 from worker.units import job_inputs
 
-SAME = ("model", "pool", "target", "budget", "metadata", "parameters")
+SAME = ("model", "pool", "target", "budget", "name", "labels", "metadata", "parameters")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,13 @@ def row(world: HandmadeJobs, job_id: str) -> SelectionJob:
 
 @pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED])
 def test_a_job_that_did_not_succeed_is_posted_again_as_it_was(world: HandmadeJobs, status: JobStatus) -> None:
-    request = {"metadata": {"run": "7"}, "landmarks": {"count": 4}, "budget": 0.25}
+    request = {
+        "name": "Größe",
+        "labels": {"a": "b"},
+        "metadata": {"run": "7"},
+        "landmarks": {"count": 4},
+        "budget": 0.25,
+    }
     first = world.failed(**request) if status is JobStatus.FAILED else world.queued(**request)
     if status is JobStatus.CANCELLED:
         assert again(world, first, "cancel").json()["status"] == "cancelled"
@@ -82,7 +88,7 @@ def test_a_model_that_is_no_longer_registered_is_named(world: HandmadeJobs) -> N
 
 
 def test_a_job_is_reproduced_from_its_record_and_finds_nothing_of_it(world: HandmadeJobs) -> None:
-    first = world.succeeded_with_results(metadata={"run": "7"})
+    first = world.succeeded_with_results(name="first", labels={"a": "b"}, metadata={"run": "7"})
     answer = again(world, first, "reproduce")
     job = answer.json()
     assert (answer.status_code, answer.headers["location"]) == (202, f"{JOBS}/{job['id']}")

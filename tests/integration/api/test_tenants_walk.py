@@ -31,9 +31,10 @@ from service.keys.service import create_key
 from service.ledger.state import JobStatus
 
 OPEN_TO_ALL = {"/healthz", "/readyz", "/metrics"}
-ADMIN = ("/v1/keys", "/v1/audit-log")
+ADMIN = ("/v1/keys", "/v1/audit-log", "/v1/workers")
 NO_IDS = {"index": "0", "number": "0"}  # path parameters that name a part of an object
 BODIES: dict[tuple[str, str], dict[str, Any]] = {
+    ("patch", "/v1/selection-jobs/{job_id}"): {"name": "x", "labels": {"a": "b"}},
     ("patch", "/v1/webhooks/{webhook_id}"): {"description": "x"},
     ("put", "/v1/uploads/{upload_id}/parts/{number}"): {"some": "bytes"},
 }

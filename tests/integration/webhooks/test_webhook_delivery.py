@@ -19,6 +19,7 @@ from service import ledger
 from service.app import create_app
 from service.background.webhook_sender import AT_ONCE, SCHEDULE, Sender
 from service.ids import new_id
+from service.ledger.tables import SelectionJob
 from service.plan.stages import Stage
 from service.retention.service import collect
 from service.settings import RetentionSettings
@@ -46,13 +47,27 @@ def test_the_end_of_a_job_is_delivered_and_verified(world: WebhookWorld) -> None
     assert abs(datetime.now(UTC) - datetime.fromisoformat(message["timestamp"])) < timedelta(seconds=PATIENCE)
     error = message["data"].pop("error")
     assert (error["code"], error["detail"]) == ("broken_model", "It is broken_model.")
-    assert message["data"] == {"object": "selection_job", "id": job_id, "status": "failed", "metadata": {}}
+    unnamed = {"labels": {}, "metadata": {}}
+    assert message["data"] == {"object": "selection_job", "id": job_id, "status": "failed", **unnamed}
     assert request.headers["content-type"] == "application/json"
     assert request.headers["user-agent"].startswith("winnow")
     assert delivery["payload"].encode() == request.body
     assert (delivery["state"], delivery["attempts"], delivery["job_id"]) == ("delivered", 1, job_id)
     assert (delivery["type"], delivery["next_attempt_at"]) == ("selection_job.failed", None)
     assert (delivery["log"][0]["status"], delivery["log"][0]["error"]) == (204, None)
+
+
+def test_a_message_has_what_the_job_is_called_then(world: WebhookWorld) -> None:
+    webhook = world.create()
+    with world.sending():
+        job_id = world.ledger.job()
+        with world.ledger.sessions.begin() as session:
+            job = session.get_one(SelectionJob, job_id)
+            job.name, job.labels = "Größe", {"team": "search"}
+        world.ledger.fail(world.ledger.claim(), retryable=False)
+        (request,) = received(world.receiver, 1)
+    data = verified(webhook["secret"], request)["data"]
+    assert (data["name"], data["labels"]) == ("Größe", {"team": "search"})
 
 
 def test_a_changed_message_a_wrong_secret_and_an_old_timestamp_are_not_verified(world: WebhookWorld) -> None:

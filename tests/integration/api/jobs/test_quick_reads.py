@@ -86,7 +86,8 @@ def test_jobs_in_every_state_are_answered_as_the_route_answers_them(
     quick: Quick, api: World, body: dict[str, Any]
 ) -> None:
     for steps in ((), ("running",), ("running", "cancelling"), ("running", "succeeded"), ("running", "failed")):
-        job_id = posted(api.client, {**body, "metadata": {"run": 'ä "quoted" 1e-05'}})["id"]
+        named = {"name": 'Größe "模型" 1e-05', "labels": {"z": "", "example.org/a": "b"}}
+        job_id = posted(api.client, {**body, **named, "metadata": {"run": 'ä "quoted" 1e-05'}})["id"]
         set_status(api, job_id, *steps)
         assert_same(quick, api, f"{URL}/{job_id}")
         assert_same(quick, api, f"{URL}/{job_id}", headers={"accept-encoding": "identity"})
@@ -95,6 +96,10 @@ def test_jobs_in_every_state_are_answered_as_the_route_answers_them(
     known = {"if-none-match": ended.headers["etag"]}
     assert quick.get(f"{URL}/{job_id}", headers=known).status_code == 304
     assert_same(quick, api, f"{URL}/{job_id}", headers=known)
+    api.client.patch(f"{URL}/{job_id}", json={"name": None, "labels": {"z": None, "new": "1"}}).raise_for_status()
+    assert quick.get(f"{URL}/{job_id}", headers=known).json()["labels"] == {"example.org/a": "b", "new": "1"}
+    assert_same(quick, api, f"{URL}/{job_id}")
+    assert_same(quick, api, URL)
 
 
 def test_stages_and_times_are_those_of_the_route(quick: Quick, api: World, running: tuple[str, ledger.Claim]) -> None:
