@@ -14,6 +14,7 @@ from winnow.answers import (
     RegisteredModel,
     Usage,
     Webhook,
+    Worker,
 )
 from winnow.transport import Connection
 from winnow.twins import call
@@ -30,6 +31,11 @@ class AccountCalls(Connection):
     async def models(self) -> list[RegisteredModel]:
         """The registered models; a job may also use one from the hub."""
         return (await self._one(_Models, "GET", "/models")).data
+
+    @call
+    def workers(self) -> AsyncGenerator[Worker]:
+        """The workers, by id: state, device, and what each does for your tenant; needs a key with the scope admin."""
+        return self._pages(Worker, "/workers")
 
     @call
     async def create_key(self, /, name: str, **request: Any) -> NewKey:

@@ -1,12 +1,12 @@
 """The client's calls for jobs, until they have ended."""
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import httpx
 
-from winnow.answers import Answer, Dataset, Event, SelectionJob, SelectionPlan
+from winnow.answers import Answer, Dataset, Event, QueuePlace, SelectionJob, SelectionPlan
 from winnow.errors import Unreachable, WinnowError
 from winnow.transport import Connection, Json
 from winnow.twins import call
@@ -53,9 +53,23 @@ class JobCalls(Connection, Generic[J]):
         return await self._one(self._job_type, "GET", f"/selection-jobs/{job_id}")
 
     @call
-    def jobs(self, status: str | None = None) -> AsyncGenerator[J]:
-        """Your jobs, newest first."""
-        return self._pages(self._job_type, "/selection-jobs", status=status)
+    def jobs(
+        self, status: str | None = None, name: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[J]:
+        """Your jobs, newest first: those in the state, whose name contains `name`, and that have all of the labels."""
+        wanted = None if labels is None else [f"{key}:{value}" for key, value in labels.items()]
+        return self._pages(self._job_type, "/selection-jobs", status=status, name=name, label=wanted)
+
+    @call
+    async def change_job(self, job_id: str, /, **changes: Any) -> J:
+        """Changes what the job is called, in any state of it: name (None: none any more), labels (None as a value removes one,
+        those that are not named stay)."""
+        return await self._one(self._job_type, "PATCH", f"/selection-jobs/{job_id}", json=changes)
+
+    @call
+    async def queue_place(self, job_id: str) -> QueuePlace:
+        """How many jobs start before a queued one, and when it may start: `starts_at`, or None and `no_estimate` says why."""
+        return await self._one(QueuePlace, "GET", f"/selection-jobs/{job_id}/queue")
 
     @call
     async def delete_job(self, job_id: str) -> None:

@@ -7,12 +7,47 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from winnow.answers import QueuePlace, SelectionJob, Worker
+
 
 class Json(Protocol):
     """Fields by their names: an answer of the service, or a dict of what was computed here."""
 
     def __getitem__(self, name: str, /) -> Any: ...
     def get(self, name: str, default: Any = None, /) -> Any: ...
+
+
+def called(job: SelectionJob) -> list[str]:
+    """Lines with what a job is called."""
+    lines = [f"  {job.name}"] if job.name else []
+    labels = " ".join(f"{key}={value}" for key, value in (job.labels or {}).items())
+    return [*lines, f"  {labels}"] if labels else lines
+
+
+_NO_ESTIMATE = {
+    "importing": "a dataset of it is being imported",
+    "no_worker": "no worker that is alive can do it",
+    "no_rate": "how long the work before it takes is not known yet",
+}
+
+
+def queue_place(place: QueuePlace) -> list[str]:
+    """Lines with the place of a job in the queue."""
+    if place.no_estimate == "not_queued":
+        return []
+    start = _NO_ESTIMATE.get(place.no_estimate or "", "when it starts is not known")
+    if place.starts_at is not None:
+        start = f"may start at {place.starts_at:%Y-%m-%d %H:%M:%S}"
+    if place.jobs_before is None:
+        return [f"  {start}"]
+    return [f"  {place.jobs_before} jobs before it, {place.own_jobs_before} of them yours; {start}"]
+
+
+def work_of(worker: Worker) -> str:
+    """What a worker does, in a few words; empty: nothing, or something for another tenant."""
+    if (unit := worker.unit) is not None:
+        return f"{unit.stage}/{unit.shard} of {unit.job_id}, {unit.done}/{unit.total}"
+    return "" if worker.task is None else f"{worker.task.kind} of {worker.task.subject}"
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str], *, key: str | None = None) -> Table:

@@ -39,6 +39,12 @@ def submit(*words: str) -> Result:
     return CliRunner().invoke(app, ["submit", *words, *OPTIONS], env={"COLUMNS": "200"})
 
 
+def run(*words: str) -> Result:
+    done = CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done
+
+
 def sent(server: Server) -> list[tuple[str, Any]]:
     return [(request.url.path, json.loads(request.content)) for request in server.requests]
 
@@ -61,6 +67,35 @@ def test_what_to_do_with_repeats_is_sent_where_it_is_said(server: Server) -> Non
     ((_, request),) = sent(server)
     assert (request["duplicates"], request["overlap"]) == ("one", "exclude")
     assert submit("ds_1", "ds_2", "--overlap", "one").exit_code == 2
+
+
+def test_what_a_job_is_called_is_sent_and_searched_and_changed(server: Server) -> None:
+    name, labels = "Größe [1]", {"team": "search", "example.org/a": "x=y"}
+    words = ["--label", "team=search", "--label", "example.org/a=x=y"]
+    server.script = [JOB]
+    assert submit("ds_1", "ds_2", "--name", name, *words).exit_code == 0
+    ((_, request),) = sent(server)
+    assert (request["name"], request["labels"]) == (name, labels)
+    job = {"id": "job_1", "status": "queued", "name": name, "labels": labels}
+    page = httpx.Response(200, json={"data": [job], "has_more": False, "last_id": "job_1"})
+    server.script, server.requests[:] = [page], []
+    listed = run("jobs", "ls", "--name", "größe", "--status", "queued", *words)
+    assert name in listed.output
+    assert server.requests[0].url.params.multi_items() == [
+        *[("status", "queued"), ("name", "größe")],
+        *[("label", "team:search"), ("label", "example.org/a:x=y")],
+    ]
+    server.script, server.requests[:] = [httpx.Response(200, json=job)] * 2, []
+    run("jobs", "change", "job_1", "--no-name", "--label", "team=", "--unlabel", "old")
+    run("jobs", "change", "job_1", "--name", "new")
+    assert [request.method for request in server.requests] == ["PATCH", "PATCH"]
+    assert [body for _, body in sent(server)] == [{"name": None, "labels": {"old": None, "team": ""}}, {"name": "new"}]
+
+
+@pytest.mark.parametrize("words", [["--label", "team"], ["--label", "a=1", "--label", "a=2"]])
+def test_a_label_that_says_nothing_or_two_things_is_refused(server: Server, words: list[str]) -> None:
+    assert submit("ds_1", "ds_2", *words).exit_code != 0
+    assert server.requests == []
 
 
 def test_a_dataset_of_the_hub_is_imported_and_the_job_does_not_wait_for_it(server: Server) -> None:

@@ -15,6 +15,10 @@ from winnow.answers.account import Scope as Scope
 from winnow.answers.account import Usage as Usage
 from winnow.answers.account import Used as Used
 from winnow.answers.account import Webhook as Webhook
+from winnow.answers.account import Worker as Worker
+from winnow.answers.account import WorkerState as WorkerState
+from winnow.answers.account import WorkerTask as WorkerTask
+from winnow.answers.account import WorkerUnit as WorkerUnit
 from winnow.answers.base import Answer as Answer
 from winnow.answers.charts import Budgets as Budgets
 from winnow.answers.charts import BudgetSource as BudgetSource
@@ -59,8 +63,10 @@ from winnow.answers.jobs import Cost as Cost
 from winnow.answers.jobs import Event as Event
 from winnow.answers.jobs import JobError as JobError
 from winnow.answers.jobs import JobStatus as JobStatus
+from winnow.answers.jobs import NoEstimate as NoEstimate
 from winnow.answers.jobs import PlanTotals as PlanTotals
 from winnow.answers.jobs import Progress as Progress
+from winnow.answers.jobs import QueuePlace as QueuePlace
 from winnow.answers.jobs import RefineCap as RefineCap
 from winnow.answers.jobs import SelectionJob as SelectionJob
 from winnow.answers.jobs import SelectionPlan as SelectionPlan

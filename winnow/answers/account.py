@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any, Literal, TypeAlias
 
 from winnow.answers.base import Answer
+from winnow.answers.jobs import Stage
 
 
 class RegisteredModel(Answer):
@@ -208,3 +209,55 @@ class DeliveryDetail(Answer):
     """The body as sent and signed"""
     log: list[Attempt]
     """Every attempt, oldest first"""
+
+
+WorkerState: TypeAlias = Literal["busy", "idle", "unable", "silent"] | str
+
+
+class WorkerUnit(Answer):
+    """A unit of a job at work."""
+
+    job_id: str
+    stage: Stage
+    shard: int
+    attempt: int
+    done: int
+    """Samples, as of its last heartbeat"""
+    total: int
+    started_at: datetime
+
+
+class WorkerTask(Answer):
+    """What a worker does beside jobs."""
+
+    kind: str
+    subject: str
+    """What it is for"""
+    started_at: datetime
+
+
+class Worker(Answer):
+    """A worker; it serves all tenants. What it does for another tenant is not shown: it is `busy`, and that is all."""
+
+    object: Literal["worker"] | str
+    id: str
+    """Host and process"""
+    state: WorkerState
+    """`unable`: it takes no work, `problems` say why; `silent`: no heartbeat for a lease, so it loses its unit"""
+    version: str
+    """Of what computes"""
+    device: str | None
+    """null: it has not started its compute process yet"""
+    memory_bytes: int | None
+    """Of the device"""
+    matmul_rates: dict[str, float] | None
+    """Operations a second that it measured, by dtype"""
+    unit: WorkerUnit | None
+    """Of your tenant's jobs; null: none"""
+    task: WorkerTask | None
+    """Of your tenant's; null: none"""
+    problems: list[str]
+    """What it lacks, for any work or for open jobs of yours"""
+    started_at: datetime
+    seen_at: datetime
+    """Its last heartbeat"""

@@ -103,6 +103,9 @@ class SelectionJob(Answer):
 
     object: Literal["selection_job"] | str
     id: str
+    name: str | None
+    """null: it has none"""
+    labels: dict[str, str]
     status: JobStatus
     phase: Stage | None
     """The stage that the job is in; null before it starts and after it ends"""
@@ -230,6 +233,30 @@ class SelectionPlan(Answer):
     """Tokens are estimated from bytes; the job counts them and updates the plan"""
     device: str | None
     """Of the most recent worker"""
+
+
+NoEstimate: TypeAlias = Literal["not_queued", "importing", "no_worker", "no_rate"] | str
+
+
+class QueuePlace(Answer):
+    """Where a job is in the queue, as of `as_of`. Nothing of it is a promise: others may post jobs, workers come and
+    go."""
+
+    object: Literal["queue_place"] | str
+    job_id: str
+    status: JobStatus
+    own_jobs_before: int | None
+    """Your tenant's queued jobs that workers take before it; null: it is not in the queue"""
+    jobs_before: int | None
+    """Queued jobs, of all tenants, that are expected to start before it; null: not known"""
+    workers: int
+    """Live workers that can do it"""
+    starts_at: datetime | None
+    """When its first unit may start, estimated; null: not known"""
+    no_estimate: NoEstimate | None
+    """Why `starts_at` is null: the job is not queued; a dataset of it is being imported; no live worker can do it; how
+    long something before it takes is not known yet"""
+    as_of: datetime
 
 
 class Event(Answer):

@@ -31,6 +31,10 @@ class SelectionResult(Answer):
 
     object: Literal["selection_result"] | str
     job_id: str
+    name: str | None
+    """Of the job, now; null: it has none"""
+    labels: dict[str, str]
+    """Of the job, now"""
     created_at: datetime
     sample_count: int
     """Number of samples in the pool, each with a weight"""

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from winnow import render
 from winnow.answers import Used
 from winnow.cli.console import connected, fail, options, print_json, show
 from winnow.cli.groups import add_group
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
     }
     add_group(app, "webhooks", "Webhooks, and what was delivered to them.", webhooks)
     app.command()(usage)
+    app.command("workers")(list_workers)
 
 
 _MODEL: TableColumns = {
@@ -38,6 +40,22 @@ _MODEL: TableColumns = {
     "base": lambda m: m.base,
     "problem": lambda m: m.problem,
 }
+
+
+_WORKER: TableColumns = {
+    "id": lambda w: w.id,
+    "state": lambda w: w.state,
+    "device": lambda w: w.device,
+    "does": lambda w: render.work_of(w),
+    "seen": lambda w: w.seen_at,
+    "problems": lambda w: " ".join(w.problems),
+}
+
+
+def list_workers() -> None:
+    """List the workers: what each has and does (needs a key with the scope admin)."""
+    with connected() as client:
+        print_records(client.workers(), _WORKER)
 
 
 def list_models() -> None:

@@ -45,6 +45,12 @@ Overlap = Annotated[
 ]
 
 
+Name = Annotated[str | None, typer.Option(help="What you call the job")]
+Label = Annotated[
+    list[str] | None, typer.Option("--label", help="KEY=VALUE, by which lists can be filtered; may be repeated")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
     for command in (submit, status, events, results, explain, export, cancel, delete, retry):
@@ -58,6 +64,7 @@ def register(app: typer.Typer) -> None:
         "results": results,
         "explain": explain,
         "export": export,
+        "change": change,
         "cancel": cancel,
         "retry": retry,
         "rm": delete,
@@ -80,6 +87,8 @@ def submit(
     settings: Settings = None,
     duplicates: Duplicates = None,
     overlap: Overlap = None,
+    name: Name = None,
+    label: Label = None,
     wait: Wait = False,
     dry_run: Annotated[
         bool,
@@ -97,7 +106,8 @@ def submit(
     reading = Reading(format=format, columns=columns, template=template, on_bad_row=on_bad_row)
     of_target = reading.of_target(target_format, target_columns, target_template)
     with connected() as client:
-        fields: dict[str, Any] = {"model": model, "budget": read_budget(budget), **chosen(duplicates, overlap)}
+        fields: dict[str, Any] = {"model": model, "budget": read_budget(budget)}
+        fields |= chosen(duplicates, overlap) | _called(name, label)
         sources = read_source(pool, of_target=False), read_source(target, of_target=True)
         _check_used(sources, reading, of_target)
         is_plan = dry_run or bool(assigned(settings or []).get("dry_run"))
@@ -119,6 +129,18 @@ def submit(
             print_json(job)
         elif wait:
             render.results(out, client.results(job["id"]), list(client.selected(job["id"])))
+
+
+def _called(name: str | None, labels: list[str] | None) -> dict[str, Any]:
+    """The fields of a request that say what the job is called.
+
+    Raises:
+        ValueError: a label is no KEY=VALUE.
+    """
+    given = dict(label.partition("=")[::2] for label in labels or [] if "=" in label)
+    if len(given) < len(labels or []):
+        raise ValueError("--label: each is KEY=VALUE, and each key stands once")
+    return ({} if name is None else {"name": name}) | ({"labels": given} if given else {})
 
 
 def _check_used(sources: tuple[Source, Source], reading: Reading, of_target: Reading) -> None:
@@ -162,6 +184,10 @@ def _named(client: Winnow, source: Source, reading: Reading) -> str | dict[str, 
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, help="How many, at most")] = 20,
     status: Annotated[str | None, typer.Option(help="Only those: queued, running, succeeded, ...")] = None,
+    name: Annotated[str | None, typer.Option(help="Only those whose name contains this")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE: only those with this label; may be repeated")
+    ] = None,
 ) -> None:
     """List your jobs, newest first."""
     columns: TableColumns = {
@@ -170,22 +196,44 @@ def list_jobs(
         "phase": lambda job: job.phase,
         "budget": lambda job: job.budget,
         "created": lambda job: job.created_at,
+        "name": lambda job: job.name,
+        "labels": lambda job: " ".join(f"{key}={value}" for key, value in (job.labels or {}).items()),
     }
     with connected() as client:
-        print_records(islice(client.jobs(status), limit), columns)
+        print_records(islice(client.jobs(status, name, _called(None, label).get("labels")), limit), columns)
 
 
 def status(job_id: str, wait: Wait = False) -> None:
     """Show the status of a job and its stages."""
     with connected() as client:
         job = follow(client, job_id) if wait else client.job(job_id)
-    lines = [
+        place = client.queue_place(job_id) if job.status == "queued" and not options.as_json else None
+    lines = render.called(job) + ([] if place is None else render.queue_place(place))
+    lines += [
         f"  {stage.stage:<20} {stage.done}/{stage.total} samples, {stage.units_done}/{stage.units} units"
         for stage in job.stages
     ]
     if job.error:
         lines.append(f"  {job.error.code}: {job.error.detail}")
     show(job, f"{job.id}: {job.status}", *lines)
+
+
+def change(
+    job_id: str,
+    name: Annotated[str | None, typer.Option(help="What you call it from now on")] = None,
+    no_name: Annotated[bool, typer.Option("--no-name", help="It has no name any more")] = False,
+    label: Label = None,
+    unlabel: Annotated[list[str] | None, typer.Option(help="The key of a label to remove; may be repeated")] = None,
+) -> None:
+    """Change what a job is called, in any state of it. Labels that are not named stay."""
+    if no_name and name is not None:
+        raise typer.BadParameter("give either --name or --no-name")
+    with connected() as client:
+        changes = _called(name, label) | ({"name": None} if no_name else {})
+        if unlabel:
+            changes["labels"] = dict.fromkeys(unlabel) | changes.get("labels", {})
+        job = client.change_job(job_id, **changes)
+    show(job, job.id, *render.called(job))
 
 
 def inspect(job_id: str) -> None:
