@@ -52,6 +52,12 @@ def page(session: Session, tenant_id: str, after: str | None, limit: int) -> tup
     return paginate(session, live, Dataset.id, after=after, limit=limit)
 
 
+def names(session: Session, tenant_id: str, dataset_ids: Collection[str]) -> dict[str, str]:
+    """Of the tenant's datasets, deleted ones too, by id."""
+    named = select(Dataset.id, Dataset.name).where(Dataset.tenant_id == tenant_id, Dataset.id.in_(dataset_ids))
+    return {row.id: row.name for row in session.execute(named)}
+
+
 def delete_tasks_of(session: Session, tenant_id: str, fingerprint: str) -> None:
     """Cancels and forgets what workers compute, or have computed, of a content for the tenant: the subject begins with it."""
     of_content = Task.subject.startswith(f"{fingerprint}/", autoescape=True)

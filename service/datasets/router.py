@@ -198,10 +198,10 @@ async def _import(request: Request, principal: Principal, session: Session, idem
     wanted.hub.row_options()
     digest = request_digest(request, hashlib.sha256(content).digest())
     idempotent = IdempotentRequest(request.app.state.encryptor, principal, idempotency_key, digest)
-    return await run_in_threadpool(_create_import, request, principal, session, idempotent, wanted)
+    return await run_in_threadpool(create_import, request, principal, session, idempotent, wanted)
 
 
-def _create_import(
+def create_import(
     request: Request, principal: Principal, session: Session, idempotent: IdempotentRequest, wanted: ImportRequest
 ) -> Response:
     settings: ApiSettings = request.app.state.settings

@@ -42,7 +42,7 @@ _WRITERS = _writers()
 
 def make(*depends_on: object) -> str:
     """A tag for a response before it is made; `depends_on`: everything except the code that affects its bytes."""
-    return _quoted(repr((_WRITERS, *depends_on)).encode())
+    return of_content(repr((_WRITERS, *depends_on)).encode())
 
 
 def headers(tag: str) -> dict[str, str]:
@@ -70,7 +70,7 @@ def answer(request: Request, tag: str, make_body: Callable[[], BaseModel]) -> Re
 def answer_by_content(request: Request, body: BaseModel) -> Response:
     """304, or the body as JSON with a tag of its bytes."""
     content = body.model_dump_json().encode()
-    tag = _quoted(content)
+    tag = of_content(content)
     return not_modified(request, tag) or _json(content, tag)
 
 
@@ -78,5 +78,6 @@ def _json(content: bytes, tag: str) -> Response:
     return Response(content, media_type="application/json", headers=headers(tag))
 
 
-def _quoted(content: bytes) -> str:
+def of_content(content: bytes) -> str:
+    """The tag of a small answer."""
     return f'"{hashlib.sha256(content).hexdigest()[:32]}"'

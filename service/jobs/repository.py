@@ -74,6 +74,27 @@ def last_event(session: Session, job_id: str, kind: str) -> dict[str, Any] | Non
     return session.scalar(events.order_by(JobEvent.id.desc()).limit(1))
 
 
+def last_events(session: Session, job_ids: Sequence[str], kind: str) -> dict[str, dict[str, Any]]:
+    """The data of each job's latest event of that kind, by job."""
+    events = select(JobEvent.job_id, JobEvent.data).where(JobEvent.job_id.in_(job_ids), JobEvent.type == kind)
+    newest = events.distinct(JobEvent.job_id).order_by(JobEvent.job_id, JobEvent.id.desc())
+    return {row.job_id: row.data for row in session.execute(newest)}
+
+
+def newest_events(
+    session: Session, job_id: str, *, before: int | None = None, limit: int
+) -> tuple[list[JobEvent], bool]:
+    """Newest first, of those before an event."""
+    found = select(JobEvent).where(JobEvent.job_id == job_id)
+    return paginate(session, found, JobEvent.id, after=before, limit=limit)
+
+
+def events_of_kind(session: Session, job_id: str, kind: str, *, limit: int) -> list[dict[str, Any]]:
+    """The data of the job's latest events of that kind, so many at most, oldest first."""
+    events = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == kind)
+    return list(session.scalars(events.order_by(JobEvent.id.desc()).limit(limit)))[::-1]
+
+
 def similar_jobs(
     session: Session, tenant_id: str, *, model: Mapping[str, Any], pool: str, target: str, limit: int
 ) -> list[tuple[SelectionJob, str, str]]:

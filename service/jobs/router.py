@@ -72,7 +72,7 @@ async def create_job(
     """Returns immediately; workers compute the job. Poll `Location` until `status` is succeeded, failed or cancelled."""
     asked = (body, request, session, principal, idempotent)
     if known is None or not known.is_ready or body.dry_run:
-        return await run_in_threadpool(_submit_any, *asked)
+        return await run_in_threadpool(submit_any, *asked)
     draft, answer, values = await run_in_threadpool(_drafted, body, request, principal, idempotent, known)
     with suppress(Away):
         if await submission.write_at_once(request, values) is None:
@@ -104,7 +104,7 @@ def _write(
     return answer
 
 
-def _submit_any(
+def submit_any(
     body: JobRequest, request: Request, session: Session, principal: Principal, idempotent: IdempotentRequest
 ) -> JSONResponse:
     state = request.app.state

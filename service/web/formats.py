@@ -1,10 +1,17 @@
 """How figures, times and texts are written on pages."""
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from math import log2
+from itertools import pairwise
+from math import isfinite, log2
 from typing import Any
 
+from markupsafe import Markup, escape
+
+_CODE = re.compile(r"`([^`]+)`")
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NONE = "–"
 _UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
@@ -64,7 +71,8 @@ def operations(count: float | None) -> str:
     """Floating-point operations, to a power of ten."""
     if count is None:
         return _NONE
-    return f"{count:.1e}".replace("e+", " × 10^") if count >= 1e6 else f"{count:,.0f}"
+    figure, _, power = f"{count:.1e}".partition("e")
+    return f"{figure} × 10{power.lstrip('+0').translate(_RAISED)}" if count >= 1e6 else f"{count:,.0f}"
 
 
 def moment(at: datetime | None) -> str:
@@ -76,6 +84,45 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
+def words(code: str) -> str:
+    """A code of the API as people read it."""
+    return code.replace("_", " ").replace(".", " ")
+
+
+def described(text: str) -> Markup:
+    """A description with `code` in it."""
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
+
+
+def points(values: Sequence[float], width: float, height: float) -> str:
+    """A line through the values, from left to right, as the points of a polyline; what is not finite is left out."""
+    known = [(place, value) for place, value in enumerate(values) if isfinite(value)]
+    low, high = min((value for _, value in known), default=0.0), max((value for _, value in known), default=1.0)
+    across, up = width / max(1, len(values) - 1), height / ((high - low) or 1.0)
+    return " ".join(f"{place * across:.1f},{height - (value - low) * up:.1f}" for place, value in known)
+
+
+def marked(
+    text: str, spans: Sequence[tuple[int, int]], kept: tuple[int, int] | None, most: int
+) -> list[tuple[str, str]]:
+    """The first `most` characters in pieces, each with its class: `counted` by the loss, `cut` off, or neither (""). Places are
+    in characters of the text; None for `kept`: nothing is."""
+    begin, end = kept or (0, 0)
+    edges = {0, min(most, len(text)), begin, end, *(place for span in spans for place in span)}
+    places = sorted(place for place in edges if place <= min(most, len(text)))
+
+    def kind(place: int) -> str:
+        if not begin <= place < end:
+            return "cut"
+        return "counted" if any(first <= place < last for first, last in spans) else ""
+
+    return [(kind(first), text[first:last]) for first, last in pairwise(places)]
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 FILTERS: dict[str, Callable[..., Any]] = {
     "number": number,
     "percent": percent,
@@ -85,4 +132,9 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "operations": operations,
     "moment": moment,
     "shortened": shortened,
+    "words": words,
+    "described": described,
+    "as_json": as_json,
+    "marked": marked,
+    "points": points,
 }

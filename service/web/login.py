@@ -44,7 +44,7 @@ async def log_in(request: Request, session: SessionDep, form: LoginFormDep) -> R
     except Unauthorized as error:
         await run_in_threadpool(session.rollback)
         said = error.detail if link else "This API key is not valid."
-        return render(request, "login.html", status=error.status, next=next, link="", error=said)
+        return render(request, "login.html", status_code=error.status, next=next, link="", error=said)
     await authentication.accept(request, principal)
     answer = see_other(next)
     admission.set_cookie(request, answer, token)

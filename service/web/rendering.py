@@ -1,13 +1,16 @@
 """Pages of templates. Whatever a user wrote is escaped, since every template is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from service.auth.principal import Principal, Scope
+from service.http import etags
 from service.http.errors import ApiError, Unauthorized
 from service.web import admission, formats, static_files
 
@@ -31,6 +34,7 @@ class Entry:
 NAVIGATION = (
     Entry("Jobs", "/jobs"),
     Entry("New job", "/jobs/new", Scope.SUBMIT),
+    Entry("Datasets", "/datasets"),
 )
 
 environment = Environment(
@@ -44,18 +48,39 @@ environment.globals["static"] = static_files.address
 environment.filters.update(formats.FILTERS)
 
 
-def render(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
-    """A page, or a part of one, of a template and its values."""
+def render(request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
+    """A page of a template and its values."""
+    return HTMLResponse(_written(request, template, values), status_code=status_code, headers=HEADERS)
+
+
+def render_part(request: Request, template: str, *, is_final: bool = False, **values: Any) -> Response:
+    """A part of an open page, with the tag of its content: 304 for a browser that has it. `is_final`: it stays as it is."""
+    content = _written(request, template, values).encode()
+    tag = etags.of_content(content)
+    known = etags.not_modified(request, tag)
+    more = {"X-Final": "true"} if is_final else {}
+    if known is not None:
+        known.headers.update(more)
+        return known
+    return HTMLResponse(content, headers={**HEADERS, "ETag": tag, **more})
+
+
+def _written(request: Request, template: str, values: Mapping[str, Any]) -> str:
     principal: Principal | None = getattr(request.state, "principal", None)
     scopes = frozenset() if principal is None else principal.scopes
-    content = environment.get_template(template).render(
+    return environment.get_template(template).render(
         path=request.url.path,
         scopes=scopes,
         navigation=[entry for entry in NAVIGATION if entry.scope in scopes],
         form_token="" if principal is None else admission.form_token(request),
         **values,
     )
-    return HTMLResponse(content, status_code=status, headers=HEADERS)
+
+
+def address(path: str, **query: str | None) -> str:
+    """With what there is of the query."""
+    given = urlencode({name: value for name, value in query.items() if value})
+    return f"{path}?{given}" if given else path
 
 
 def see_other(path: str) -> RedirectResponse:
@@ -71,6 +96,6 @@ def error_page(request: Request, error: ApiError) -> Response | None:
     if isinstance(error, Unauthorized) and request.method == "GET" and request.url.path != admission.LOGIN_PATH:
         return see_other(admission.login_address(request))
     kept = {name: value for name, value in error.headers.items() if name.lower() in ("retry-after", "allow")}
-    page = render(request, "error.html", status=error.status, error=error, request_id=request.state.request_id)
+    page = render(request, "error.html", status_code=error.status, error=error, request_id=request.state.request_id)
     page.headers.update(kept)
     return page

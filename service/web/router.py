@@ -3,7 +3,9 @@
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from service.web import compare, jobs, login, provenance, results, samples, static_files
+from service.web import (
+    compare, datasets, job, jobs, login, new_job, provenance, results, samples, static_files,
+)
 from service.web.rendering import see_other
 
 router = APIRouter(include_in_schema=False)
@@ -14,5 +16,6 @@ async def home() -> Response:
     return see_other("/jobs")
 
 
-for part in (static_files, login, jobs, results, samples, compare, provenance):
+# `new` stands before what would take it for the id of a job.
+for part in (static_files, login, jobs, new_job, job, datasets, results, samples, compare, provenance):
     router.include_router(part.router)

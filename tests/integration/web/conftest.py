@@ -1,15 +1,22 @@
-"""The pages, over the API in this process."""
+"""The pages, over one application in this process, with two new tenants for each test."""
 
 from collections.abc import Iterator
 
 import pytest
-from support.world import World
+from fastapi import FastAPI
+from support.world import World, make_settings, register_model
 
 from service.auth.principal import Scope
-from service.settings import ApiSettings
+
+
+@pytest.fixture(scope="module")
+def app(postgres_url: str, broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    settings = make_settings(postgres_url, tmp_path_factory.mktemp("web"), broker_url=broker_url)
+    register_model(settings, num_hidden_layers=2, hidden_size=64, intermediate_size=128, vocab_size=256)
+    with World.made(settings) as world:
+        yield world.app
 
 
 @pytest.fixture
-def world(settings: ApiSettings) -> Iterator[World]:
-    with World.made(settings, scopes=Scope) as world:
-        yield world
+def world(app: FastAPI) -> World:
+    return World.of(app, scopes=Scope)
