@@ -77,8 +77,7 @@ def last_event(session: Session, job_id: str, kind: str) -> dict[str, Any] | Non
 def last_events(session: Session, job_ids: Sequence[str], kind: str) -> dict[str, dict[str, Any]]:
     """The data of each job's latest event of that kind, by job."""
     events = select(JobEvent.job_id, JobEvent.data).where(JobEvent.job_id.in_(job_ids), JobEvent.type == kind)
-    newest = events.distinct(JobEvent.job_id).order_by(JobEvent.job_id, JobEvent.id.desc())
-    return {row.job_id: row.data for row in session.execute(newest)}
+    return {row.job_id: row.data for row in session.execute(events.order_by(JobEvent.id))}
 
 
 def newest_events(

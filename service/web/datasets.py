@@ -1,7 +1,7 @@
 """`/datasets`: adding data for a job, and its rows as they are or as a model sees them."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -115,8 +115,8 @@ async def rows_page(
     def link(**more: str) -> str:
         return address(f"/datasets/{dataset_id}", **chosen, **more)
 
-    values = {"dataset": dataset, "page": found, "pending": pending, "model": model or "", "link": link, "start": start}
-    values |= {"max_length": max_length, "reasoning": reasoning, "whole": whole, "entries": _ROWS}
+    values: dict[str, Any] = {"dataset": dataset, "page": found, "pending": pending, "link": link, "start": start}
+    values |= {"model": model or "", "max_length": max_length, "whole": whole, "entries": _ROWS}
     return await run_in_threadpool(lambda: render(request, "rows.html", **values))
 
 

@@ -17,6 +17,7 @@ from service.web import admission, formats, static_files
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
     " base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Referrer-Policy": "same-origin",  # with none at all browsers send forms of ours with the origin `null`
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",  # who goes back after a logout finds nothing
 }

@@ -16,7 +16,9 @@ class Snippet:
 
 
 def of_request(request: Json, host: str) -> list[Snippet]:
-    """`request`: the body of the job's POST, as it was sent."""
+    """`request`: the body of the job's POST, as it was sent; empty where a version that did not keep it has made the job."""
+    if not request:
+        return []
     return [
         Snippet("curl", _curl(request, host)),
         Snippet("Python", _python(request, host)),

@@ -44,6 +44,7 @@ class Walk:
             step()
         self.jobs(model, target)
         self.results()
+        self.pages()
 
     def system(self) -> None:
         for path in ("/healthz", "/readyz", "/metrics"):
@@ -53,6 +54,22 @@ class Walk:
         for path in ("/docs", "/docs/start.js", "/docs/swagger-ui.css", "/openapi.json"):
             self.call("GET", path)
         assert self._client.get("/nowhere").status_code == 404
+
+    def pages(self) -> None:
+        """The pages of what the other steps have left, and a form that changes something."""
+        key = self._client.headers["authorization"].removeprefix("Bearer ")
+        assert self._client.post("/login", data={"key": key}).status_code == 303
+        job = self.call("GET", JOBS).json()["data"][0]
+        pool = self.call("POST", DATASETS, params={"name": "pool"}, content=self.rows(8, "page")).json()["id"]
+        paths = ["/jobs", "/jobs/rows", "/jobs/new", "/datasets", f"/datasets/{pool}"]
+        for path in (*paths, *(f"/jobs/{job['id']}{part}" for part in ("", "/live", "/log"))):
+            assert self._client.get(path, headers={"accept": "text/html"}).status_code == 200, path
+        found = re.search(r'name="form_token" value="(\w+)"', self._client.get("/jobs").text)
+        assert found is not None
+        filled = {"form_token": found[1], "model": job["model"]["name"], "pool": pool, "target": pool, "budget": "2"}
+        assert self._client.post("/jobs/new/plan", data=filled).status_code == 200
+        assert self._client.post("/jobs/new", data=filled).status_code == 303
+        self._client.cookies.clear()
 
     def rows(self, count: int, tag: str) -> bytes:
         return "".join(json.dumps(row) + "\n" for row in plain_rows(count, tag)).encode()

@@ -23,6 +23,9 @@
   for (const kind of ["input", "change"]) {
     document.addEventListener(kind, (event) => { if (event.target.form === form) soon(); });
   }
+  form.addEventListener("submit", (event) => {
+    if (event.submitter?.value === "plan") { event.preventDefault(); soon(); }
+  });
   document.getElementById("show-plan").classList.add("hidden");
   if (new FormData(form).get("pool")) soon();
 
