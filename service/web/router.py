@@ -4,7 +4,16 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from service.web import (
-    compare, datasets, job, jobs, login, new_job, provenance, results, samples, static_files,
+    compare,
+    datasets,
+    job,
+    jobs,
+    login,
+    new_job,
+    provenance,
+    results,
+    samples,
+    static_files,
 )
 from service.web.rendering import see_other
 
