@@ -114,7 +114,7 @@ def test_a_file_is_uploaded_by_a_plain_form_and_by_a_script(world: World) -> Non
     headers = {"accept": "application/json", "x-form-token": one.form_token()}
     script = one.post("/datasets", params={"role": "pool", "name": "mine"}, content=content, headers=headers)
     assert (script.status_code, script.json()["name"], script.json()["row_count"]) == (201, "mine", 5)
-    bad = one.post("/datasets", params={"role": "pool"}, content=b"no row\n", headers=headers)
+    bad = one.post("/datasets", params={"role": "pool"}, content=b'{"no": "row"}\n', headers=headers)
     assert (bad.status_code, bad.json()["code"]) == (422, "invalid_rows")
     assert one.post("/datasets", params={"role": "pool"}, content=content).status_code == 403
     assert one.post("/datasets", params={**sent, "form_token": "0" * 64}, content=content).status_code == 403
