@@ -74,6 +74,7 @@ def job(stages: list[dict[str, Any]], status: str = "running", **more: Any) -> S
         "target": "t",
         "parameters": JobParameters(),
         "metadata": {},
+        "labels": {},
         "created_at": NOW,
         "started_at": NOW,
     }
