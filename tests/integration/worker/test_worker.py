@@ -81,7 +81,9 @@ class TestJob:
         }
         spent = {each["stage"]: (each["wall_seconds"], each["compute_seconds"]) for each in summary["stages"]}
         assert {each["stage"]: (each["wall_seconds"], each["compute_seconds"]) for each in charts["stages"]} == spent
-        assert all(each["planned_seconds"] is not None for each in charts["stages"] if each["stage"] == "embed")
+        plan = {each["stage"]: each["seconds"] for each in world.events(job_id, "job.planned")[-1]["stages"]}
+        planned = {each["stage"]: each["planned_seconds"] for each in charts["stages"]}
+        assert {name: planned[name] for name in plan} == plan
         assert BUDGET in charts["budgets"]["count"]
 
     def test_exact_rows_are_the_landmarks_and_the_shortlist(
