@@ -153,10 +153,10 @@ class _ResultsCalls:
             yield entry
 
     @call
-    async def sample(self, index: int, *, landmarks: int = 10, target: int | None = None) -> Sample:
+    async def sample(self, sample: int | str, *, landmarks: int = 5, target: int | None = None) -> Sample:
         """One sample of the pool and the explanation of its influence, as `sample` of the client."""
-        sample: Sample = await _calls(self).sample(self._client, self.job_id, index, landmarks=landmarks, target=target)
-        return sample
+        found: Sample = await _calls(self).sample(self._client, self.job_id, sample, landmarks=landmarks, target=target)
+        return found
 
     @call
     async def charts(self) -> ResultCharts:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from winnow.answers import QueuePlace, SelectionJob, Worker
+from winnow.marked_text import printable
 
 
 class Json(Protocol):
@@ -269,11 +270,19 @@ def _number(influence: float | None) -> str:
     return "none" if influence is None else f"{influence:.4f}"
 
 
+def _line(text: str | None, width: int = 60) -> str:
+    """The beginning of a user's text, in one line."""
+    line = " ".join((text or "").split())
+    return escape(printable(line if len(line) <= width else line[: width - 1] + "…"))
+
+
 def sample(console: Console, found: Json, *, top: int = 10) -> None:
-    """Prints a sample, the landmarks that contributed to its influence, and the targets that it is best and worst for."""
+    """Prints a sample, the parts of its influence, and the targets that it is best and worst for."""
     state = f"selected, rank {found['rank']}" if found["selected"] else "not selected"
     source = f" ({found['source']})" if found["source"] else ""
     console.print(f"{found['id']}{source}: {state}, weight {found['weight']:.3f}", markup=False)
+    if (taken := found.get("taken_by")) is not None:
+        console.print(f"taken by target {taken['id']}, as number {taken['pick'] + 1} of its picks", markup=False)
     explanation = found["explanation"]
     if explanation is None:
         console.print(f"influence {_number(found['influence'])}")
@@ -281,14 +290,14 @@ def sample(console: Console, found: Json, *, top: int = 10) -> None:
         return
     of = "" if explanation["target"] is None else f" on target {explanation['target']}"
     console.print(f"influence{of} {_number(explanation['influence'])}. {explanation['sentence']}", markup=False)
-    if (others := explanation["others"]) is not None:
-        numbers = ["own influence", "kernel", "contribution", "share"]
-        table = _table("What the landmarks contributed", ["landmark"], numbers, key="landmark")
+    if (correction := explanation.get("correction")) is not None:
+        numbers = ["own influence", "similarity", "weight", "contribution"]
+        table = _table("What the influence is the sum of", ["part", "text"], numbers, key="part")
+        table.add_row("average of the landmarks", "", "", "", "", f"{explanation['average']:+.4f}")
         for each in explanation["landmarks"]:
-            figures = (f"{each[name]:.4f}" for name in ("influence", "kernel", "contribution"))
-            table.add_row(escape(each["id"]), *figures, f"{each['share']:.1%}")
-        sums = f"{others['contribution']:.4f}", f"{others['share']:.1%}"
-        table.add_row(f"{others['count']} others", "", "", *sums)
+            figures = f"{each['influence']:.4f}", f"{each['kernel']:.4f}", f"{each['weight']:.1%}"
+            table.add_row(escape(each["id"]), _line(each["excerpt"]), *figures, f"{each['contribution']:+.4f}")
+        table.add_row("correction", "", "", "", "", f"{correction:+.4f}")
         console.print(table)
     if (targets := explanation["targets"]) is not None:
         known = (each for each in targets["data"] if each["influence"] is not None)
@@ -296,7 +305,7 @@ def sample(console: Console, found: Json, *, top: int = 10) -> None:
         shown = ordered if len(ordered) <= top else [*ordered[: top // 2], *ordered[-(top // 2) :]]
         of = f"the first {len(ordered)}" if targets["has_more"] else str(len(ordered))
         title = f"Influence on {len(shown)} of {of} targets, best first"
-        table = _table(title, ["target"], ["influence"], key="target")
+        table = _table(title, ["target", "text"], ["influence"], key="target")
         for each in shown:
-            table.add_row(escape(each["id"]), f"{each['influence']:.4f}")
+            table.add_row(escape(each["id"]), _line(each["excerpt"]), f"{each['influence']:.4f}")
         console.print(table)

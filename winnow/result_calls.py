@@ -51,15 +51,19 @@ class ResultCalls(Connection, Generic[R]):
                 yield self._read(Weight, line)
 
     @call
-    async def sample(self, job_id: str, index: int, *, landmarks: int = 10, target: int | None = None) -> Sample:
-        """One sample of the pool and the explanation of its influence: on every target, and through which landmarks.
+    async def sample(self, job_id: str, sample: int | str, *, landmarks: int = 5, target: int | None = None) -> Sample:
+        """One sample of the pool and the explanation of its influence: on every target, and through which exact samples.
 
         Args:
-            landmarks: how many of those that contributed most are named, at most 100.
+            sample: its position in the pool, or its id, a string, which takes longer in a large pool.
+            landmarks: how many of the nearest exact samples are listed, at most 100.
             target: index of a target sample, to explain the influence on it alone; None: the mean over all.
         """
-        params = {"landmarks": landmarks} | ({} if target is None else {"target": target})
-        return await self._one(Sample, "GET", f"/selection-jobs/{job_id}/samples/{index}", params=params)
+        params: dict[str, int | str] = {"landmarks": landmarks} | ({} if target is None else {"target": target})
+        path = f"/selection-jobs/{job_id}/samples"
+        if isinstance(sample, str):
+            return await self._one(Sample, "GET", path, params={"id": sample, **params})
+        return await self._one(Sample, "GET", f"{path}/{sample}", params=params)
 
     @call
     async def export(

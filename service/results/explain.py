@@ -1,13 +1,15 @@
 """Why a sample has its influence: its influence on every target, and the landmarks that contributed to it.
 
-All of it is read from the artifacts of the job's stages. The landmarks' contributions to a propagated sample must add up to its
-influence, and its influence on the targets must have the published mean; if not, or if an artifact is missing, the answer says
-why there is no explanation.
+All of it is read from the artifacts of the job's stages. What the regression on the exact samples gives a propagated sample must
+be its influence, and its influence on the targets must have the published mean; if not, or if an artifact is missing, the
+answer says why there is no explanation.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Self
 
 import numpy as np
@@ -20,9 +22,9 @@ from service.datasets.tables import Dataset
 from service.http.errors import NotFound, Unprocessable
 from service.ledger.tables import JobUnit, SelectionJob
 from service.plan.stages import Stage
-from service.results import repository
+from service.results import neighbours, repository
 from service.results.formats import or_null, shortest
-from service.results.schemas import Explanation, LandmarkOut, OtherLandmarks, SampleOut, TargetInfluence, TargetsPage
+from service.results.schemas import Explanation, LandmarkOut, SampleOut, TakenBy, TargetInfluence, TargetsPage
 from service.results.service import FinishedJob
 from service.results.tensor_reader import Tensors, npy_row
 from service.storage.artifacts import ArtifactStore
@@ -30,13 +32,15 @@ from service.storage.checksums import ArtifactDamaged
 
 Vector = npt.NDArray[np.float64]
 
-_ROWS = 256  # landmarks at a time: bounds what is read of their embeddings
+_EXCERPT = 300  # characters
+_READ_AT_ONCE = 64  # a row may have a megabyte
 _TOLERANCE = 1e-5  # influence is kept in float32
 _AGAIN = "Post the same job again: it reuses what still exists, recomputes the rest, and its samples can be explained."
 
 _SENTENCES = {
     "own_gradient": "The influence was computed from the sample's own gradient; no landmark contributed to it.",
-    "landmarks": "The influence is the sum of the landmarks' contributions, by the similarity of their embeddings to its own.",
+    "landmarks": "The influence was propagated: it is the average of the landmarks, by how much the nearest exact samples differ"
+    " from that, and the correction of the regression on all exact samples.",
     "embedding_similarity": "The influence is the cosine of the sample's embedding with those of the targets.",
 }
 _DRAWN = "The method is random: the selection was drawn from the seed, and no influence was computed."
@@ -90,6 +94,17 @@ class Origin:
         """Whether its stages stored what an explanation needs, which earlier versions did not."""
         return any(unit.stage is Stage.SELECT and "reasons" in (unit.result or {}) for unit in self.units)
 
+    def taken_by(self, store: ArtifactStore, rank: int) -> TakenBy | None:
+        """The target whose turn it was; None where the selection is not by round robin, or of an earlier version."""
+        turns = next(
+            ((unit.result or {}).get("turns") for unit in reversed(self.units) if unit.stage is Stage.SELECT), None
+        )
+        if not turns:
+            return None
+        target = turns[rank % len(turns)]
+        (name,), _ = storage.read_ids(store, self.target, target, target + 1)
+        return TakenBy(target=target, id=name, pick=rank // len(turns))
+
     def unit(self, stage: Stage) -> JobUnit:
         """The stage's last unit, which supersedes earlier ones when landmarks were added."""
         return next(unit for unit in reversed(self.units) if unit.stage is stage)
@@ -125,6 +140,10 @@ def sample(session: Session, store: ArtifactStore, job: FinishedJob, query: Samp
         explanation = explained(store, origin, query, job.pool.fingerprint, influence, exact)
     except Unexplained as error:
         missing = str(error)
+    taken_by = None
+    if rank is not None:
+        with suppress(FileNotFoundError):  # the target was deleted
+            taken_by = origin.taken_by(store, rank)
     return SampleOut(
         job_id=job.id,
         index=index,
@@ -135,6 +154,7 @@ def sample(session: Session, store: ArtifactStore, job: FinishedJob, query: Samp
         exact=exact,
         selected=rank is not None,
         rank=rank,
+        taken_by=taken_by,
         messages=content.messages if content else None,
         tools=content.tools if content else None,
         text=content.text if content else None,
@@ -154,6 +174,41 @@ def _content(store: ArtifactStore, pool: Dataset, index: int) -> tuple[storage.S
                 f"The rows of the pool {pool.id} are missing or damaged. Upload the same rows again to repair it.",
             )
     return None, f"The pool {pool.id} has been deleted, including its text."
+
+
+def index_of(store: ArtifactStore, job: FinishedJob, name: str) -> int:
+    """Where the sample of this id stands in the job's pool; reads the ids a batch at a time, up to it.
+
+    Raises:
+        NotFound: the pool has no such sample.
+    """
+    start = 0
+    for ids, _ in storage.iter_ids(store, job.pool.fingerprint):
+        if name in ids:
+            return start + ids.index(name)
+        start += len(ids)
+    raise NotFound("The pool has no sample with this id.", param="id")
+
+
+def _excerpts(store: ArtifactStore, dataset: str, indices: Sequence[int]) -> list[str | None]:
+    """The beginning of what each of the samples says, None where the rows are not there any more."""
+    try:
+        found: list[str | None] = []
+        for start in range(0, len(indices), _READ_AT_ONCE):
+            samples = storage.read_samples(store, dataset, list(indices[start : start + _READ_AT_ONCE]))
+            found += [_excerpt(sample) for sample in samples]
+        return found
+    except (FileNotFoundError, ArtifactDamaged):
+        return [None] * len(indices)
+
+
+def _excerpt(sample: storage.Sample) -> str:
+    if sample.messages is None:
+        said = (sample.text or "")[: _EXCERPT + 1]
+    else:
+        parts = (f"{message['role']}: {message['content'][: _EXCERPT + 1]}" for message in sample.messages)
+        said = "\n".join(islice(parts, _EXCERPT))
+    return said if len(said) <= _EXCERPT else said[:_EXCERPT] + "…"
 
 
 def explained(
@@ -213,8 +268,7 @@ class _Sample:
         if exact:
             by = "embedding_similarity" if self._job.method == "rds_plus" else "own_gradient"
             return finished(explained_by=by, sentence=_SENTENCES[by])
-        landmarks, others = self._landmarks(explained)
-        return finished(explained_by="landmarks", sentence=_SENTENCES["landmarks"], landmarks=landmarks, others=others)
+        return finished(explained_by="landmarks", sentence=_SENTENCES["landmarks"], **self._parts(explained))
 
     def _on_targets(self) -> Vector:
         """The sample's influence on every target, the refined one if there is one."""
@@ -233,51 +287,40 @@ class _Sample:
         start = self._query.first_target
         stop = min(start + self._query.targets_limit, len(values))
         ids, _ = storage.read_ids(self._store, self._job.target, start, stop)
+        excerpts = _excerpts(self._store, self._job.target, range(start, stop))
+        columns = enumerate(zip(ids, excerpts, self._counts[start:stop].tolist(), strict=True), start)
         data = [
-            TargetInfluence(index=index, id=id, influence=values[index] if counts else None, counts=counts)
-            for index, (id, counts) in enumerate(zip(ids, self._counts[start:stop].tolist(), strict=True), start)
+            TargetInfluence(
+                index=index, id=id, excerpt=excerpt, influence=values[index] if counts else None, counts=counts
+            )
+            for index, (id, excerpt, counts) in columns
         ]
         return TargetsPage.of(data, stop < len(values), "index")
 
-    def _landmarks(self, explained: float) -> tuple[list[LandmarkOut], OtherLandmarks]:
-        """The landmarks of the largest contributions, by absolute value, and the sum of all others."""
-        row = 0 if self._query.target is None else 1 + self._query.target
+    def _parts(self, explained: float) -> dict[str, Any]:
+        """Fields of the explanation of a propagated influence."""
+        row, index = 0 if self._query.target is None else 1 + self._query.target, self._query.index
+        shard = self._job.shard(Stage.EMBED, index)
+        with self._store.open(shard.artifact_key) as file:
+            own = Tensors(file).row("embeddings", index - shard.spec["start"]).astype(np.float64)
         with self._store.open(self._propagated["explanation"]) as file:
             tensors = Tensors(file)
-            kernel = self._kernel(tensors)
-            contribution = kernel * tensors.row("coefficients", row)
-            size = np.abs(contribution)
-            _check(contribution.sum(), explained, scale=size.sum())
-            first = np.argsort(-size, kind="stable")
-            named, others = first[: self._query.landmarks], first[self._query.landmarks :]
-            places = tensors.rows("index", 0, len(kernel))[named]
-            own = tensors.row("influence", row)[named]
-        share = size / (size.sum() or 1.0)
-        names = [storage.read_ids(self._store, self._pool, place, place + 1) for place in places.tolist()]
-        columns = zip(places, names, own, kernel[named], contribution[named], share[named], strict=True)
-        found = [
-            LandmarkOut(index=i, id=ids[0], source=sources[0], influence=p, kernel=k, contribution=c, share=s)
-            for i, (ids, sources), p, k, c, s in columns
+            kernel = neighbours.kernel_of(tensors, own, self._propagated)
+            terms = kernel * tensors.row("coefficients", row)
+            _check(terms.sum(), explained, scale=np.abs(terms).sum())
+            found = neighbours.parts(tensors, row, kernel, self._query.landmarks, explained)
+        rows = [storage.read_ids(self._store, self._pool, place, place + 1) for place in found.place.tolist()]
+        excerpts = _excerpts(self._store, self._pool, found.place.tolist())
+        columns = zip(
+            *(found.place, rows, excerpts, found.influence, found.kernel, found.weight, found.contribution), strict=True
+        )
+        landmarks = [
+            LandmarkOut(
+                index=i, id=ids[0], source=sources[0], excerpt=text, influence=p, kernel=k, weight=w, contribution=c
+            )
+            for i, (ids, sources), text, p, k, w, c in columns
         ]
-        rest = OtherLandmarks(count=len(others), contribution=contribution[others].sum(), share=share[others].sum())
-        return found, rest
-
-    def _kernel(self, landmarks: Tensors) -> Vector:
-        """The kernel between the sample and each landmark (METHOD 2), in float64 as it was fitted."""
-        unit = self._job.shard(Stage.EMBED, self._query.index)
-        with self._store.open(unit.artifact_key) as file:
-            own = Tensors(file).row("embeddings", self._query.index - unit.spec["start"]).astype(np.float64)
-        sigma, count = self._propagated["sigma"], landmarks.length("embeddings")
-        parts = []
-        for start in range(0, count, _ROWS):
-            block = landmarks.rows("embeddings", start, min(start + _ROWS, count)).astype(np.float64)
-            if sigma is None:
-                parts.append(block @ own)
-            else:
-                squared = np.square(block - own).sum(axis=1)
-                is_laplacian = self._propagated.get("kernel") == "laplacian"  # not there in results of earlier versions
-                parts.append(np.exp(np.sqrt(squared) / -sigma if is_laplacian else squared * (-0.5 / sigma**2)))
-        return np.concatenate(parts)
+        return {"average": found.average, "landmarks": landmarks, "correction": found.correction}
 
 
 def _check(found: float, published: float, *, scale: float) -> None:

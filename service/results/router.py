@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
 
@@ -199,19 +199,11 @@ def _selected_page(session: Session, job: FinishedJob, after: int, limit: int) -
     return SelectedPage.of(data, has_more, "rank")
 
 
-@router.get(
-    "/{job_id}/samples/{index}",
-    summary="Explain the influence of one sample",
-    response_model=SampleOut,
-    responses=etags.NOT_MODIFIED,
-)
-def get_sample(
-    job_id: str,
-    index: int,
-    request: Request,
-    session: SessionDep,
-    principal: ReadDep,
-    landmarks: Annotated[int, Query(ge=0, le=100, description="Number of contributing landmarks to list")] = 10,
+def _asked(
+    landmarks: Annotated[
+        int,
+        Query(ge=0, le=100, description="Number of the nearest exact samples to list, among which weights are shared"),
+    ] = 5,
     target: Annotated[
         int | None, Query(ge=0, description="Explain the influence on this target sample only, by its index")
     ] = None,
@@ -219,14 +211,49 @@ def get_sample(
     targets_limit: Annotated[
         int, Query(ge=1, le=10_000, description="Maximum number of target samples per page")
     ] = DEFAULT_LIMIT,
+) -> partial[explain.SampleQuery]:
+    first = 0 if targets_after is None else targets_after + 1
+    return partial(
+        explain.SampleQuery, landmarks=landmarks, target=target, first_target=first, targets_limit=targets_limit
+    )
+
+
+Asked = Annotated[partial[explain.SampleQuery], Depends(_asked)]
+
+
+@router.get(
+    "/{job_id}/samples",
+    summary="Explain the influence of the sample with an id",
+    response_model=SampleOut,
+    responses=etags.NOT_MODIFIED,
+)
+def get_sample_by_id(
+    job_id: str,
+    request: Request,
+    session: SessionDep,
+    principal: ReadDep,
+    id: Annotated[str, Query(description="The sample's own id in the pool", examples=["word_problem-0017"])],
+    asked: Asked,
+) -> Response:
+    """Like the sample at an index, found by its id; in a large pool that takes longer."""
+    job = finished_job(session, principal.tenant_id, job_id)
+    session.commit()  # no transaction is open while the store is read
+    query = asked(index=explain.index_of(request.app.state.store, job, id))
+    return etags.answer_by_content(request, explain.sample(session, request.app.state.store, job, query))
+
+
+@router.get(
+    "/{job_id}/samples/{index}",
+    summary="Explain the influence of one sample",
+    response_model=SampleOut,
+    responses=etags.NOT_MODIFIED,
+)
+def get_sample(
+    job_id: str, index: int, request: Request, session: SessionDep, principal: ReadDep, asked: Asked
 ) -> Response:
     """If no explanation can be given any more, `explanation` is null, and `explanation_missing` says why and what to do."""
     job = finished_job(session, principal.tenant_id, job_id)
-    first = 0 if targets_after is None else targets_after + 1
-    query = explain.SampleQuery(
-        index=index, landmarks=landmarks, target=target, first_target=first, targets_limit=targets_limit
-    )
-    return etags.answer_by_content(request, explain.sample(session, request.app.state.store, job, query))
+    return etags.answer_by_content(request, explain.sample(session, request.app.state.store, job, asked(index=index)))
 
 
 @router.get(

@@ -1,7 +1,7 @@
 """What the routes of results answer with."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -120,9 +120,19 @@ class SelectedPage(NumberedPage[SelectedOut]):
     """Selected samples in rank order; `last_id` is the rank of the last."""
 
 
+Excerpt = Annotated[
+    str | None,
+    Field(
+        description="The first 300 characters of what it says; null: its rows have been removed",
+        examples=["user: What is 7 times 6?\nassistant: 42"],
+    ),
+]
+
+
 class TargetInfluence(_Strict):
     index: int = Field(description="Position in the target, from 0", examples=[3])
     id: str = Field(description="The target sample's own id", examples=["dev-3"])
+    excerpt: Excerpt
     influence: float | None = Field(
         description="The sample's influence on this target sample; null: it does not count", examples=[0.5]
     )
@@ -134,34 +144,40 @@ class TargetsPage(NumberedPage[TargetInfluence]):
 
 
 class LandmarkOut(_Strict):
+    """An exact sample near to the one that is explained: a landmark, or one of the shortlist."""
+
     index: int = Field(description="Position in the pool, from 0", examples=[912])
-    id: str = Field(description="The landmark's own id in the pool", examples=["word_problem-0912"])
+    id: str = Field(description="Its own id in the pool", examples=["word_problem-0912"])
     source: str | None = Field(examples=["word_problem"])
+    excerpt: Excerpt
     influence: float = Field(description="Its own influence, from its gradient; on `target` if given", examples=[0.61])
     kernel: float = Field(
-        description="Similarity of the embeddings of sample and landmark; with the Gaussian kernel, 1 if they are equal",
+        description="Similarity of the embeddings of the two samples; unless the kernel is linear, 1 if they are equal",
         examples=[0.83],
     )
+    weight: float = Field(
+        description="Its share of the similarity of all that are listed: 0 to 1, 1 together", examples=[0.35]
+    )
     contribution: float = Field(
-        description="Its contribution to the sample's influence: the kernel times the landmark's coefficient in the kernel ridge"
-        " regression, whose sign may differ from that of its influence",
-        examples=[0.21],
-    )
-    share: float = Field(
-        description="Absolute size of its contribution relative to all contributions: 0 to 1", examples=[0.35]
+        description="`weight` times what its influence differs from `average`", examples=[0.021]
     )
 
 
-class OtherLandmarks(_Strict):
-    """The sum over all landmarks that are not listed."""
+class TakenBy(_Strict):
+    """What took the sample into the selection."""
 
-    count: int = Field(examples=[4086])
-    contribution: float
-    share: float
+    target: int = Field(
+        description="Position of the target sample whose turn it was: of what was left, this sample had the largest influence on"
+        " it",
+        examples=[3],
+    )
+    id: str = Field(description="The target sample's own id", examples=["dev-3"])
+    pick: int = Field(description="0: it was the first sample that this target took", examples=[2])
 
 
 class Explanation(_Strict):
-    """The components of the sample's influence. The contributions of `landmarks` and `others` add up to `influence`."""
+    """The parts of the sample's influence. Of a propagated one, `average`, the contributions of `landmarks` and `correction`
+    add up to `influence`."""
 
     explained_by: Literal["own_gradient", "landmarks", "embedding_similarity", "none"] = Field(
         description="Where the influence comes from. `none`: the sample has none, or the method computes none"
@@ -176,11 +192,21 @@ class Explanation(_Strict):
         description="What is explained: the sample's influence, or its influence on `target`; null: there is none"
     )
     targets: TargetsPage | None = Field(description="null if the sample has no influence")
-    landmarks: list[LandmarkOut] = Field(
-        default=[],
-        description="Largest contribution first, regardless of sign; empty unless landmarks contributed",
+    average: float | None = Field(
+        default=None,
+        description="Mean influence of the landmarks, which are a random part of the pool: what any sample would be given; null"
+        " unless it was propagated",
+        examples=[0.042],
     )
-    others: OtherLandmarks | None = Field(default=None, description="null unless landmarks contributed")
+    landmarks: list[LandmarkOut] = Field(
+        default=[], description="The nearest exact samples, the nearest first; empty unless it was propagated"
+    )
+    correction: float | None = Field(
+        default=None,
+        description="What the regression on all exact samples adds to the average and the nearest; where it is larger than they"
+        " are, they do not explain the influence. null unless it was propagated",
+        examples=[-0.006],
+    )
 
 
 class SampleOut(WeightOut):
@@ -190,6 +216,9 @@ class SampleOut(WeightOut):
     job_id: str = Field(examples=[_JOB])
     selected: bool
     rank: int | None = Field(description="0 is the first selected; null if it was not selected", examples=[0])
+    taken_by: TakenBy | None = Field(
+        description="null if it was not selected, not by round robin, or by a version that did not keep it"
+    )
     messages: Messages
     tools: list[dict[str, Any]] | None
     text: str | None

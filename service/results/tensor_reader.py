@@ -22,6 +22,9 @@ class Tensors:
         self._header: dict[str, Any] = json.loads(_exactly(file, size))
         self._data = 8 + size
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._header
+
     def length(self, name: str) -> int:
         return int(self._header[name]["shape"][0])
 

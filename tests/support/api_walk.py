@@ -173,4 +173,5 @@ class Walk:
                 self.call("GET", f"{one}/export", params={"format": kind}, headers={"accept-encoding": accept})
         small = f"{JOBS}/{world.succeeded_with_results()['id']}"
         self.call("GET", f"{small}/samples/0")
+        self.call("GET", f"{small}/samples", params={"id": "0"})
         self.call("POST", f"{small}/reproduce")

@@ -16,7 +16,7 @@ from support.tiny import pool_rows, save_model, target_rows, write_jsonl
 from service.ledger.tables import JobUnit
 from service.plan import shards
 from service.plan.stages import Stage
-from service.results import explain
+from service.results import explain, neighbours
 from service.results.explain import Origin, SampleQuery, Unexplained, explained
 from service.results.schemas import Explanation
 from service.results.tensor_reader import Tensors, npy_row
@@ -90,7 +90,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     files = {name: write_jsonl(folder / f"{name}.jsonl", each) for name, each in rows.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "EMBED_SHARD_TOKENS", 1_000)  # several shards, and several blocks of landmarks
-        patch.setattr(explain, "_ROWS", 5)
+        patch.setattr(neighbours, "_ROWS", 5)
+        patch.setattr(explain, "_READ_AT_ONCE", 4)
         yield Jobs(folder, save_model(folder / "bare", template=BARE), files)
 
 
@@ -99,8 +100,9 @@ def indices(ran: Ran, *, exact: bool) -> list[int]:
 
 
 def total(explanation: Explanation) -> float:
-    assert explanation.others is not None
-    return sum(each.contribution for each in explanation.landmarks) + explanation.others.contribution
+    assert explanation.average is not None
+    assert explanation.correction is not None
+    return explanation.average + sum(each.contribution for each in explanation.landmarks) + explanation.correction
 
 
 class Truth:
@@ -132,7 +134,7 @@ class Truth:
 
 @pytest.mark.parametrize("changes", [PLAIN, LINEAR, CURVED], ids=["rbf", "linear", "curvature"])
 @pytest.mark.parametrize("target", [None, 0, TARGET - 1])
-def test_contributions_are_the_kernel_times_the_coefficients_and_add_up(
+def test_an_influence_is_the_average_the_nearest_and_a_correction(
     jobs: Jobs, changes: dict[str, Any], target: int | None
 ) -> None:
     ran, truth = jobs.ran(changes), Truth(jobs, changes)
@@ -141,29 +143,32 @@ def test_contributions_are_the_kernel_times_the_coefficients_and_add_up(
     alpha, own = (X[:, columns].mean(dim=1).numpy() for X in (truth.coefficients, truth.own))
     propagated = indices(ran, exact=False)
     for index in (propagated[0], propagated[-1]):
-        found = jobs.explained(changes, index, target=target)
+        found = jobs.explained(changes, index, target=target, landmarks=5)
         assert (found.explained_by, found.target) == ("landmarks", target)
-        contribution = truth.kernel[index].numpy() * alpha
-        size = np.abs(contribution).sum()
-        order = np.argsort(-np.abs(contribution))
-        assert [each.index for each in found.landmarks] == truth.rows[order].tolist()
-        assert [each.id for each in found.landmarks] == [f"row-{i}" for i in truth.rows[order].tolist()]
+        kernel = truth.kernel[index].numpy()
+        nearest = np.argsort(-kernel, kind="stable")[:5]
+        assert [each.index for each in found.landmarks] == truth.rows[nearest].tolist()
+        assert [each.id for each in found.landmarks] == [f"row-{i}" for i in truth.rows[nearest].tolist()]
+        similar = kernel[nearest].clip(0)
+        weight = similar / similar.sum() if similar.sum() else np.full(5, 0.2)
+        scale = np.abs(own).max()
         for name, expected in (
-            ("contribution", contribution),
-            ("kernel", truth.kernel[index].numpy()),
-            ("influence", own),
-            ("share", np.abs(contribution) / (size or 1)),
+            ("kernel", kernel[nearest]),
+            ("influence", own[nearest]),
+            ("weight", weight),
+            ("contribution", weight * (own[nearest] - own.mean())),
         ):
             given = [getattr(each, name) for each in found.landmarks]
-            scale = np.abs(expected).max()
-            assert given == pytest.approx(expected[order], abs=1e-6 * scale), name
-        assert total(found) == pytest.approx(found.influence, abs=1e-6 * size)
-        assert sum(each.share for each in found.landmarks) == pytest.approx(0 if target == MUTE_TARGET else 1)
+            assert given == pytest.approx(expected, abs=1e-6 * max(scale, np.abs(expected).max())), name
+        assert found.average == pytest.approx(own.mean(), abs=1e-6 * scale)
+        assert found.influence == pytest.approx(kernel @ alpha, abs=1e-5 * np.abs(kernel * alpha).sum())
+        assert total(found) == pytest.approx(found.influence, abs=1e-12)
+        assert all(each.excerpt and each.excerpt.startswith("user: ") for each in found.landmarks)
         if target is None:
             assert found.influence == ran.arrays["influence"][index]
 
 
-def test_where_some_of_the_exact_samples_span_the_fit_it_is_their_contributions_that_add_up(
+def test_where_some_of_the_exact_samples_span_the_fit_it_is_those_that_are_near(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.stages.propagate.MAX_CENTRES", 5)
@@ -172,20 +177,46 @@ def test_where_some_of_the_exact_samples_span_the_fit_it_is_their_contributions_
     rows = indices(ran, exact=True)
     found = jobs.explained(changes, indices(ran, exact=False)[0])
     assert sorted(each.index for each in found.landmarks) == [rows[place * LANDMARKS // 5] for place in range(5)]
-    assert total(found) == pytest.approx(found.influence, rel=1e-5)
+    assert total(found) == pytest.approx(found.influence, abs=1e-12)
     for each in found.landmarks:
         assert each.influence == pytest.approx(ran.arrays["influence"][each.index], rel=1e-5)
 
 
-def test_the_rest_is_counted_with_the_landmarks_that_are_not_named(jobs: Jobs) -> None:
+def test_the_average_is_that_of_the_landmarks_alone(jobs: Jobs) -> None:
+    """A shortlist was chosen for its influence."""
+    ran = jobs.ran(REFINED)
+    index = indices(ran, exact=False)[0]
+    found = jobs.explained(REFINED, index)
+    landmarks = indices(jobs.ran(PLAIN), exact=True)
+    assert found.average == pytest.approx(ran.arrays["influence"][landmarks].mean(), rel=1e-5)
+    assert len(found.landmarks) == ran.arrays["exact"].sum() > LANDMARKS
+    assert total(found) == pytest.approx(found.influence, abs=1e-12)
+
+
+def test_the_rest_of_fewer_neighbours_is_the_correction(jobs: Jobs) -> None:
     index = indices(jobs.ran(PLAIN), exact=False)[0]
     every, few, none = (jobs.explained(PLAIN, index, landmarks=count) for count in (100, 3, 0))
-    assert few.landmarks == every.landmarks[:3]
-    assert [each.others.count for each in (every, few, none) if each.others] == [0, LANDMARKS - 3, LANDMARKS]
-    assert total(few) == pytest.approx(total(every))
-    assert total(none) == pytest.approx(total(every))
-    assert few.others is not None
-    assert few.others.share + sum(each.share for each in few.landmarks) == pytest.approx(1)
+    assert [len(each.landmarks) for each in (every, few, none)] == [LANDMARKS, 3, 0]
+    assert [each.index for each in few.landmarks] == [each.index for each in every.landmarks[:3]]
+    for each in (every, few):
+        assert sum(one.weight for one in each.landmarks) == pytest.approx(1)
+    for each in (every, few, none):
+        assert total(each) == pytest.approx(every.influence, abs=1e-12)
+
+
+def test_what_took_a_sample_is_the_target_whose_turn_it_was(jobs: Jobs) -> None:
+    changes = {**PLAIN, "budget": 30}
+    ran, origin = jobs.ran(changes), jobs.origin(changes)
+    P = np.load(ran.path(Stage.PROPAGATE, -1))
+    free = {i for i in range(POOL) if i != MUTE}
+    for rank, index in enumerate(ran.arrays["selected"].tolist()):
+        found = origin.taken_by(ran.compute.store, rank)
+        assert found is not None
+        assert index == max(free, key=lambda i: (P[i, found.target], -i))
+        assert found.pick == rank // (TARGET - 1)
+        assert found.id == target_rows(TARGET, "python_function")[found.target]["id"]
+        free.remove(index)
+    assert jobs.origin({**PLAIN, "selection": "top_k"}).taken_by(ran.compute.store, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -201,7 +232,7 @@ def test_the_influence_on_the_targets_that_count_has_the_mean_that_is_shown(
         found = jobs.explained(changes, index)
         if index == MUTE:
             assert (found.explained_by, found.reason, found.influence) == ("none", "no_reply", None)
-            assert (found.targets, found.landmarks, found.others) == (None, [], None)
+            assert (found.targets, found.landmarks, found.correction) == (None, [], None)
             continue
         assert found.influence == ran.arrays["influence"][index]
         assert found.targets is not None
@@ -213,7 +244,7 @@ def test_the_influence_on_the_targets_that_count_has_the_mean_that_is_shown(
             changes.get("method", ""), "own_gradient" if ran.arrays["exact"][index] else "landmarks"
         )
         assert found.explained_by == expected
-        assert (found.others is None) == (expected != "landmarks")
+        assert (found.correction is None) == (expected != "landmarks")
 
 
 def test_the_shortlists_influence_is_that_of_its_own_gradients(jobs: Jobs) -> None:

@@ -96,27 +96,39 @@ def shown(found: dict[str, Any]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in written.getvalue().splitlines()]
 
 
-SAMPLE = {"id": "row-[7]", "source": "flan", "selected": True, "rank": 3, "weight": 1.5, "influence": 0.25}
+SAMPLE = {
+    "id": "row-[7]",
+    "source": "flan",
+    "selected": True,
+    "rank": 3,
+    "weight": 1.5,
+    "influence": 0.25,
+    "taken_by": None,
+}
 
 
-def test_a_sample_is_its_landmarks_and_the_targets_it_is_best_and_worst_for() -> None:
-    landmark = {"id": "row-[1]", "influence": 0.5, "kernel": 0.75, "contribution": -0.125, "share": 0.25}
-    targets = [{"id": f"dev-{i}", "influence": i / 10} for i in range(12)]
+def test_a_sample_is_its_parts_and_the_targets_it_is_best_and_worst_for() -> None:
+    near = {"id": "row-[1]", "excerpt": "user: a\n\x1b[31mb", "influence": 0.5, "kernel": 0.75, "weight": 0.25}
+    targets = [{"id": f"dev-{i}", "excerpt": "w" * 300, "influence": i / 10} for i in range(12)]
     explanation = {
         "sentence": "By landmarks.",
         "target": 4,
         "influence": 0.3,
-        "landmarks": [landmark],
-        "others": {"count": 11, "contribution": 0.375, "share": 0.75},
+        "average": 0.04,
+        "landmarks": [{**near, "contribution": -0.125}],
+        "correction": 0.375,
         "targets": {"data": targets, "has_more": False},
     }
-    lines = shown({**SAMPLE, "explanation": explanation, "explanation_missing": None})
-    assert lines[:2] == [
+    taken = {"target": 3, "id": "dev-[3]", "pick": 1}
+    lines = shown({**SAMPLE, "taken_by": taken, "explanation": explanation, "explanation_missing": None})
+    assert lines[:3] == [
         ["row-[7] (flan): selected, rank 3, weight 1.500"],
+        ["taken by target dev-[3], as number 2 of its picks"],
         ["influence on target 4 0.3000. By landmarks."],
     ]
-    assert ["row-[1]", "0.5000", "0.7500", "-0.1250", "25.0%"] in lines
-    assert ["11 others", "", "", "0.3750", "75.0%"] in lines
+    assert ["average of the landmarks", "", "", "", "", "+0.0400"] in lines
+    assert ["row-[1]", "user: a \\x1b[31mb", "0.5000", "0.7500", "25.0%", "-0.1250"] in lines
+    assert ["correction", "", "", "", "", "+0.3750"] in lines
     assert ["Influence on 10 of 12 targets, best first"] in lines
     listed = [line[0] for line in lines if line[0].startswith("dev-")]
     assert listed == [f"dev-{i}" for i in (11, 10, 9, 8, 7, 4, 3, 2, 1, 0)]
@@ -124,7 +136,7 @@ def test_a_sample_is_its_landmarks_and_the_targets_it_is_best_and_worst_for() ->
 
 def test_a_sample_that_took_no_part_has_no_number() -> None:
     found = {**SAMPLE, "selected": False, "weight": 0.0, "influence": None}
-    explained = {"sentence": "It is [empty].", "target": None, "influence": None, "others": None, "targets": None}
+    explained = {"sentence": "It is [empty].", "target": None, "influence": None, "correction": None, "targets": None}
     lines = shown({**found, "explanation": explained, "explanation_missing": None})
     assert lines == [["row-[7] (flan): not selected, weight 0.000"], ["influence none. It is [empty]."]]
     lines = shown({**found, "explanation": None, "explanation_missing": "Gone."})
@@ -132,8 +144,8 @@ def test_a_sample_that_took_no_part_has_no_number() -> None:
 
 
 def test_targets_that_do_not_count_are_not_ranked() -> None:
-    targets = [{"id": "dev-0", "influence": None}, {"id": "dev-1", "influence": -0.5}]
-    explanation = {"sentence": "", "target": None, "influence": -0.5, "others": None}
+    targets = [{"id": "dev-0", "excerpt": None, "influence": None}, {"id": "dev-1", "excerpt": None, "influence": -0.5}]
+    explanation = {"sentence": "", "target": None, "influence": -0.5, "correction": None}
     lines = shown({**SAMPLE, "explanation": {**explanation, "targets": {"data": targets, "has_more": False}}})
     assert [line[0] for line in lines if line[0].startswith("dev-")] == ["dev-1"]
 

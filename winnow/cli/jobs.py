@@ -283,13 +283,18 @@ def results(job_id: str) -> None:
 
 def explain(
     job_id: str,
-    index: Annotated[int, typer.Argument(min=0, help="The sample's position in the pool, from 0")],
-    landmarks: Annotated[int, typer.Option(min=0, max=100, help="How many landmarks are listed")] = 10,
+    sample: Annotated[str, typer.Argument(help="The sample's position in the pool, from 0; or with --id its id")],
+    by_id: Annotated[bool, typer.Option("--id", help="SAMPLE is an id")] = False,
+    landmarks: Annotated[
+        int, typer.Option(min=0, max=100, help="How many of the nearest exact samples are listed")
+    ] = 5,
     target: Annotated[int | None, typer.Option(min=0, help="Explain the influence on this target sample only")] = None,
 ) -> None:
     """Explain the influence of a sample."""
+    if not by_id and not sample.isdecimal():
+        raise typer.BadParameter(f"{sample} is no position; with --id it is an id")
     with connected() as client:
-        found = client.sample(job_id, index, landmarks=landmarks, target=target)
+        found = client.sample(job_id, sample if by_id else int(sample), landmarks=landmarks, target=target)
     print_json(found) if options.as_json else render.sample(out, found)
 
 

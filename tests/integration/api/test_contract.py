@@ -47,6 +47,7 @@ SAYS_MORE = {
     "GET /v1/selection-jobs/{job_id}/weights",
     "GET /v1/selection-jobs/{job_id}/export",
     "GET /v1/selection-jobs/{job_id}/samples/{index}",
+    "GET /v1/selection-jobs/{job_id}/samples",
 }
 
 

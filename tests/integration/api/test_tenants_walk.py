@@ -38,6 +38,9 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("patch", "/v1/webhooks/{webhook_id}"): {"description": "x"},
     ("put", "/v1/uploads/{upload_id}/parts/{number}"): {"some": "bytes"},
 }
+QUERIES: dict[tuple[str, str], dict[str, str]] = {
+    ("get", "/v1/selection-jobs/{job_id}/samples"): {"id": "0"}
+}  # required
 # Fields of bodies that hold an id, with what a request needs beside them.
 IDS_IN_BODIES = {"/v1/selection-jobs": ("pool", "target")}
 Route = tuple[str, str, dict[str, Any]]
@@ -152,6 +155,8 @@ def send(tenant: Tenant, method: str, path: str, operation: dict[str, Any], url:
     if operation.get("requestBody", {}).get("required") and "json" not in more and "{" in path:
         assert (method, path) in BODIES, f"{method} {path} needs a body that the walk does not know: add it to BODIES"
         more["json"] = BODIES[method, path]
+    if (method, path) in QUERIES:
+        more["params"] = QUERIES[method, path]
     return tenant.client.request(method, url, **more)
 
 

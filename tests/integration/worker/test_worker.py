@@ -186,13 +186,21 @@ class TestJob:
             assert (sample["id"], sample["explanation_missing"]) == (f"row-{index}", None)
             explanation = sample["explanation"]
             assert explanation["explained_by"] == "landmarks"
-            spoke = explanation["landmarks"]
-            assert {each["index"] for each in spoke} <= set(exact)
-            for each in spoke:
+            near = explanation["landmarks"]
+            assert {each["index"] for each in near} <= set(exact)
+            for each in near:
                 assert each["influence"] == pytest.approx(weights[each["index"]]["influence"], rel=1e-6)
-            contributions = [each["contribution"] for each in (*spoke, explanation["others"])]
-            assert explanation["others"]["count"] == len(exact) - 20
-            assert sum(contributions) == pytest.approx(sample["influence"], abs=1e-6 * np.abs(contributions).sum())
+            parts = [explanation["average"], *(each["contribution"] for each in near), explanation["correction"]]
+            assert sum(parts) == pytest.approx(sample["influence"], abs=1e-9)
+        first = world.selected(job_id)[0]
+        taken = world.get(f"{job_id}/samples/{first['index']}")
+        targets = taken["explanation"]["targets"]["data"]
+        best = max(
+            each["influence"] for row in [taken] for each in targets if each["index"] == row["taken_by"]["target"]
+        )
+        rivals = (world.get(f"{job_id}/samples/{i}")["explanation"]["targets"]["data"] for i in exact[:20])
+        assert all(each[taken["taken_by"]["target"]]["influence"] <= best for each in rivals)
+        assert world.get(f"{job_id}/samples", id=f"row-{first['index']}") == taken
 
     def test_it_is_the_selection_of_the_same_job_without_servers(
         self, world: World, job_id: str, tmp_path: Path

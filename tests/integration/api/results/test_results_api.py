@@ -212,6 +212,13 @@ def test_a_sample_is_what_was_published_of_it(world: Published, index: int) -> N
     assert "Post the same job again" in body["explanation_missing"]
 
 
+def test_a_sample_is_found_by_its_id(world: Published) -> None:
+    for index in (0, CHUNK_SIZE, N - 1):
+        assert world.fetch("samples", id=world.ids[index]).json() == world.fetch(f"samples/{index}").json()
+    absent = world.fetch("samples", id="no such")
+    assert (absent.status_code, absent.json()["param"]) == (404, "id")
+
+
 def test_a_selected_sample_has_its_rank(world: Published) -> None:
     for rank in (0, K - 1):
         body = world.fetch(f"samples/{world.selected[rank]}").json()
