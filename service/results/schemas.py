@@ -3,11 +3,11 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.datasets.schemas import Messages
 from service.http.pagination import NumberedPage
-from service.plan.compared_costs import ComparedCosts
+from service.results.summary_schemas import Summary
 
 _JOB = "job_0193a1b2c3d4e5f60718293a4b5c6d7e"
 
@@ -36,43 +36,8 @@ class Finding(_Strict):
     advice: str | None = Field(description="What to do; null: nothing", examples=[None])
 
 
-class SelectionResult(BaseModel):
-    """The summary. Besides the fields of this schema it has these, null if the job's method did not compute them:
-
-    * `sentences`: the main findings in words; `notes`: among these, what was lowered, excluded or not reached
-    * `influence`, `weight`: histogram (64 bins), quantiles, mean and std, of all samples and of the selected
-    * `sources`: for each source, samples in the pool, samples selected, and the sum of their weights
-    * `repeats`: samples that say the same as another one of the pool (`duplicates`) or as one of the target (`overlap`): of the
-      `pool` how many do so `exact`ly (case, white space and Unicode forms aside) and `near`ly (but for some words) and how many
-      others they repeat (`repeated`); how many an option has `excluded`; the `count` of the selected that repeat one selected
-      before or one of the target, and of the `first` hundred of these `id` and `same_as`
-    * `excluded`: what `duplicates: one` and `overlap: exclude` left out, null if nothing: `count`, `by_reason` (duplicate,
-      overlap), and the `first` hundred (index, id, reason, same_as: the sample of the pool or of the target that it repeats)
-    * `landmark_count`, `refined_count`: samples whose gradients were computed, as landmarks and as the shortlist
-    * `refinement`: of what was computed exactly besides landmarks: `refined` samples, `times_budget`, the `most` that were
-      allowed, the `promise` (share of the best selection's influence beyond the pool's mean that the selection is expected to
-      have), why it ended (`stopped`: promised, max_cost, size or pool), and the same of each of the `rounds`
-    * `fidelity`: leave-one-out `mean_r2` and `mean_spearman`, and `r2` and `spearman` for each target
-    * `embedding`: the one that was `chosen`, and the `candidates` of `auto` with their cost and fidelity
-    * `kernel`: `sigma` (width) and `delta` (ridge) that were used
-    * `scaling_error`: relative error of the factored scaling of Adam
-    * `warmup`: samples, steps, loss of the first and the last step, and `losses` (at most 200 means)
-    * `solution`: certificate of the weights: `support`, `ridge`, `threshold`, `objective`, `kkt_residual`, `duality_gap`,
-      `iterations`, `converged`, `clipped_eigenvalues`, `clipped_mass`, `restricted`
-    * `validation`: measured and predicted change of the mean target loss by one step on the selection, on random samples, and
-      on the targets held out, and its `sentence`
-    * `unusable`: for pool and target, how many samples took no part because they cannot be rendered or have nothing to learn
-      from: `count`, `by_reason`, and the `first` hundred (index, id, reason, detail)
-    * `rendering`: for pool and target, in how many samples the rendered text is not what the messages say, by the code of a note
-    * `nonfinite`: for pool and target, how many samples have no finite loss, gradient or embedding, and the first hundred ids
-    * `pool`, `target`: samples, tokens, how many were truncated
-    * `conversations`: how many of the selected are messages and no plain text; `chat_template`: what they were rendered with
-    * `dtype`, `device`, `stages`: how, where and for how long it was computed
-    """
-
-    # The one open model: the method decides what there is to say, and publish refuses names that are taken.
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+class SelectionResult(Summary):
+    """The summary of a succeeded job."""
 
     object: Literal["selection_result"] = "selection_result"
     job_id: str = Field(examples=[_JOB])
@@ -84,11 +49,6 @@ class SelectionResult(BaseModel):
     verdict: list[Finding] = Field(
         default=[],
         description="What to know before training on the selection, the worst first; empty in results of earlier versions",
-    )
-    costs: ComparedCosts | None = Field(
-        default=None,
-        description="What the job has cost beside other ways to choose, from its own counts of samples and tokens; null: the"
-        " model's shape is unknown, or the job is of an earlier version",
     )
 
 

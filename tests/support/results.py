@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from pydantic import BaseModel
 
 from service.auth.principal import Scope
 from service.ledger.state import JobStatus
@@ -49,6 +50,17 @@ class Published(World):
 
     def ranks(self) -> dict[int, int]:
         return {index: rank for rank, index in enumerate(self.selected.tolist())}
+
+
+def undeclared(model: BaseModel, path: str = "") -> Iterator[str]:
+    """Fields that its schema does not have, here and below."""
+    yield from (f"{path}{name}" for name in model.model_extra or {})
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for each in inside:
+            if isinstance(each, BaseModel):
+                yield from undeclared(each, f"{path}{name}.")
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:

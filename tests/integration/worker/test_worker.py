@@ -12,6 +12,7 @@ from safetensors.torch import load_file as torch_file
 from safetensors.torch import save_file
 from sqlalchemy import select
 from support.processes import Process
+from support.results import undeclared
 from support.tiny import pool_rows, save_model, target_rows
 from support.worker_jobs import (
     BUDGET,
@@ -29,6 +30,7 @@ from support.world import Json, World, stage
 
 from service.datasets.storage import Sample
 from service.ledger.tables import Worker as WorkerRow
+from service.results.schemas import SelectionResult
 from worker.influence import GradientProjection, Samples, cosine_influence, per_sample_gradients
 from worker.loading.folders import find
 from worker.loading.models import load_model, load_tokenizer
@@ -70,6 +72,13 @@ class TestJob:
             assert all(row[name] == whole[name] for name in ("weight", "influence", "exact"))
             assert row["id"] == f"row-{row['index']}"
         assert sum(source["selected"] for source in summary["sources"].values()) == BUDGET
+
+    def test_the_schema_has_every_field_of_the_summary(self, world: World, job_id: str) -> None:
+        found = SelectionResult.model_validate(world.get(f"{job_id}/results"))
+        assert list(undeclared(found)) == []
+        assert found.fidelity is not None
+        assert found.refinement is not None
+        assert found.validation is not None
 
     def test_charts_are_published_with_the_result(self, world: World, job_id: str, weights: list[Json]) -> None:
         charts, summary = world.get(f"{job_id}/results/charts"), world.get(f"{job_id}/results")
@@ -238,6 +247,7 @@ class TestMethods:
         request = {"model": MODEL, "pool": datasets.small, "target": datasets.target, "budget": 7, "max_length": 128}
         job = world.succeeded(world.post(**request, method=method))
         summary, record = world.get(f"{job['id']}/results"), world.get(f"{job['id']}/provenance")["record"]
+        assert list(undeclared(SelectionResult.model_validate(summary))) == []
         assert summary["selected_count"] == 7
         assert summary["fidelity"] is None
         assert summary["validation"]["sentence"]
