@@ -249,7 +249,8 @@ def results(console: Console, summary: Json, selected: Sequence[Json], *, top: i
         memory = "" if peak is None else f"{peak / 2**20:.0f}"
         table.add_row(stage["stage"], str(stage["units"]), str(stage["reused"]), *seconds, memory)
     console.print(table)
-    for name, found in (summary.get("unusable") or {}).items():  # results of earlier versions have none, nor sentences
+    unusable = summary.get("unusable")  # results of earlier versions have none, nor sentences
+    for name, found in () if unusable is None else ((name, unusable[name]) for name in ("pool", "target")):
         if found["count"]:
             _unusable(console, name, found, top=top)
     for sentence in (*summary.get("sentences", ()), *costs(summary.get("costs"))):

@@ -196,7 +196,7 @@ class UnusableRows(_Open):
     first: list[UnusableRow] = Field(description="At most a hundred")
 
 
-class Unusable(_Open):
+class UnusableCounts(_Open):
     pool: UnusableRows
     target: UnusableRows
 
@@ -272,7 +272,7 @@ class Summary(_Open):
     warmup: WarmupFound | None = Field(default=None, description="null: there was none")
     solution: Solution | None = Field(default=None, description="null unless the selection is `weighted`")
     validation: Validation | None = Field(default=None, description="null: `validate` is false")
-    unusable: Unusable | None = Field(
+    unusable: UnusableCounts | None = Field(
         default=None,
         description="Samples that took no part, because they cannot be rendered or have nothing to learn from",
     )

@@ -23,7 +23,8 @@ _MODULES = {  # a model that two of them use is in the first
     "jobs": "Jobs: their state, plan and events.",
     "datasets": "Datasets, their rows, uploads in parts, and ready-made targets.",
     "charts": "What pictures of a result are drawn from.",
-    "results": "Results of jobs.",
+    "summary": "The summary of a result.",
+    "results": "Samples of a result, and its provenance.",
     "account": "Registered models, keys, limits, webhooks and the audit log.",
 }
 _SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
@@ -55,6 +56,8 @@ def _module(path: str) -> str:
     parts = path.removeprefix("/v1/").split("/")
     if parts[-1] == "charts":
         return "charts"
+    if parts[-1] == "results":
+        return "summary"
     if parts[0] == "selection-jobs":
         return "results" if len(parts) > 2 and parts[2] in _RESULTS else "jobs"
     return "datasets" if parts[0] in ("datasets", "uploads", "targets") else "account"

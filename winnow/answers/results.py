@@ -1,50 +1,10 @@
-"""Results of jobs. Made of docs/openapi.json by `make openapi`: change that."""
+"""Samples of a result, and its provenance. Made of docs/openapi.json by `make openapi`: change that."""
 
 from datetime import datetime
 from typing import Any, Literal
 
 from winnow.answers.base import Answer
 from winnow.answers.datasets import Message
-from winnow.answers.jobs import ComparedCosts
-
-
-class Finding(Answer):
-    """The object `Finding` of the API."""
-
-    about: Literal["choice", "fidelity", "step", "rows", "duplicates", "overlap", "repeats", "sources"] | str
-    """`choice`: how near the selection is to the one from exact gradients. `fidelity`: whether propagation knows more
-    than guessing. `step`: what a step on the selection does to the loss, beside one on random samples. `rows`: what
-    took no part, was cut or rendered otherwise. `duplicates`: selected samples that say the same. `overlap`: selected
-    samples that are of the target too. `repeats`: both, in results of earlier versions. `sources`: whether nearly all
-    are of one"""
-    level: Literal["ok", "look", "bad"] | str
-    """`look`: worth a look before training on it; `bad`: not to be trained on before it is understood"""
-    figure: float | None
-    """What the level was decided by; null: there is none"""
-    meaning: str
-    advice: str | None
-    """What to do; null: nothing"""
-
-
-class SelectionResult(Answer):
-    """The summary."""
-
-    object: Literal["selection_result"] | str
-    job_id: str
-    name: str | None
-    """Of the job, now; null: it has none"""
-    labels: dict[str, str]
-    """Of the job, now"""
-    created_at: datetime
-    sample_count: int
-    """Number of samples in the pool, each with a weight"""
-    selected_count: int
-    """Number of selected samples"""
-    verdict: list[Finding]
-    """What to know before training on the selection, the worst first; empty in results of earlier versions"""
-    costs: ComparedCosts | None
-    """What the job has cost beside other ways to choose, from its own counts of samples and tokens; null: the model's
-    shape is unknown, or the job is of an earlier version"""
 
 
 class Weight(Answer):
@@ -56,8 +16,8 @@ class Weight(Answer):
     """The sample's own id in the pool"""
     source: str | None
     influence: float | None
-    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable, not
-    finite or left out by `duplicates` or `overlap`"""
+    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable or not
+    finite"""
     weight: float
     """0 if it was not selected"""
     exact: bool
@@ -82,6 +42,17 @@ class Selected(Answer):
     """0 is the first selected"""
 
 
+class TakenBy(Answer):
+    """What took the sample into the selection."""
+
+    target: int
+    """Position of the target sample whose turn it was: of what was left, this sample had the largest influence on it"""
+    id: str
+    """The target sample's own id"""
+    pick: int
+    """0: it was the first sample that this target took"""
+
+
 class TargetInfluence(Answer):
     """The object `TargetInfluence` of the API."""
 
@@ -89,6 +60,8 @@ class TargetInfluence(Answer):
     """Position in the target, from 0"""
     id: str
     """The target sample's own id"""
+    excerpt: str | None
+    """The first 300 characters of what it says; null: its rows have been removed"""
     influence: float | None
     """The sample's influence on this target sample; null: it does not count"""
     counts: bool
@@ -106,34 +79,28 @@ class TargetsPage(Answer):
 
 
 class Landmark(Answer):
-    """The object `LandmarkOut` of the API."""
+    """An exact sample near to the one that is explained: a landmark, or one of the shortlist."""
 
     index: int
     """Position in the pool, from 0"""
     id: str
-    """The landmark's own id in the pool"""
+    """Its own id in the pool"""
     source: str | None
+    excerpt: str | None
+    """The first 300 characters of what it says; null: its rows have been removed"""
     influence: float
     """Its own influence, from its gradient; on `target` if given"""
     kernel: float
-    """Similarity of the embeddings of sample and landmark; with the Gaussian kernel, 1 if they are equal"""
+    """Similarity of the embeddings of the two samples; unless the kernel is linear, 1 if they are equal"""
+    weight: float
+    """Its share of the similarity of all that are listed: 0 to 1, 1 together"""
     contribution: float
-    """Its contribution to the sample's influence: the kernel times the landmark's coefficient in the kernel ridge
-    regression, whose sign may differ from that of its influence"""
-    share: float
-    """Absolute size of its contribution relative to all contributions: 0 to 1"""
-
-
-class OtherLandmarks(Answer):
-    """The sum over all landmarks that are not listed."""
-
-    count: int
-    contribution: float
-    share: float
+    """`weight` times what its influence differs from `average`"""
 
 
 class Explanation(Answer):
-    """The components of the sample's influence. The contributions of `landmarks` and `others` add up to `influence`."""
+    """The parts of the sample's influence. Of a propagated one, `average`, the contributions of `landmarks` and
+    `correction` add up to `influence`."""
 
     explained_by: Literal["own_gradient", "landmarks", "embedding_similarity", "none"] | str
     """Where the influence comes from. `none`: the sample has none, or the method computes none"""
@@ -147,10 +114,14 @@ class Explanation(Answer):
     """What is explained: the sample's influence, or its influence on `target`; null: there is none"""
     targets: TargetsPage | None
     """null if the sample has no influence"""
+    average: float | None
+    """Mean influence of the landmarks, which are a random part of the pool: what any sample would be given; null unless
+    it was propagated"""
     landmarks: list[Landmark]
-    """Largest contribution first, regardless of sign; empty unless landmarks contributed"""
-    others: OtherLandmarks | None
-    """null unless landmarks contributed"""
+    """The nearest exact samples, the nearest first; empty unless it was propagated"""
+    correction: float | None
+    """What the regression on all exact samples adds to the average and the nearest; where it is larger than they are,
+    they do not explain the influence. null unless it was propagated"""
 
 
 class Sample(Answer):
@@ -162,8 +133,8 @@ class Sample(Answer):
     """The sample's own id in the pool"""
     source: str | None
     influence: float | None
-    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable, not
-    finite or left out by `duplicates` or `overlap`"""
+    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable or not
+    finite"""
     weight: float
     """0 if it was not selected"""
     exact: bool
@@ -173,6 +144,8 @@ class Sample(Answer):
     selected: bool
     rank: int | None
     """0 is the first selected; null if it was not selected"""
+    taken_by: TakenBy | None
+    """null if it was not selected, not by round robin, or by a version that did not keep it"""
     messages: list[Message] | None
     tools: list[dict[str, Any]] | None
     text: str | None
