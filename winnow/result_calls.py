@@ -59,7 +59,7 @@ class ResultCalls(Connection, Generic[R]):
             landmarks: how many of the nearest exact samples are listed, at most 100.
             target: index of a target sample, to explain the influence on it alone; None: the mean over all.
         """
-        params: dict[str, int | str] = {"landmarks": landmarks} | ({} if target is None else {"target": target})
+        params = {"landmarks": landmarks} | ({} if target is None else {"target": target})
         path = f"/selection-jobs/{job_id}/samples"
         if isinstance(sample, str):
             return await self._one(Sample, "GET", path, params={"id": sample, **params})
