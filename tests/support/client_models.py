@@ -23,10 +23,18 @@ _MODULES = {  # a model that two of them use is in the first
     "jobs": "Jobs: their state, plan and events.",
     "datasets": "Datasets, their rows, uploads in parts, and ready-made targets.",
     "charts": "What pictures of a result are drawn from.",
+    "rows": "Of a result: which rows took no part, and which repeat others.",
     "summary": "The summary of a result.",
     "results": "Samples of a result, and its provenance.",
     "account": "Registered models, keys, limits, webhooks and the audit log.",
 }
+_OF_ROWS = (
+    "UnusableCounts",
+    "Nonfinite",
+    "Excluded",
+    "Repeats",
+    "RenderingNotes",
+)  # parts of the summary, which is long
 _SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 _HEAD = '"""{title} Made of docs/openapi.json by `make openapi`: change that."""\n\n'
 
@@ -44,7 +52,8 @@ def attribute(field: str) -> str:
 
 def answers() -> dict[str, list[str]]:
     """The names of the schemas that the calls of the API answer with, by module; of a list those of its entries."""
-    found: dict[str, list[str]] = {module: [] for module in _MODULES} | {"parameters": ["JobParameters"]}
+    found: dict[str, list[str]] = {module: [] for module in _MODULES}
+    found |= {"parameters": ["JobParameters"], "rows": list(_OF_ROWS)}
     for path, operations in DOCUMENT["paths"].items():
         if path.startswith("/v1/"):
             for operation in operations.values():

@@ -16,8 +16,8 @@ class Weight(Answer):
     """The sample's own id in the pool"""
     source: str | None
     influence: float | None
-    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable or not
-    finite"""
+    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable, not
+    finite or left out by `duplicates` or `overlap`"""
     weight: float
     """0 if it was not selected"""
     exact: bool
@@ -133,8 +133,8 @@ class Sample(Answer):
     """The sample's own id in the pool"""
     source: str | None
     influence: float | None
-    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable or not
-    finite"""
+    """How much training on it helps the target; higher is better. null: it took no part, because it is unusable, not
+    finite or left out by `duplicates` or `overlap`"""
     weight: float
     """0 if it was not selected"""
     exact: bool

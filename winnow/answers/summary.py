@@ -5,6 +5,7 @@ from typing import Literal
 
 from winnow.answers.base import Answer
 from winnow.answers.jobs import ComparedCosts
+from winnow.answers.rows import Excluded, Nonfinite, RenderingNotes, Repeats, UnusableCounts
 
 
 class Histogram(Answer):
@@ -35,32 +36,6 @@ class SourceCounts(Answer):
     selected: int
     weight: float
     """Sum of the weights of its selected samples"""
-
-
-class Repeat(Answer):
-    """The object `Repeat` of the API."""
-
-    id: str
-    """Of the selected sample"""
-    same_as: str
-    """Id of the sample that it repeats"""
-
-
-class RepeatsFound(Answer):
-    """The object `RepeatsFound` of the API."""
-
-    count: int
-    first: list[Repeat]
-    """At most a hundred"""
-
-
-class Repeats(Answer):
-    """The object `Repeats` of the API."""
-
-    duplicates: RepeatsFound | None
-    """Of a sample that was selected before"""
-    overlap: RepeatsFound | None
-    """Of a sample of the target"""
 
 
 class RefineRound(Answer):
@@ -218,60 +193,6 @@ class Validation(Answer):
     """The same in words"""
 
 
-class UnusableRow(Answer):
-    """The object `UnusableRow` of the API."""
-
-    index: int
-    id: str
-    reason: str
-    detail: str | None
-
-
-class UnusableRows(Answer):
-    """The object `UnusableRows` of the API."""
-
-    count: int
-    by_reason: dict[str, int]
-    first: list[UnusableRow]
-    """At most a hundred"""
-
-
-class UnusableCounts(Answer):
-    """The object `UnusableCounts` of the API."""
-
-    pool: UnusableRows
-    target: UnusableRows
-
-
-class RenderingNotes(Answer):
-    """How often the rendered text is not all that the messages say, by the code of a note."""
-
-    pool: dict[str, int]
-    target: dict[str, int]
-
-
-class NamedSample(Answer):
-    """The object `NamedSample` of the API."""
-
-    index: int
-    id: str
-
-
-class NonfiniteRows(Answer):
-    """The object `NonfiniteRows` of the API."""
-
-    count: int
-    samples: list[NamedSample]
-    """At most a hundred"""
-
-
-class Nonfinite(Answer):
-    """The object `Nonfinite` of the API."""
-
-    pool: NonfiniteRows
-    target: NonfiniteRows
-
-
 class DatasetCounts(Answer):
     """The object `DatasetCounts` of the API."""
 
@@ -308,11 +229,12 @@ class StageSpent(Answer):
 class Finding(Answer):
     """The object `Finding` of the API."""
 
-    about: Literal["choice", "fidelity", "step", "rows", "repeats", "sources"] | str
+    about: Literal["choice", "fidelity", "step", "rows", "duplicates", "overlap", "repeats", "sources"] | str
     """`choice`: how near the selection is to the one from exact gradients. `fidelity`: whether propagation knows more
     than guessing. `step`: what a step on the selection does to the loss, beside one on random samples. `rows`: what
-    took no part, was cut or rendered otherwise. `repeats`: selected samples that say the same, or are of the target.
-    `sources`: whether nearly all are of one"""
+    took no part, was cut or rendered otherwise. `duplicates`: selected samples that say the same. `overlap`: selected
+    samples that are of the target too. `repeats`: both, in results of earlier versions. `sources`: whether nearly all
+    are of one"""
     level: Literal["ok", "look", "bad"] | str
     """`look`: worth a look before training on it; `bad`: not to be trained on before it is understood"""
     figure: float | None
@@ -336,7 +258,9 @@ class SelectionResult(Answer):
     sources: dict[str, SourceCounts] | None
     """By source of the selection, the most frequent first; `(none)`: samples without one"""
     repeats: Repeats | None
-    """Selected samples that say the same as another, white space aside"""
+    """Samples that say the same as another of the pool, or as one of the target"""
+    excluded: Excluded | None
+    """What `duplicates: one` and `overlap: exclude` left out of the job; null: nothing"""
     landmark_count: int | None
     """Samples computed as landmarks"""
     refined_count: int | None
@@ -374,6 +298,10 @@ class SelectionResult(Answer):
     shape is unknown, or the job is of an earlier version"""
     object: Literal["selection_result"] | str
     job_id: str
+    name: str | None
+    """Of the job, now; null: it has none"""
+    labels: dict[str, str]
+    """Of the job, now"""
     created_at: datetime
     sample_count: int
     """Number of samples in the pool, each with a weight"""
