@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
 
@@ -36,6 +37,9 @@ NAVIGATION = (
     Entry("Jobs", "/jobs"),
     Entry("New job", "/jobs/new", Scope.SUBMIT),
     Entry("Datasets", "/datasets"),
+    Entry("Usage", "/usage"),
+    Entry("Keys", "/keys", Scope.ADMIN),
+    Entry("Workers", "/workers", Scope.ADMIN),
 )
 
 environment = Environment(
@@ -46,6 +50,7 @@ environment = Environment(
     lstrip_blocks=True,
 )
 environment.globals["static"] = static_files.address
+environment.globals["now"] = lambda: datetime.now(UTC)
 environment.filters.update(formats.FILTERS)
 
 

@@ -8,12 +8,15 @@ from service.web import (
     datasets,
     job,
     jobs,
+    keys,
     login,
     new_job,
     provenance,
     results,
     samples,
     static_files,
+    usage,
+    workers,
 )
 from service.web.rendering import see_other
 
@@ -26,5 +29,7 @@ async def home() -> Response:
 
 
 # `new` stands before what would take it for the id of a job.
-for part in (static_files, login, jobs, new_job, job, datasets, results, samples, compare, provenance):
+_USING = (jobs, new_job, job, datasets, results, samples, compare, provenance)
+_ADMINISTERING = (usage, keys, workers)
+for part in (static_files, login, *_USING, *_ADMINISTERING):
     router.include_router(part.router)
