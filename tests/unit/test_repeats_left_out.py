@@ -109,6 +109,15 @@ def test_where_nothing_is_left_out_an_option_makes_nothing_anew(
         assert (with_repeats[0].keys(stage) == with_repeats[1].keys(stage)) == is_same, stage
 
 
+@pytest.mark.parametrize("method", ["rds_plus", "random"])
+def test_a_choice_among_other_rows_has_another_name(
+    tiny_llama: Path, files: tuple[Path, Path], store: Path, method: str
+) -> None:
+    """Where no landmark tells the jobs apart."""
+    all_rows, some = (run(tiny_llama, *files, store, budget=5, validate=False, method=method, **o) for o in ({}, BOTH))
+    assert all_rows.keys(Stage.SELECT) != some.keys(Stage.SELECT)
+
+
 def test_a_budget_beyond_what_is_left_says_what_was_left_out(
     tiny_llama: Path, files: tuple[Path, Path], store: Path
 ) -> None:
