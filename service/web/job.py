@@ -12,7 +12,7 @@ from service.auth.principal import Principal
 from service.datasets import repository as datasets
 from service.db.engine import SessionDep
 from service.idempotency.service import IdempotentRequest
-from service.jobs import repository, service
+from service.jobs import queue, repository, service
 from service.jobs import router as api
 from service.jobs.schemas import EventOut
 from service.ledger.state import TERMINAL, JobStatus
@@ -28,7 +28,7 @@ _LOSS_EVENTS = 200
 
 @router.get("")
 def job_page(job_id: str, request: Request, session: SessionDep, principal: ReadDep) -> Response:
-    shown = _shown(session, principal, job_id)
+    shown = _shown(request, session, principal, job_id)
     request_sent = ledger.require_job(session, principal.tenant_id, job_id).request
     host = f"{request.url.scheme}://{request.url.netloc}"
     return render(request, "job.html", snippets=snippets.of_request(request_sent, host), **shown)
@@ -37,7 +37,7 @@ def job_page(job_id: str, request: Request, session: SessionDep, principal: Read
 @router.get("/live")
 def job_part(job_id: str, request: Request, session: SessionDep, principal: ReadDep) -> Response:
     """What changes of the page while the job goes on."""
-    shown = _shown(session, principal, job_id)
+    shown = _shown(request, session, principal, job_id)
     return render_part(request, "job_live.html", is_final=shown["job"].status in TERMINAL, **shown)
 
 
@@ -91,14 +91,17 @@ def _once(request: Request, principal: Principal) -> IdempotentRequest:
     return IdempotentRequest(request.app.state.encryptor, principal, None, b"")
 
 
-def _shown(session: Session, principal: Principal, job_id: str) -> dict[str, Any]:
-    job = service.describe(session, [ledger.require_job(session, principal.tenant_id, job_id)])[0]
+def _shown(request: Request, session: Session, principal: Principal, job_id: str) -> dict[str, Any]:
+    row = ledger.require_job(session, principal.tenant_id, job_id)
+    job = service.describe(session, [row])[0]
+    waits = job.status == JobStatus.QUEUED
     plan = repository.last_event(session, job_id, "job.planned")
     events, has_more = repository.newest_events(session, job_id, limit=_NEWEST_EVENTS)
     warmup = repository.events_of_kind(session, job_id, "warmup.step", limit=_LOSS_EVENTS)
     return {
         "job": job,
         "plan": plan,
+        "place": queue.place(session, request.app.state.settings.ledger, row) if waits else None,
         "timeline": timeline.of_job(job, plan, datetime.now(UTC)),
         "events": [EventOut.model_validate(event) for event in events],
         "has_more": has_more,

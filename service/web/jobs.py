@@ -1,9 +1,10 @@
 """`/jobs`: the jobs of the tenant, newest first."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from service.auth.authentication import ReadDep
@@ -13,6 +14,7 @@ from service.db.engine import SessionDep
 from service.http.pagination import AfterJob
 from service.jobs import repository, service
 from service.ledger.state import TERMINAL, JobStatus
+from service.names import Name
 from service.web import timeline
 from service.web.admission import logged_in
 from service.web.rendering import address, render, render_part
@@ -21,36 +23,79 @@ router = APIRouter(include_in_schema=False, dependencies=[Depends(logged_in)])
 
 _ENTRIES = 25
 
+Text = Annotated[Name, Query(max_length=250)]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """As they are written; what is no filter finds nothing, or is none."""
+
+    status: str
+    name: str
+    label: str
+
+    @property
+    def wanted(self) -> JobStatus | None:
+        return JobStatus(self.status) if self.status in set(JobStatus) else None
+
+    @property
+    def are_set(self) -> bool:
+        return bool(self.wanted or self.name or self.label)
+
 
 @router.get("/jobs")
 def jobs_page(
-    request: Request, session: SessionDep, principal: ReadDep, status: str = "", after: AfterJob = None
+    request: Request,
+    session: SessionDep,
+    principal: ReadDep,
+    status: str = "",
+    name: Text = "",
+    label: Text = "",
+    after: AfterJob = None,
 ) -> Response:
-    return render(request, "jobs.html", **_listed(session, principal, status, after))
+    return render(
+        request, "jobs.html", **_listed(session, principal, Filters(status, name.strip(), label.strip()), after)
+    )
 
 
 @router.get("/jobs/rows")
 def job_rows(
-    request: Request, session: SessionDep, principal: ReadDep, status: str = "", after: AfterJob = None
+    request: Request,
+    session: SessionDep,
+    principal: ReadDep,
+    status: str = "",
+    name: Text = "",
+    label: Text = "",
+    after: AfterJob = None,
 ) -> Response:
     """The table, for the page that is open."""
-    return render_part(request, "job_rows.html", **_listed(session, principal, status, after))
+    return render_part(
+        request, "job_rows.html", **_listed(session, principal, Filters(status, name.strip(), label.strip()), after)
+    )
 
 
-def _listed(session: Session, principal: Principal, status: str, after: str | None) -> dict[str, Any]:
-    wanted = JobStatus(status) if status in set(JobStatus) else None
-    found, has_more = repository.page(session, principal.tenant_id, after=after, status=wanted, limit=_ENTRIES)
+def _listed(session: Session, principal: Principal, filters: Filters, after: str | None) -> dict[str, Any]:
+    found, has_more = repository.page(
+        session,
+        principal.tenant_id,
+        after=after,
+        status=filters.wanted,
+        name=filters.name or None,
+        labels=[filters.label] if filters.label else (),
+        limit=_ENTRIES,
+    )
     jobs = service.describe(session, found)
     now = datetime.now(UTC)
     plans = repository.last_events(session, [job.id for job in jobs if job.status not in TERMINAL], "job.planned")
+    query = {"status": filters.wanted, "name": filters.name, "label": filters.label}
     return {
         "jobs": jobs,
         "left": {job.id: timeline.of_job(job, plans.get(job.id), now).seconds_left for job in jobs},
         "names": datasets.names(session, principal.tenant_id, {id for job in jobs for id in (job.pool, job.target)}),
-        "status": wanted,
+        "filters": filters,
         "statuses": list(JobStatus),
         "is_first": after is None,
-        "here": address("/jobs/rows", status=wanted, after=after),
-        "older": address("/jobs", status=wanted, after=jobs[-1].id) if has_more else None,
-        "newest": address("/jobs", status=wanted),
+        "here": address("/jobs/rows", **query, after=after),
+        "older": address("/jobs", **query, after=jobs[-1].id) if has_more else None,
+        "newest": address("/jobs", **query),
     }

@@ -30,7 +30,7 @@ from service.web.rendering import address, render, see_other
 
 router = APIRouter(prefix="/jobs/new", include_in_schema=False, dependencies=[Depends(logged_in)])
 
-OWN = ("model", "pool", "target", "budget", "metadata", "dry_run")
+OWN = ("model", "pool", "target", "budget", "name", "labels", "metadata", "dry_run")
 """Fields of the request that the page has controls of its own for, or none."""
 _DATASETS = 200
 _PRESET = "preset:"
@@ -61,6 +61,8 @@ class Filled:
         target = self.values.get("target", "")
         sent["target"] = {"preset": target.removeprefix(_PRESET)} if target.startswith(_PRESET) else target
         sent["budget"] = _budget(self.values.get("budget", ""))
+        sent["name"] = self.values.get("name", "").strip() or None
+        sent["labels"] = _labels(self.values.get("labels", ""))
         try:
             return JobRequest.model_validate(sent)
         except ValidationError as error:
@@ -84,6 +86,12 @@ def _budget(written: str) -> Any:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
         return written
+
+
+def _labels(written: str) -> Any:
+    """Of `key:value, key:value`."""
+    given = (each.strip().partition(":") for each in written.split(",") if each.strip())
+    return {key.strip(): value.strip() for key, _, value in given}
 
 
 @router.get("")

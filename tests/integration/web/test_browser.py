@@ -64,7 +64,10 @@ def queued(world: World) -> str:
     """A job that nobody computes, with a name that is hostile and a pool with texts that are."""
     hostile = [{"id": f"<b>{i}</b>", "source": "<i>", "prompt": HOSTILE, "completion": HOSTILE} for i in range(3)]
     pool = world.upload([*hostile, {"prompt": "p", "completion": "x" * 900_000}], "<u>pool</u>")
-    return world.post(model=MODEL, pool=pool, target=pool, budget=2, metadata={"<b>": "<script>alert(1)</script>"})
+    names = {"name": "<u>name</u>", "labels": {"team": "search"}}
+    return world.post(
+        model=MODEL, pool=pool, target=pool, budget=2, **names, metadata={"<b>": "<script>alert(1)</script>"}
+    )
 
 
 def fill(one: Tab, files: tuple[Path, Path]) -> None:
@@ -202,7 +205,7 @@ def test_pages_are_for_everybody_and_light_and_hostile_texts_are_texts(
             assert one.violations() == [], path
             assert not one.is_wider_than_the_window, path
             assert 0 < one.bytes < PAGE_BYTES, path
-        expect(one.page.locator("main")).to_contain_text("No job is failed")
+        expect(one.page.locator("main")).to_contain_text("No job is as the filters say")
         one.page.goto(pages(queued, world)[5])
         assert HOSTILE in one.page.locator("article .text").first.inner_text()
 

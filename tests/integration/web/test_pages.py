@@ -134,6 +134,34 @@ def test_a_job_is_cancelled_retried_and_deleted(world: World, data: tuple[str, s
         assert one.post(f"/jobs/{again}/{path}").status_code == 403
 
 
+def test_a_name_and_labels_are_given_shown_and_filtered_by(world: World, data: tuple[str, str]) -> None:
+    one = visitor(world)
+    job = job_of(one.post("/jobs/new", form(one, data, name="lr 3e-4", labels="team:search, old:")))
+    other = job_of(one.post("/jobs/new", form(one, data, budget="6")))
+    made = world.get(job)
+    assert (made["name"], made["labels"]) == ("lr 3e-4", {"team": "search", "old": ""})
+    assert "lr 3e-4" in one.get(f"/jobs/{job}").text
+    for query in ({"name": "3E-4"}, {"label": "team:search"}, {"status": "queued", "name": "lr"}):
+        for path in ("/jobs", "/jobs/rows"):
+            shown = one.get(path, params=query).text
+            assert job in shown
+            assert other not in shown
+    assert job not in one.get("/jobs", params={"label": "team:other"}).text
+    assert one.get("/jobs", params={"name": "\0"}).status_code == 422
+    wrong = one.post("/jobs/new", form(one, data, labels="no key!:x"))
+    assert wrong.status_code == 422
+    assert 'id="wrong-labels"' in wrong.text
+
+
+def test_a_queued_job_says_when_it_may_start(world: World, data: tuple[str, str]) -> None:
+    one = visitor(world)
+    job = job_of(one.post("/jobs/new", form(one, data)))
+    place = world.get(f"{job}/queue")
+    shown = one.get(f"/jobs/{job}").text
+    assert place["no_estimate"] == "no_worker"
+    assert "No live worker can do it" in shown
+
+
 def test_another_tenants_pages_are_as_unknown_ones(world: World, data: tuple[str, str]) -> None:
     one, other = visitor(world), visitor(world, world.other_key)
     job = job_of(one.post("/jobs/new", form(one, data)))
