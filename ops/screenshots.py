@@ -50,6 +50,9 @@ def pages(stack: Stack) -> dict[str, str]:
         "jobs": "/jobs",
         "new-job": f"/jobs/new?{chosen}",
         "job": f"/jobs/{job['id']}",
+        "result": f"/jobs/{job['id']}/results",
+        "samples": f"/jobs/{job['id']}/samples",
+        "provenance": f"/jobs/{job['id']}/provenance",
         "datasets": "/datasets",
         "rows": f"/datasets/{job['pool']}?model={job['model']['name']}",
     }

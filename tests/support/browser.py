@@ -91,6 +91,8 @@ class Tab:
 def tab(browser: Browser, url: str, **context: Any) -> Iterator[Tab]:
     """Fails at its end if the browser has complained about anything."""
     opened = Tab(browser, url, **context)
-    yield opened
-    opened.close()
+    try:
+        yield opened
+    finally:
+        opened.close()  # or the server would wait for the end of what the page listens to
     assert opened.wrong == []
