@@ -86,6 +86,7 @@ def fill(one: Tab, files: tuple[Path, Path]) -> None:
     page.locator("[id='dtype']").select_option("float32")
 
 
+@pytest.mark.slow
 def test_from_the_login_to_the_end_of_a_job(
     browser: Browser, url: str, world: World, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
