@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from support.tiny import pool_rows, target_rows, write_jsonl
 from support.waiting import until
 
 from service.local.process_group import parts
+from service.local.stack import login_address
 from winnow.client import Winnow
 from winnow.stack import Stack, running_stack
 
@@ -65,6 +67,10 @@ def test_it_starts_and_stops_whole(home: Path) -> None:
     started = Started(home)
     stack = started.ready()
     assert httpx.get(f"{stack.url}/readyz").is_success
+    asked = parse_qs(urlsplit(login_address(stack, "/datasets")).query)
+    logins = [httpx.post(f"{stack.url}/login", data=asked) for _ in range(2)]
+    assert [answer.status_code for answer in logins] == [303, 401]
+    assert logins[0].headers["location"] == "/datasets"
     running = parts(home)
     assert set(running) == {"stack", "postgres", "valkey", "api", "worker1"}
     everything = {p.pid for part in running.values() for p in [part, *part.children(True)]}
