@@ -69,6 +69,7 @@ CHANGES: dict[tuple[str, str], tuple[Made, Json, str]] = {
         {"model": "small", "pool": "pool", "target": "pool", "budget": 1},
         "selection_job.created",
     ),
+    ("patch", f"{JOBS}/{{job_id}}"): (lambda w: f"{JOBS}/{w.failed()['id']}", {"name": "n"}, "selection_job.changed"),
     ("delete", f"{JOBS}/{{job_id}}"): (lambda w: f"{JOBS}/{w.failed()['id']}", {}, "selection_job.deleted"),
     ("post", f"{JOBS}/{{job_id}}/cancel"): (
         lambda w: f"{JOBS}/{w.queued()['id']}/cancel",
