@@ -183,7 +183,7 @@ def test_with_another_model_under_its_name_a_job_is_not_reproduced(home: Path, j
         done = typed("reproduce", job, home=home)
     finally:
         config.write_bytes(kept)
-    assert done.exit_code == 1
+    assert done.exit_code == 4
     assert "config.json. Register" in done.stderr
 
 
