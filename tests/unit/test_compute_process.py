@@ -81,7 +81,12 @@ def unit(tiny_llama: Path) -> dict[str, Any]:
         "artifact_key": "embeddings",
         "spec": SPEC,
         "job": JobInputs(model=model, pool="p", target="t", budget=2, parameters=parameters).as_dict(),
-        "prepared": {"dtype": "float32", "model_fingerprint": fingerprint, "is_adapter": False},
+        "prepared": {
+            "dtype": "float32",
+            "model_fingerprint": fingerprint,
+            "is_adapter": False,
+            "pool_tokens": "tokens",
+        },
         "halvings": 0,
     }
 
