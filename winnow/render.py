@@ -226,8 +226,9 @@ def verdict(console: Console, findings: Sequence[Json]) -> None:
 
 
 def results(console: Console, summary: Json, selected: Sequence[Json], *, top: int = 10) -> None:
-    """Prints the first of the selection, its sources, time and memory of each stage, what was left out, the findings in
-    sentences, and the verdict."""
+    """Prints the verdict, the first of the selection, its sources, time and memory of each stage, what was left out, and the
+    findings in sentences."""
+    verdict(console, summary.get("verdict", ()))
     first = selected[:top]
     table = _table(
         f"The first {len(first)} selected", ["rank", "id", "source"], ["influence", "weight", "exact"], key="id"
@@ -255,7 +256,6 @@ def results(console: Console, summary: Json, selected: Sequence[Json], *, top: i
             _unusable(console, name, found, top=top)
     for sentence in (*summary.get("sentences", ()), *costs(summary.get("costs"))):
         console.print(sentence, markup=False)
-    verdict(console, summary.get("verdict", ()))
 
 
 def _unusable(console: Console, name: str, found: Json, *, top: int) -> None:

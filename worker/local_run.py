@@ -266,6 +266,7 @@ def _run(options: Options, folder: Path, console: Console) -> None:
         print(json.dumps({**found, "prepared": prepared, "budget": job.budget}))
         return
     console.print(f"Selected {len(selected)} of {pool.row_count} samples; wrote {options.out}.", soft_wrap=True)
+    render.verdict(console, found["verdict"])
     for sentence in (*found["sentences"], *render.costs(cost)):
         console.print(sentence, soft_wrap=True)
     for name, left_out in unusable.items():
@@ -274,7 +275,6 @@ def _run(options: Options, folder: Path, console: Console) -> None:
     for name, left_out in nonfinite.items():
         for sample in left_out["samples"]:
             console.print(f"Not finite in the {name}: {sample['id']}", soft_wrap=True, markup=False)
-    render.verdict(console, found["verdict"])
 
 
 def main(options: Options) -> None:

@@ -25,6 +25,7 @@ REQUEST: dict[str, Any] = {
     "model": MODEL_NAME,
     "budget": 60,
     "selection": "weighted",
+    "name": "Small Python functions",
     "metadata": {"made_by": "winnow demo"},
 }
 

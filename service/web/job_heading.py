@@ -17,7 +17,7 @@ class Heading:
 
     @property
     def title(self) -> str:
-        return f"Job {self.job.id}"
+        return self.job.name or f"Job {self.job.id}"
 
     def values(self) -> dict[str, Any]:
         """For the template."""

@@ -135,7 +135,7 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str | None]]:
     exact = (summary.get("landmark_count") or 0) + (summary.get("refined_count") or 0)
     if exact:
         found.append(
-            ("Computed exactly", number(exact), f"of them {number(summary['refined_count'])} in the shortlist")
+            ("Computed exactly", number(exact), f"{number(summary['refined_count'])} of them in the shortlist")
         )
     if refinement.get("promise") is not None:
         found.append(("Promise", percent(refinement["promise"]), "of the best selection's influence"))
