@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up test test-all chaos fuzz lint openapi screenshots format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-pipeline bench-export bench-api bench-upload bench-large-pool bench-text-embedding bench-result-page bench-duplicates gpu-check
+.PHONY: help install demo up test test-all chaos fuzz lint docs openapi screenshots format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-pipeline bench-export bench-api bench-upload bench-large-pool bench-text-embedding bench-result-page bench-duplicates gpu-check
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -54,6 +54,9 @@ lint: $(INSTALLED)  ## style, types, directions of imports
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports
+
+docs: $(INSTALLED)  ## the documentation as a site, in build/docs
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
 
 openapi: $(INSTALLED)  ## write docs/openapi.json and winnow/answers anew, after a change of the API that is meant
 	@PYTHONPATH=. $(BIN)/python tests/support/openapi_document.py > docs/openapi.json

@@ -149,7 +149,9 @@ class DatasetCalls(Uploading, Importing):
                 and its tokens; or why the row would take no part. A worker computes it.
             limit: how many rows at most; None: all.
             after: the index of the row before the first.
-            reasoning, template_arguments, max_length: as of a job; they need a model.
+            reasoning: as of a job, like the next two; they need a model.
+            template_arguments: what else the chat template is given.
+            max_length: where rows are cut, in tokens.
             timeout: seconds to wait for a page at most; None: until a worker has rendered it.
             on_wait: called with the reason, when it changes, while a page is waited for.
 
