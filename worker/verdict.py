@@ -1,6 +1,6 @@
 """The verdict on a result: what a person who saw everything would point to, each finding with its figure and what to do.
 
-The bounds are judgements, written beside each; docs/method.md ("The verdict") explains them.
+The bounds are judgements, written beside each; docs/result.md ("The verdict") explains them.
 """
 
 import math

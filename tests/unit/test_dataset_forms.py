@@ -362,7 +362,7 @@ def test_the_document_tells_the_table() -> None:
 
 
 def test_the_examples_of_the_document_are_taken() -> None:
-    examples = [line for line in DOCUMENT.partition("## By example")[2].splitlines() if line.startswith('    {"')]
+    examples = [line for line in DOCUMENT.partition("## By example")[2].splitlines() if line.startswith('{"')]
     rows = [row(json.loads(example)) for example in examples[:9]]
     assert [found.taken.left for found in rows] == [()] * 9
     assert rows[-2].source == "riddles"
