@@ -36,12 +36,13 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscop
 test: $(INSTALLED)  ## all tests but the slow ones; ARGS="tests/unit -k export" only some
 	@$(PYTEST) -n 3 -m "not slow" $(ARGS)
 
-# The demo alone: it computes on every core.
+# The demo alone: it computes on every core. And the faults, whose stack would run on beside all other tests.
 DEMO = tests/integration/operations/test_demo.py
 
 test-all: $(INSTALLED)  ## all tests and the whole of `make chaos`, as CI runs them
 	@$(BIN)/python -m pytest $(DEMO)
-	@CHAOS=all $(PYTEST) -n 2 --ignore $(DEMO) $(ARGS)
+	@CHAOS=all $(PYTEST) -n 2 tests/chaos
+	@$(PYTEST) -n 2 --ignore $(DEMO) --ignore tests/chaos tests $(ARGS)
 
 chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; up to half an hour
 	@CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/chaos $(ARGS)

@@ -85,7 +85,7 @@ def run_job(home: Path, arguments: argparse.Namespace, *, kill: bool) -> dict[st
             "selection_sha256": hashlib.sha256(json.dumps([row["id"] for row in selected]).encode()).hexdigest(),
             "weights_root": provenance["weights_root"],
             "versions": provenance["record"]["versions"],
-            "results": summary,
+            "results": summary.model_dump(mode="json"),
         }
     finally:
         process.stop()

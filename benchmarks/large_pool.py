@@ -104,9 +104,10 @@ def job(client: Winnow, options: argparse.Namespace, state: State, name: str, bu
     client.wait(job_id, on_update=show, poll_seconds=2)
     units = client.provenance(job_id)["record"]["units"]
     prepare = [unit for unit in units if unit["stage"] == "prepare"]
+    summary = client.results(job_id).model_dump(mode="json")
     found = {
-        "stages": client.results(job_id)["stages"],
-        "tokens": client.results(job_id)["pool"],
+        "stages": summary["stages"],
+        "tokens": summary["pool"],
         "prepare_units": len(prepare),
         "prepare_workers": len({unit["worker"] for unit in prepare}),
         "attempts": max(unit["attempt"] for unit in units),

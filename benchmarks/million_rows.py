@@ -102,7 +102,7 @@ def run(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             ended = time.monotonic()
             exported = home / "selection.parquet"
             client.export(job["id"], exported)
-            summary = client.results(job["id"])
+            summary = client.results(job["id"]).model_dump(mode="json")
         return {
             "upload_seconds": round(uploaded - started, 1),
             "job_seconds": round(ended - uploaded, 1),

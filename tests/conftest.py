@@ -32,9 +32,24 @@ class _Reaping:
         self._reaper.reap()
 
 
+class _Naming:
+    """Names a test once it has failed: a run that is stopped never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and (reporter := self._config.pluginmanager.get_plugin("terminalreporter")):
+            reporter.write_line(
+                f"\n{report.nodeid} failed in its {report.when} after {report.duration:.0f} s", red=True
+            )
+            reporter.write_line(report.longreprtext[-1_500:])
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Reaping(config))
+        config.pluginmanager.register(_Naming(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

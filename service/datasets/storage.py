@@ -215,7 +215,12 @@ def read_skipped(store: ArtifactStore, fingerprint: str, dataset_id: str) -> Gen
 
 
 @contextmanager
-def _parquet(store: ArtifactStore, key: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(store: ArtifactStore, key: str) -> Iterator[pq.ParquetFile]:
+    """A file of the store, to be read a row group at a time.
+
+    Raises:
+        FileNotFoundError: it is not in the store.
+    """
     with store.open(key) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
         yield parquet
 
@@ -234,7 +239,7 @@ def group_sizes(store: ArtifactStore, fingerprint: str) -> tuple[list[int], list
     Raises:
         FileNotFoundError: the rows are not in the store; the dataset was deleted.
     """
-    with _parquet(store, rows_key(fingerprint)) as parquet:
+    with open_parquet(store, rows_key(fingerprint)) as parquet:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
         return [group.num_rows for group in groups], [group.total_byte_size for group in groups]
 
@@ -245,7 +250,7 @@ def iter_samples(store: ArtifactStore, fingerprint: str, start: int = 0, stop: i
     Raises:
         FileNotFoundError: the rows are not in the store; the dataset was deleted.
     """
-    with _parquet(store, rows_key(fingerprint)) as parquet:
+    with open_parquet(store, rows_key(fingerprint)) as parquet:
         yield from _samples_between(parquet, start, stop)
 
 
@@ -256,7 +261,7 @@ def samples_of(content: Content) -> Iterator[Sample]:
 
 
 def _samples_between(parquet: pq.ParquetFile, start: int, stop: int | None) -> Iterator[Sample]:
-    starts = _group_starts(parquet)
+    starts = group_starts(parquet)
     stop = int(starts[-1]) if stop is None else stop
     if start >= stop:
         return
@@ -275,7 +280,7 @@ def iter_ids(store: ArtifactStore, fingerprint: str) -> Iterator[tuple[list[str]
     Raises:
         FileNotFoundError: no dataset of this fingerprint is in the store.
     """
-    with _parquet(store, ids_key(fingerprint)) as parquet:
+    with open_parquet(store, ids_key(fingerprint)) as parquet:
         for batch in parquet.iter_batches(_ID_BATCH_ROWS, use_threads=False):
             yield batch.column("id").to_pylist(), batch.column("source").to_pylist()
 
@@ -286,8 +291,8 @@ def read_ids(store: ArtifactStore, fingerprint: str, start: int, stop: int) -> t
     Raises:
         FileNotFoundError: no dataset of this fingerprint is in the store.
     """
-    with _parquet(store, ids_key(fingerprint)) as parquet:
-        starts = _group_starts(parquet)
+    with open_parquet(store, ids_key(fingerprint)) as parquet:
+        starts = group_starts(parquet)
         stop = min(stop, int(starts[-1]))
         if not 0 <= start < stop:
             return [], []
@@ -301,8 +306,8 @@ def iter_id_tables(store: ArtifactStore, fingerprint: str, start: int, rows: int
     Raises:
         FileNotFoundError: no dataset of this fingerprint is in the store.
     """
-    with _parquet(store, ids_key(fingerprint)) as parquet:
-        starts = _group_starts(parquet)
+    with open_parquet(store, ids_key(fingerprint)) as parquet:
+        starts = group_starts(parquet)
         while start < starts[-1]:
             stop = min((start // rows + 1) * rows, int(starts[-1]))
             yield _rows_of(parquet, starts, start, stop)
@@ -326,8 +331,8 @@ def read_samples(store: ArtifactStore, fingerprint: str, indices: Sequence[int])
         IndexError: an index is not in the dataset.
     """
     found: dict[int, Sample] = {}
-    with _parquet(store, rows_key(fingerprint)) as parquet:
-        starts = _group_starts(parquet)
+    with open_parquet(store, rows_key(fingerprint)) as parquet:
+        starts = group_starts(parquet)
         wanted = np.unique(np.asarray(indices, dtype=np.int64))
         if wanted.size and not (wanted[0] >= 0 and wanted[-1] < starts[-1]):
             raise IndexError(f"an index is not in the dataset, which has {starts[-1]} rows")
@@ -339,7 +344,7 @@ def read_samples(store: ArtifactStore, fingerprint: str, indices: Sequence[int])
     return [found[index] for index in indices]
 
 
-def _group_starts(parquet: pq.ParquetFile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def group_starts(parquet: pq.ParquetFile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """The index of each row group's first row, and the row count at the end."""
     sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     return np.cumsum([0, *sizes], dtype=np.int64)

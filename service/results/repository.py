@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from psycopg import Connection as PsycopgConnection
+from sqlalchemy import and_, func, or_, select, text
 from sqlalchemy import delete as delete_from
-from sqlalchemy import func, select, text
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from service.db.pagination import paginate
 from service.results.tables import JobResult, Provenance, SelectedSample, StoredCharts, WeightChunk
@@ -94,6 +94,55 @@ def selected_after(session: Session, job_id: str, after_rank: int, limit: int) -
     """The selected samples that follow `after_rank`, in rank order."""
     selected = select(SelectedSample).where(SelectedSample.job_id == job_id)
     return paginate(session, selected, SelectedSample.rank, after=after_rank, limit=limit, ascending=True)
+
+
+SELECTION_ORDER: dict[str, InstrumentedAttribute[Any]] = {
+    "rank": SelectedSample.rank,
+    "index": SelectedSample.sample_index,
+    "influence": SelectedSample.influence,
+    "weight": SelectedSample.weight,
+}
+
+
+def selected_page(
+    session: Session,
+    job_id: str,
+    *,
+    sort: str,
+    descending: bool,
+    source: str | None,
+    exact: bool | None,
+    after: int | None,
+    limit: int,
+) -> tuple[list[SelectedSample], bool]:
+    """Of the selection those of the source and exact or not (None: any), by `sort`, of equal ones the first selected first.
+
+    Args:
+        sort: of SELECTION_ORDER.
+        after: the rank of the last sample of the page before.
+    """
+    key, of_job = SELECTION_ORDER[sort], SelectedSample.job_id == job_id
+    found = select(SelectedSample).where(of_job)
+    if source is not None:
+        found = found.where(SelectedSample.source == source)
+    if exact is not None:
+        found = found.where(SelectedSample.exact == exact)
+    if after is not None:
+        last = select(key).where(of_job, SelectedSample.rank == after).scalar_subquery()
+        beyond = key < last if descending else key > last
+        found = found.where(or_(beyond, and_(key == last, SelectedSample.rank > after)))
+    ordered = found.order_by(key.desc() if descending else key.asc(), SelectedSample.rank)
+    rows = list(session.scalars(ordered.limit(limit + 1)))
+    return rows[:limit], len(rows) > limit
+
+
+def ranks_of(session: Session, job_id: str, indices: Sequence[int]) -> dict[int, int]:
+    """Sample index -> rank, of the selected ones among these samples."""
+    columns = select(SelectedSample.sample_index, SelectedSample.rank)
+    rows = session.execute(
+        columns.where(SelectedSample.job_id == job_id, SelectedSample.sample_index.in_(indices))
+    ).all()
+    return {row.sample_index: row.rank for row in rows}
 
 
 def ranks(session: Session, job_id: str, start: int, stop: int) -> dict[int, int]:

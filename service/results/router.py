@@ -4,12 +4,10 @@ from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
 
 from service.audit import service as audit
 from service.auth.authentication import ReadDep, live_check
-from service.datasets import storage
 from service.db.engine import SessionDep
 from service.http import etags
 from service.http.downloads import Download
@@ -24,21 +22,16 @@ from service.http.errors import (
     responses,
 )
 from service.http.pagination import AfterNumber
-from service.results import explain, repository
+from service.results import explain, pages, repository
 from service.results.chart_schemas import ResultCharts
 from service.results.export import Rows
-from service.results.formats import ENCODERS, MEDIA_TYPES, Format, comma_separated, jsonl, or_null, shortest
+from service.results.formats import ENCODERS, MEDIA_TYPES, Format, comma_separated
 from service.results.schemas import (
     ProvenanceOut,
     SampleOut,
-    SelectedOut,
-    SelectedPage,
     SelectionResult,
-    WeightOut,
-    WeightsPage,
 )
-from service.results.service import FinishedJob, finished_job
-from service.storage.artifacts import ArtifactStore
+from service.results.service import finished_job, require_content
 from winnow.merkle import JOB_METADATA, ROOT_METADATA
 
 router = APIRouter(
@@ -46,6 +39,7 @@ router = APIRouter(
     tags=["results"],
     responses=responses(Unauthorized, Forbidden, NotFound, Conflict, Unprocessable),
 )
+router.include_router(pages.router)
 
 DEFAULT_LIMIT = 1000
 PageLimit = Annotated[int, Query(ge=1, le=10_000, description="Maximum number of samples per page")]
@@ -94,109 +88,6 @@ def get_charts(job_id: str, request: Request, session: SessionDep, principal: Re
         tag,
         lambda: ResultCharts.model_validate({**row.charts, "job_id": job.id, "created_at": row.created_at}),
     )
-
-
-@router.get(
-    "/{job_id}/weights",
-    summary="List or stream one weight per sample, in pool order",
-    response_model=WeightsPage,
-    responses={
-        200: {
-            "content": {MEDIA_TYPES[Format.JSONL]: {}},
-            "description": "A page, or with `stream` all weights as JSON lines",
-        },
-        **etags.NOT_MODIFIED,
-        **responses(Gone, Unavailable),
-    },
-)
-def get_weights(
-    job_id: str,
-    request: Request,
-    session: SessionDep,
-    principal: ReadDep,
-    after: AfterNumber = None,
-    limit: PageLimit = DEFAULT_LIMIT,
-    stream: Annotated[
-        bool,
-        Query(description="All weights following `after`, one JSON object per line; resumes an interrupted stream"),
-    ] = False,
-) -> Response:
-    job = finished_job(session, principal.tenant_id, job_id)
-    start = 0 if after is None else after + 1
-    if not stream:
-        tag = etags.make("weights", repository.weights_root(session, job.id), job.id, start, limit)
-        return etags.answer(request, tag, lambda: _weights_page(session, request.app.state.store, job, start, limit))
-    if "limit" in request.query_params:
-        raise Unprocessable("limit applies to pages; omit either limit or stream.", param="limit")
-    tag = etags.make("weights", repository.weights_root(session, job.id), job.id, start, "stream")
-    rows = Rows(request.app.state.sessions, request.app.state.store, job)
-    return etags.not_modified(request, tag) or Download(
-        request.app.state.shares,
-        principal.tenant_id,
-        jsonl(rows.weights(start)),
-        check=live_check(request.app.state.sessions, principal),
-        media_type=MEDIA_TYPES[Format.JSONL],
-        headers=etags.headers(tag),
-    )
-
-
-def _weights_page(session: Session, store: ArtifactStore, job: FinishedJob, start: int, limit: int) -> WeightsPage:
-    stop = min(start + limit, job.pool.row_count)
-    if start >= stop:
-        return WeightsPage.of([], has_more=False)
-    found = repository.weights(session, job.id, start, stop)
-    session.commit()  # no transaction is open while the store is read
-    ids, sources = storage.read_ids(store, job.pool.fingerprint, start, stop)
-    columns = (
-        range(start, stop),
-        ids,
-        sources,
-        or_null(found.influence),
-        shortest(found.weight),
-        found.exact.tolist(),
-    )
-    data = [
-        WeightOut(index=index, id=id, source=source, influence=influence, weight=weight, exact=exact)
-        for index, id, source, influence, weight, exact in zip(*columns, strict=True)
-    ]
-    return WeightsPage.of(data, stop < job.pool.row_count, "index")
-
-
-@router.get(
-    "/{job_id}/selected",
-    summary="List the selected samples, in rank order",
-    response_model=SelectedPage,
-    responses=etags.NOT_MODIFIED,
-)
-def get_selected(
-    job_id: str,
-    request: Request,
-    session: SessionDep,
-    principal: ReadDep,
-    after: AfterNumber = None,
-    limit: PageLimit = DEFAULT_LIMIT,
-) -> Response:
-    job = finished_job(session, principal.tenant_id, job_id)
-    last = -1 if after is None else after
-    tag = etags.make("selected", repository.weights_root(session, job.id), job.id, last, limit)
-    return etags.answer(request, tag, lambda: _selected_page(session, job, last, limit))
-
-
-def _selected_page(session: Session, job: FinishedJob, after: int, limit: int) -> SelectedPage:
-    found, has_more = repository.selected_after(session, job.id, after, limit)
-    data = [
-        SelectedOut(
-            rank=row.rank,
-            index=row.sample_index,
-            id=row.sample_id,
-            source=row.source,
-            influence=row.influence,
-            weight=row.weight,
-            exact=row.exact,
-        )
-        for row in found
-    ]
-    return SelectedPage.of(data, has_more, "rank")
 
 
 def _asked(
@@ -294,7 +185,7 @@ def export(
     that the pool has. The influence of a sample that took no part is null, in CSV an empty field."""
     job = finished_job(session, principal.tenant_id, job_id)
     if include is not None:
-        _require_content(job)
+        require_content(job, "include", "export without include")
     if format is not Format.CSV and "escape_formulas" in request.query_params:
         raise Unprocessable("escape_formulas applies to format=csv; omit it.", param="escape_formulas")
     root = repository.weights_root(session, job.id)
@@ -319,15 +210,6 @@ def export(
         media_type=MEDIA_TYPES[format],
         headers={"Content-Disposition": f'attachment; filename="{job.id}.{format}"', **etags.headers(tag)},
     )
-
-
-def _require_content(job: FinishedJob) -> None:
-    if job.pool.deleted_at is not None:
-        raise Gone(
-            f"The pool {job.pool.id} has been deleted, including its text; export without include.",
-            param="include",
-            code="pool_deleted",
-        )
 
 
 @router.get(

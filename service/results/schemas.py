@@ -63,6 +63,13 @@ class WeightOut(_Strict):
     )
     weight: float = Field(description="0 if it was not selected", examples=[1.0])
     exact: bool = Field(description="true: the influence was computed; false: propagated from landmarks")
+    text: str | None = Field(
+        default=None,
+        exclude_if=lambda text: text is None,
+        description="How what it says begins, each message under its role; not there unless `include=text` asks for it, or"
+        " once the pool's rows have been removed",
+        examples=["user: What is 7 times 6?\nassistant: 42"],
+    )
 
 
 class SelectedOut(WeightOut):
@@ -73,11 +80,11 @@ class SelectedOut(WeightOut):
 
 
 class WeightsPage(NumberedPage[WeightOut]):
-    """Weights in pool order; `last_id` is the index of the last."""
+    """Weights in the order asked for; `last_id` is the index of the last that was looked at."""
 
 
 class SelectedPage(NumberedPage[SelectedOut]):
-    """Selected samples in rank order; `last_id` is the rank of the last."""
+    """Selected samples in the order asked for; `last_id` is the rank of the last that was looked at."""
 
 
 Excerpt = Annotated[

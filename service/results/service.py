@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from service import ledger
 from service.datasets.tables import Dataset
-from service.http.errors import Conflict
+from service.http.errors import Conflict, Gone
 from service.ledger.state import TERMINAL, JobStatus
 from service.results import repository
 from service.results.chart_schemas import Charts
@@ -55,6 +55,16 @@ class FinishedJob:
     name: str | None
     labels: dict[str, str]
     pool: Dataset
+
+
+def require_content(job: FinishedJob, param: str, instead: str) -> None:
+    """Raises:
+    Gone: the pool has been deleted with its text, which `param` asks for; `instead` says what can be asked for.
+    """
+    if job.pool.deleted_at is not None:
+        raise Gone(
+            f"The pool {job.pool.id} has been deleted, including its text; {instead}.", param=param, code="pool_deleted"
+        )
 
 
 def finished_job(session: Session, tenant_id: str, job_id: str, *, or_deleted: bool = False) -> FinishedJob:

@@ -44,7 +44,9 @@ def write_pool(store: ArtifactStore, folder: Path, samples: list[tuple[str, str 
     folder.mkdir()
     with storage.ContentWriter(folder) as writer:
         for id, source, content in samples:
-            writer.append(CanonicalRow(id, source, json.dumps(content, sort_keys=True, separators=(",", ":"))))
+            writer.append(
+                CanonicalRow(id, source, json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
+            )
     content = writer.content()
     storage.publish(store, content)
     return content

@@ -316,7 +316,7 @@ def test_what_is_published_is_read_back_in_order_and_at_random(read, store: Arti
 def test_row_groups_are_cut_by_size_as_well(read, store: ArtifactStore) -> None:
     content = read(jsonl(*({"text": f"{i}" + "x" * 900_000} for i in range(50))))
     storage.publish(store, content)
-    with storage._parquet(store, storage.rows_key(content.fingerprint)) as file:
+    with storage.open_parquet(store, storage.rows_key(content.fingerprint)) as file:
         assert file.num_row_groups == 2
     sample = storage.read_samples(store, content.fingerprint, [49])[0]
     assert sample.text is not None
