@@ -56,7 +56,8 @@ lint: $(INSTALLED)  ## style, types, directions of imports
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports
 
-docs: $(INSTALLED)  ## the documentation as a site, in build/docs
+docs: $(INSTALLED)  ## the documentation as a site, in build/docs; skills/ and llms.txt, which are made of it
+	@$(BIN)/python ops/docs/agents.py
 	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
 
 openapi: $(INSTALLED)  ## write docs/openapi.json and winnow/answers anew, after a change of the API that is meant

@@ -10,24 +10,15 @@ import posixpath
 import re
 from pathlib import Path
 
+import agents
 import openapi_pages
 import settings_page
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pages import HERE, PUBLISHED, RESULTS, ROOT, decisions, site_path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 DECISIONS = "# Decisions\n\nWhat someone may question in a year, and why it is as it is.\n\n"
-RESULTS = "benchmarks/results/"
-PUBLISHED = {
-    "README.md": "index.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
-    "docs/decisions": "decisions/index.md",
-    "service/settings.py": "reference/settings.md",
-}
-"""Files and folders of the repository outside docs/ (or without a page of their own there), and the page of each."""
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)")
 _log = logging.getLogger("mkdocs.hooks.docs")
 
@@ -58,6 +49,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted((ROOT / RESULTS).iterdir()):
         target = site_path(RESULTS + path.name)
         files.append(File.generated(config, target, abs_src_path=str(path)))
+
+    def address(path: str) -> str:
+        page = files.get_file_from_path(site_path(path) or "")
+        assert page is not None, f"{path} is not on the site"
+        return page.url
+
+    files.append(File.generated(config, "llms.txt", content=agents.llms_txt(address)))
     return files
 
 
@@ -76,23 +74,3 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
 
     return _LINK.sub(on_site, markdown)
-
-
-def site_path(path: str) -> str | None:
-    """Where a file of the repository is on the site, or None."""
-    if path in PUBLISHED:
-        return PUBLISHED[path]
-    for folder, target in (("docs/", ""), (RESULTS, "results/")):
-        if path.startswith(folder):
-            name = target + path.removeprefix(folder)
-            return name.removesuffix("README.md") + "index.md" if name.endswith("README.md") else name
-    return None
-
-
-def decisions() -> list[tuple[str, str]]:
-    """The file of each decision, and its number and title."""
-    found = []
-    for path in sorted((ROOT / "docs/decisions").glob("*.md")):
-        title = re.sub(r"^#\s*\d+[.:]?\s*", "", path.read_text().partition("\n")[0])
-        found.append((path.name, f"{int(path.name[:4])}. {title}"))
-    return found
