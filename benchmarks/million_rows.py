@@ -100,8 +100,8 @@ def run(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             )
             client.wait(job["id"], poll_seconds=2)
             ended = time.monotonic()
-            exported = home / "selection.parquet"
-            client.export(job["id"], exported)
+            exported = home / "weights.parquet"
+            client.export(job["id"], exported, selected_only=False, include=None)
             summary = client.results(job["id"]).model_dump(mode="json")
         return {
             "upload_seconds": round(uploaded - started, 1),

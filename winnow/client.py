@@ -7,7 +7,7 @@
         job.wait()  # or: for event in job.follow(): ...
         results = job.results()
         frame = results.to_pandas()
-        results.export("selection.parquet", selected_only=True, include="messages")
+        results.export("selection.parquet")
 
     async with AsyncWinnow("http://localhost:8000", api_key) as winnow:
         job = await winnow.job("job_...")

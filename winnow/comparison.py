@@ -79,7 +79,7 @@ def _differs(one: Json, other: Json) -> dict[str, list[Any]]:
 def _results(client: Winnow, job_id: str) -> dict[str, Array]:
     """influence (NaN: none) and weight float64, rank int64 (-1: not selected), each [n_samples]."""
     with tempfile.TemporaryDirectory() as folder:
-        path = client.export(job_id, Path(folder) / "export.parquet")
+        path = client.export(job_id, Path(folder) / "export.parquet", selected_only=False, include=None)
         table = pq.read_table(path, columns=_COLUMNS)
     rank = table["rank"].fill_null(-1).to_numpy()
     values = {name: table[name].to_numpy().astype(np.float64) for name in ("influence", "weight")}  # null becomes NaN

@@ -172,7 +172,7 @@ class _ResultsCalls:
 
     @call
     async def export(self, path: str | Path, /, **options: Any) -> Path:
-        """Downloads all samples, or the selection, to a file, as `export` of the client."""
+        """Downloads the selection with its content to a file, as `export` of the client."""
         written: Path = await _calls(self).export(self._client, self.job_id, path, **options)
         return written
 

@@ -71,19 +71,21 @@ class ResultCalls(Connection, Generic[R]):
         job_id: str,
         path: str | os.PathLike[str],
         format: Literal["jsonl", "csv", "parquet"] | None = None,
-        selected_only: bool = False,
-        include: Literal["messages"] | None = None,
+        selected_only: bool = True,
+        include: Literal["messages"] | None = "messages",
         escape_formulas: bool = True,
     ) -> Path:
-        """Downloads all samples, or the selection; the file appears only once it is complete.
+        """Downloads the selection with its content, ready to train on; the file appears only once it is complete.
 
         Args:
             format: None: by the suffix of the path.
-            include: "messages" adds the samples' content; uploaded again, the file gives the same samples.
+            selected_only: False: every sample of the pool, in its order.
+            include: None: without the content. With it, the file uploaded again gives the same samples.
             escape_formulas: in CSV, an apostrophe goes before an id, source or text that a spreadsheet would take for a formula.
 
         Raises:
             ValueError: neither `format` nor the suffix of the path names one.
+            WinnowError: `pool_deleted`, the content went with the pool; what is left is exported with `include=None`.
         """
         path = Path(path)
         chosen = format or _SUFFIXES.get(path.suffix)

@@ -34,6 +34,8 @@ from service.results.schemas import (
 from service.results.service import finished_job, require_content
 from winnow.merkle import JOB_METADATA, ROOT_METADATA
 
+_WEIGHTS_ARE_LEFT = "what is left, the weights, is exported without include (include=None in Python, --no-messages in the CLI)"
+
 router = APIRouter(
     prefix="/selection-jobs",
     tags=["results"],
@@ -185,7 +187,7 @@ def export(
     that the pool has. The influence of a sample that took no part is null, in CSV an empty field."""
     job = finished_job(session, principal.tenant_id, job_id)
     if include is not None:
-        require_content(job, "include", "export without include")
+        require_content(job, "include", _WEIGHTS_ARE_LEFT)
     if format is not Format.CSV and "escape_formulas" in request.query_params:
         raise Unprocessable("escape_formulas applies to format=csv; omit it.", param="escape_formulas")
     root = repository.weights_root(session, job.id)

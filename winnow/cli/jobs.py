@@ -301,13 +301,18 @@ def explain(
 def export(
     job_id: str,
     path: Annotated[Path, typer.Argument(help="Ends in .jsonl, .csv or .parquet")],
-    selected_only: Annotated[bool, typer.Option(help="Only the selection, in rank order")] = False,
-    messages: Annotated[bool, typer.Option(help="Include the samples' content, ready for training")] = False,
+    selected_only: Annotated[
+        bool,
+        typer.Option(
+            "--selected-only/--all", help="Only the selection, in rank order; or the whole pool, in its order"
+        ),
+    ] = True,
+    messages: Annotated[bool, typer.Option(help="Include the samples' content")] = True,
     escape_formulas: Annotated[
         bool, typer.Option(help="In CSV, put an apostrophe before texts that a spreadsheet would calculate")
     ] = True,
 ) -> None:
-    """Download the weights of all samples, or of the selection."""
+    """Download the selection with its content, ready to train on."""
     with connected() as client:
         client.export(
             job_id,

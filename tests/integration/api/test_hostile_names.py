@@ -97,7 +97,9 @@ def test_an_escaped_export_is_verified_as_any_other(
     world: World, job: str, tmp_path: Path, escape_formulas: bool
 ) -> None:
     with serving(world.app) as url, Winnow(url, world.key) as winnow:
-        path = winnow.export(job, tmp_path / "all.csv", escape_formulas=escape_formulas)
+        path = winnow.export(
+            job, tmp_path / "all.csv", selected_only=False, include=None, escape_formulas=escape_formulas
+        )
         record = Record.of_provenance(winnow.provenance(job))
     assert verify(path, record).samples == 4
     with path.open("a") as file:

@@ -188,7 +188,8 @@ def test_with_another_model_under_its_name_a_job_is_not_reproduced(home: Path, j
 
 
 def test_a_download_is_verified(home: Path, job: str, tmp_path: Path) -> None:
-    for words in (["all.parquet"], ["selection.parquet", "--selected-only", "--messages"], ["all.csv"], ["all.jsonl"]):
+    whole = ["--all", "--no-messages"]
+    for words in (["all.parquet", *whole], ["selection.parquet"], ["all.csv", *whole], ["all.jsonl", *whole]):
         path = str(tmp_path / words[0])
         assert typed("export", job, path, *words[1:], home=home).exit_code == 0
         of_job = [] if path.endswith(".parquet") else ["--job", job]
@@ -216,7 +217,7 @@ def test_events_are_listed(home: Path, job: str) -> None:
 
 def test_export_writes_what_the_name_says(home: Path, job: str, tmp_path: Path) -> None:
     path = tmp_path / "[out].parquet"
-    done = typed("export", job, str(path), "--selected-only", "--messages", home=home)
+    done = typed("export", job, str(path), home=home)
     assert (done.exit_code, done.stdout) == (0, f"Wrote {path}\n")
     rows = pq.read_table(path).to_pylist()
     assert len(rows) == 6

@@ -236,12 +236,15 @@ def test_an_interrupted_stream_is_reported(connect: Connect) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "params"),
     [
-        *((f"out.{kind}", {}, {"format": kind, "selected_only": "false"}) for kind in ("jsonl", "csv", "parquet")),
-        ("out.csv", {"selected_only": True}, {"format": "csv", "selected_only": "true"}),
+        *(
+            (f"out.{kind}", {}, {"format": kind, "selected_only": "true", "include": "messages"})
+            for kind in ("jsonl", "csv", "parquet")
+        ),
+        ("out.csv", {"selected_only": False, "include": None}, {"format": "csv", "selected_only": "false"}),
         (
             "out",
-            {"format": "jsonl", "include": "messages"},
-            {"format": "jsonl", "selected_only": "false", "include": "messages"},
+            {"format": "jsonl", "escape_formulas": False},
+            {"format": "jsonl", "selected_only": "true", "include": "messages", "escape_formulas": "false"},
         ),
     ],
 )

@@ -303,7 +303,7 @@ def test_the_client_reads_all_of_it_from_a_real_server(world: Published, url: st
         assert winnow.results(world.job_id)["selected_count"] == K
         assert [row["index"] for row in winnow.selected(world.job_id)] == world.selected.tolist()
         assert all(same(row, world.row(i)) for i, row in enumerate(winnow.weights(world.job_id)))
-        path = winnow.export(world.job_id, tmp_path / "all.parquet")
+        path = winnow.export(world.job_id, tmp_path / "all.parquet", selected_only=False, include=None)
         np.testing.assert_array_equal(pq.read_table(path)["weight"].to_numpy(), world.weight)
         results = winnow.results(world.job_id)
         frame = results.to_pandas(include=None)
