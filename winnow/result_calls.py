@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from winnow.answers import Provenance, ResultCharts, Sample, Selected, SelectionResult, Weight
+from winnow.companions import ExportPreset, companion
 from winnow.transport import Connection
 from winnow.twins import call
 
@@ -74,6 +75,8 @@ class ResultCalls(Connection, Generic[R]):
         selected_only: bool = True,
         include: Literal["messages"] | None = "messages",
         escape_formulas: bool = True,
+        preset: ExportPreset | None = None,
+        repeat: bool = False,
     ) -> Path:
         """Downloads the selection with its content, ready to train on; the file appears only once it is complete.
 
@@ -82,20 +85,38 @@ class ResultCalls(Connection, Generic[R]):
             selected_only: False: every sample of the pool, in its order.
             include: None: without the content. With it, the file uploaded again gives the same samples.
             escape_formulas: in CSV, an apostrophe goes before an id, source or text that a spreadsheet would take for a formula.
+            preset: the selection with its content in the pool's order, as the JSON lines that a training tool reads.
+                A file that tells the tool how is written beside it, where it needs one (`winnow.companions`).
+            repeat: with a preset, each line as often as the sample's weight, rounded so that the total stays.
 
         Raises:
-            ValueError: neither `format` nor the suffix of the path names one.
+            ValueError: neither `format` nor the suffix of the path names one, or not that of the preset.
             WinnowError: `pool_deleted`, the content went with the pool; what is left is exported with `include=None`.
+                `preset_unsuitable`, the tool's format cannot hold a sample.
         """
         path = Path(path)
         chosen = format or _SUFFIXES.get(path.suffix)
         if chosen is None:
             raise ValueError(f"path: {path.name} ends in none of {', '.join(_SUFFIXES)}; pass the format")
-        params = {"format": chosen, "selected_only": str(selected_only).lower()}
-        if include is not None:
-            params["include"] = include
-        if not escape_formulas:
-            params["escape_formulas"] = "false"
+        if preset is None:
+            params = {"format": chosen, "selected_only": str(selected_only).lower()}
+            if include is not None:
+                params["include"] = include
+            if not escape_formulas:
+                params["escape_formulas"] = "false"
+        elif not selected_only or include is None or not escape_formulas:
+            raise ValueError(
+                "a preset is the selection with its content; omit selected_only, include and escape_formulas"
+            )
+        elif chosen != "jsonl":
+            raise ValueError(
+                f"path: {path.name} is to be {chosen}, and a preset is written as JSON lines; end it in .jsonl"
+            )
+        else:
+            params = {"preset": preset}
+        if repeat:
+            params["repeat"] = "true"
+        told = None if preset is None else companion(preset, path)
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
             async with self._stream(f"/selection-jobs/{job_id}/export", params) as response:
@@ -103,6 +124,8 @@ class ResultCalls(Connection, Generic[R]):
                     async for chunk in self._chunks(response):
                         file.write(chunk)
             part.replace(path)
+            if told is not None:
+                told.path.write_text(told.content)
         finally:
             part.unlink(missing_ok=True)
         return path

@@ -53,6 +53,12 @@ class Rows:
         """Every sample from `start` on, in pool order, a chunk at a time."""
         return map(batch_of, self._weights(start))
 
+    def batches(self, format: Format, selected_only: bool, include: str | None) -> Iterator[pa.RecordBatch]:
+        """Those of an export."""
+        if include is None:
+            return self.selected() if selected_only else self.all()
+        return self.selected_with_content(format) if selected_only else self.all_with_content(format)
+
     def all(self) -> Iterator[pa.RecordBatch]:
         """Every sample in pool order, with its rank where it was selected."""
         for columns in self._weights():
@@ -72,10 +78,24 @@ class Rows:
     def selected_with_content(self, format: Format) -> Iterator[pa.RecordBatch]:
         """Like `selected`, with the samples' content; as many a batch as hold SELECTED_BATCH_BYTES at the pool's mean size."""
         layout = content.layout(self._store, self._pool.fingerprint)
-        rows = SELECTED_BATCH_BYTES * self._pool.row_count // self._pool.byte_count
-        for columns in self._selected(min(max(rows, 1), CHUNK_SIZE)):
+        for columns in self._selected(self._rows_a_batch()):
             samples = storage.read_samples(self._store, self._pool.fingerprint, columns["index"])
             yield batch_of(columns | layout.content(samples, format))
+
+    def selected_in_pool_order(self) -> Iterator[tuple[storage.Sample, float]]:
+        """The selected samples and their weights; each row group of the pool is read once, or a few times if rows are large."""
+        for start in range(0, self._pool.row_count, CHUNK_SIZE):
+            with self._sessions() as session:
+                found = repository.selected_between(session, self._job.id, start, start + CHUNK_SIZE)
+            indices = list(found)
+            for first in range(0, len(indices), self._rows_a_batch()):
+                batch = indices[first : first + self._rows_a_batch()]
+                for sample in storage.read_samples(self._store, self._pool.fingerprint, batch):
+                    yield sample, found[sample.index]
+
+    def _rows_a_batch(self) -> int:
+        """As many of a selection as hold SELECTED_BATCH_BYTES at the pool's mean size."""
+        return min(max(SELECTED_BATCH_BYTES * self._pool.row_count // self._pool.byte_count, 1), CHUNK_SIZE)
 
     def _weights(self, start: int = 0) -> Iterator[Columns]:
         for rows in storage.iter_id_tables(self._store, self._pool.fingerprint, start, CHUNK_SIZE):

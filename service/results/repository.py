@@ -155,6 +155,18 @@ def ranks(session: Session, job_id: str, start: int, stop: int) -> dict[int, int
     return {row.sample_index: row.rank for row in rows}
 
 
+def selected_between(session: Session, job_id: str, start: int, stop: int) -> dict[int, float]:
+    """Sample index -> weight, of the selected ones among samples [start, stop), in pool order."""
+    rows = session.execute(
+        select(SelectedSample.sample_index, SelectedSample.weight)
+        .where(
+            SelectedSample.job_id == job_id, SelectedSample.sample_index >= start, SelectedSample.sample_index < stop
+        )
+        .order_by(SelectedSample.sample_index)
+    ).all()
+    return {row.sample_index: row.weight for row in rows}
+
+
 def selection(session: Session, job_id: str) -> Iterator[tuple[int, int, float, float, bool]]:
     """Rank, index, influence, weight and exact of each selected sample, in rank order."""
     columns = (

@@ -26,6 +26,8 @@ from service.results import explain, pages, repository
 from service.results.chart_schemas import ResultCharts
 from service.results.export import Rows
 from service.results.formats import ENCODERS, MEDIA_TYPES, Format, comma_separated
+from service.results.presets import Preset
+from service.results.presets.stream import stream
 from service.results.schemas import (
     ProvenanceOut,
     SampleOut,
@@ -34,7 +36,7 @@ from service.results.schemas import (
 from service.results.service import finished_job, require_content
 from winnow.merkle import JOB_METADATA, ROOT_METADATA
 
-_WEIGHTS_ARE_LEFT = "what is left, the weights, is exported without include (include=None in Python, --no-messages in the CLI)"
+_WEIGHTS_ARE_LEFT = "omit preset and include (in Python include=None, in the CLI --no-messages) to export the weights"
 
 router = APIRouter(
     prefix="/selection-jobs",
@@ -182,36 +184,66 @@ def export(
             " that is one that starts with = + - @, a tab or a line break and is no number. false: as they were uploaded."
         ),
     ] = True,
+    preset: Annotated[
+        Preset | None,
+        Query(
+            description="The selection in the pool's order, as the JSON lines that a training tool reads; then omit the other"
+            " parameters. A sample that the tool's format cannot hold is answered with 422 `preset_unsuitable`."
+        ),
+    ] = None,
+    repeat: Annotated[
+        bool,
+        Query(description="With preset: each line as often as the sample's weight, rounded so that the total stays"),
+    ] = False,
 ) -> Response:
     """Columns: index, id, source, influence, weight, exact, selected, rank, and with `include` those of messages, tools and text
     that the pool has. The influence of a sample that took no part is null, in CSV an empty field."""
     job = finished_job(session, principal.tenant_id, job_id)
+    if preset is not None:
+        format = _format_of_preset(request, format)
+        require_content(job, "preset", _WEIGHTS_ARE_LEFT)
+    elif repeat:
+        raise Unprocessable("repeat applies to presets; omit it, or pass preset, such as preset=rows.", param="repeat")
     if include is not None:
         require_content(job, "include", _WEIGHTS_ARE_LEFT)
     if format is not Format.CSV and "escape_formulas" in request.query_params:
         raise Unprocessable("escape_formulas applies to format=csv; omit it.", param="escape_formulas")
     root = repository.weights_root(session, job.id)
-    tag = etags.make("export", root, job.id, format.value, selected_only, include, escape_formulas)
+    tag = etags.make("export", root, job.id, format.value, selected_only, include, escape_formulas, preset, repeat)
     if (unchanged := etags.not_modified(request, tag)) is not None:
         return unchanged
-    audit.record(
-        session, principal, "results.exported", job.id, format=format, selected_only=selected_only, include=include
-    )
+    options = {"selected_only": selected_only, "include": include} if preset is None else {"preset": preset}
+    audit.record(session, principal, "results.exported", job.id, format=format, **options)
     rows = Rows(request.app.state.sessions, request.app.state.store, job)
-    encode = ENCODERS[format] if escape_formulas else partial(comma_separated, escape_formulas=False)
-    origin = {JOB_METADATA: job.id, ROOT_METADATA: root}  # which a Parquet file keeps
-    if include is None:
-        batches = rows.selected() if selected_only else rows.all()
+    if preset is not None:
+        encoded = stream(rows.selected_in_pool_order, preset, repeated=repeat)
     else:
-        batches = rows.selected_with_content(format) if selected_only else rows.all_with_content(format)
+        encode = ENCODERS[format] if escape_formulas else partial(comma_separated, escape_formulas=False)
+        origin = {JOB_METADATA: job.id, ROOT_METADATA: root}  # which a Parquet file keeps
+        batches = rows.batches(format, selected_only, include)
+        encoded = encode(batch.replace_schema_metadata(origin) for batch in batches)
     return Download(
         request.app.state.shares,
         principal.tenant_id,
-        encode(batch.replace_schema_metadata(origin) for batch in batches),
+        encoded,
         check=live_check(request.app.state.sessions, principal),
         media_type=MEDIA_TYPES[format],
         headers={"Content-Disposition": f'attachment; filename="{job.id}.{format}"', **etags.headers(tag)},
     )
+
+
+def _format_of_preset(request: Request, format: Format) -> Format:
+    """JSON lines.
+
+    Raises:
+        Unprocessable: something else is asked for, or how to write another format.
+    """
+    for name in ("selected_only", "include", "escape_formulas"):
+        if name in request.query_params:
+            raise Unprocessable(f"A preset is the selection with its content, as JSON lines; omit {name}.", param=name)
+    if "format" in request.query_params and format is not Format.JSONL:
+        raise Unprocessable("A preset is written as JSON lines; omit format.", param="format")
+    return Format.JSONL
 
 
 @router.get(

@@ -22,6 +22,9 @@ class Weight(Answer):
     """0 if it was not selected"""
     exact: bool
     """true: the influence was computed; false: propagated from landmarks"""
+    text: str | None
+    """How what it says begins, each message under its role; not there unless `include=text` asks for it, or once the
+    pool's rows have been removed"""
 
 
 class Selected(Answer):
@@ -38,6 +41,9 @@ class Selected(Answer):
     """0 if it was not selected"""
     exact: bool
     """true: the influence was computed; false: propagated from landmarks"""
+    text: str | None
+    """How what it says begins, each message under its role; not there unless `include=text` asks for it, or once the
+    pool's rows have been removed"""
     rank: int
     """0 is the first selected"""
 
@@ -139,6 +145,7 @@ class Sample(Answer):
     """0 if it was not selected"""
     exact: bool
     """true: the influence was computed; false: propagated from landmarks"""
+    text: str | None
     object: Literal["sample"] | str
     job_id: str
     selected: bool
@@ -148,7 +155,6 @@ class Sample(Answer):
     """null if it was not selected, not by round robin, or by a version that did not keep it"""
     messages: list[Message] | None
     tools: list[dict[str, Any]] | None
-    text: str | None
     content_missing: str | None
     """Why messages and text are missing"""
     explanation: Explanation | None

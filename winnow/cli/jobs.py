@@ -22,6 +22,7 @@ from winnow.cli.datasets import (
 from winnow.cli.groups import add_group
 from winnow.cli.records import TableColumns, print_records
 from winnow.client import Winnow
+from winnow.companions import ExportPreset, companion
 from winnow.handles import Job
 from winnow.options import DuplicatesOption, OverlapOption, Reading, assigned, chosen, read_budget
 from winnow.sources import SPELLINGS, Dataset, File, HubSplit, Preset, Source, read_source
@@ -311,6 +312,13 @@ def export(
     escape_formulas: Annotated[
         bool, typer.Option(help="In CSV, put an apostrophe before texts that a spreadsheet would calculate")
     ] = True,
+    preset: Annotated[
+        ExportPreset | None,
+        typer.Option(help="The JSON lines that a training tool reads, with the file that tells it how"),
+    ] = None,
+    repeat: Annotated[
+        bool, typer.Option("--repeat", help="With --preset, each line as often as the sample's rounded weight")
+    ] = False,
 ) -> None:
     """Download the selection with its content, ready to train on."""
     with connected() as client:
@@ -320,8 +328,15 @@ def export(
             selected_only=selected_only,
             include="messages" if messages else None,
             escape_formulas=escape_formulas,
+            preset=preset,
+            repeat=repeat,
         )
-    show({"path": str(path)}, f"Wrote {path}")
+    beside = None if preset is None else companion(preset, path)
+    if beside is None:
+        show({"path": str(path)}, f"Wrote {path}")
+    else:
+        files = {"path": str(path), "companion": str(beside.path)}
+        show(files, f"Wrote {path}", f"Wrote {beside.path}: {beside.purpose}")
 
 
 def cancel(job_id: str) -> None:
