@@ -12,6 +12,7 @@ from winnow.transport import Connection
 from winnow.twins import call
 
 R = TypeVar("R", bound=SelectionResult)
+Order = Literal["asc", "desc"]
 
 _SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
@@ -36,9 +37,46 @@ class ResultCalls(Connection, Generic[R]):
         return await self._one(ResultCharts, "GET", f"/selection-jobs/{job_id}/results/charts")
 
     @call
-    def selected(self, job_id: str) -> AsyncGenerator[Selected]:
-        """The selected samples in rank order."""
-        return self._pages(Selected, f"/selection-jobs/{job_id}/selected")
+    def selected(
+        self,
+        job_id: str,
+        *,
+        sort: Literal["rank", "index", "influence", "weight"] | None = None,
+        order: Order | None = None,
+        source: str | None = None,
+        exact: bool | None = None,
+        text: str | None = None,
+        include: Literal["text"] | None = None,
+    ) -> AsyncGenerator[Selected]:
+        """The selected samples. The arguments are those of `samples`; `sort` is by default `rank`, the order in which
+        they were selected."""
+        filters = {"source": source, "exact": exact, "text": text, "include": include}
+        return self._pages(Selected, f"/selection-jobs/{job_id}/selected", sort=sort, order=order, **filters)
+
+    @call
+    def samples(
+        self,
+        job_id: str,
+        *,
+        sort: Literal["index", "influence", "weight"] | None = None,
+        order: Order | None = None,
+        source: str | None = None,
+        exact: bool | None = None,
+        selected: bool | None = None,
+        text: str | None = None,
+        include: Literal["text"] | None = None,
+    ) -> AsyncGenerator[Weight]:
+        """Samples of the pool, in pages: to look at some. `weights` streams all of them.
+
+        Args:
+            sort: by default `index`, the order of the pool.
+            order: None: `desc` for influence and weight, `asc` for the others.
+            source, exact, selected: only samples of this kind; None: any.
+            text: only samples that say this, in letters of either case.
+            include: "text" adds how each begins, the first 2,000 characters.
+        """
+        filters = {"source": source, "exact": exact, "selected": selected, "text": text, "include": include}
+        return self._pages(Weight, f"/selection-jobs/{job_id}/weights", sort=sort, order=order, **filters)
 
     @call
     async def weights(self, job_id: str) -> AsyncGenerator[Weight]:

@@ -30,9 +30,13 @@ Text = Annotated[Name, Query(max_length=250)]
 class Filters:
     """As they are written; what is no filter finds nothing, or is none."""
 
-    status: str
-    name: str
-    label: str
+    status: str = ""
+    name: Text = ""
+    label: Text = ""
+
+    def __post_init__(self) -> None:
+        for field in ("name", "label"):
+            object.__setattr__(self, field, getattr(self, field).strip())
 
     @property
     def wanted(self) -> JobStatus | None:
@@ -43,35 +47,22 @@ class Filters:
         return bool(self.wanted or self.name or self.label)
 
 
+FiltersDep = Annotated[Filters, Depends()]
+
+
 @router.get("/jobs")
 def jobs_page(
-    request: Request,
-    session: SessionDep,
-    principal: ReadDep,
-    status: str = "",
-    name: Text = "",
-    label: Text = "",
-    after: AfterJob = None,
+    request: Request, session: SessionDep, principal: ReadDep, filters: FiltersDep, after: AfterJob = None
 ) -> Response:
-    return render(
-        request, "jobs.html", **_listed(session, principal, Filters(status, name.strip(), label.strip()), after)
-    )
+    return render(request, "jobs.html", **_listed(session, principal, filters, after))
 
 
 @router.get("/jobs/rows")
 def job_rows(
-    request: Request,
-    session: SessionDep,
-    principal: ReadDep,
-    status: str = "",
-    name: Text = "",
-    label: Text = "",
-    after: AfterJob = None,
+    request: Request, session: SessionDep, principal: ReadDep, filters: FiltersDep, after: AfterJob = None
 ) -> Response:
     """The table, for the page that is open."""
-    return render_part(
-        request, "job_rows.html", **_listed(session, principal, Filters(status, name.strip(), label.strip()), after)
-    )
+    return render_part(request, "job_rows.html", **_listed(session, principal, filters, after))
 
 
 def _listed(session: Session, principal: Principal, filters: Filters, after: str | None) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`/jobs/{id}/samples`: the samples of a result, one of them read, explained, and as the model reads it."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,39 +9,62 @@ from sqlalchemy.orm import Session
 from service.auth.authentication import ReadDep
 from service.auth.principal import Principal
 from service.datasets import service as datasets
-from service.datasets import storage
 from service.db.engine import SessionDep
 from service.http.errors import ApiError, NotFound
 from service.http.pagination import AfterNumber
 from service.plan.parameters import Parameters
 from service.previews import service as previews
-from service.results import explain, repository
-from service.results.formats import or_null
+from service.results import browsing, explain, repository
+from service.results.browsing import Sort, Wanted
 from service.results.schemas import SampleOut
-from service.results.service import FinishedJob
-from service.storage.artifacts import ArtifactStore
-from service.storage.checksums import ArtifactDamaged
 from service.tasks import TaskState
 from service.web.admission import logged_in
 from service.web.conversation import pieces, turns
 from service.web.job_heading import Heading, finished
-from service.web.rendering import HEADERS, render
+from service.web.rendering import HEADERS, address, render
 from winnow import marked_text
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(logged_in)])
 
 _SHOWN = 12_000
 """Characters of a sample's text on a page; all of it is an address of its own."""
-_LISTED, _BEGINNING = 20, 300
+_LISTED, _BEGINNING, _SOURCES = 20, 300, 100
 _LANDMARKS, _TARGETS = 5, 10
 _READ = ("reasoning", "template_arguments", "max_length")
 Index = Annotated[int, Query(ge=0)]
-Show = Literal["selected", "all"]
 
 
 def _explained(request: Request, session: Session, heading: Heading, index: int) -> SampleOut:
     query = explain.SampleQuery(index=index, landmarks=_LANDMARKS, target=None, first_target=0, targets_limit=_TARGETS)
     return explain.sample(session, request.app.state.store, heading.finished, query)
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """As a form sends them: what is empty is any."""
+
+    show: Literal["selected", "all"] = "selected"
+    text: Annotated[str, Query(max_length=200)] = ""
+    source: Annotated[str, Query(max_length=1024)] = ""
+    exact: Literal["", "true", "false"] = ""
+    sort: Literal["", "influence", "influence.asc", "weight", "weight.asc"] = ""
+
+    def wanted(self, after: int | None) -> Wanted:
+        sort, _, order = self.sort.partition(".")
+        return Wanted(
+            sort=Sort(sort or ("rank" if self.show == "selected" else "index")),
+            descending=bool(sort) and not order,
+            source=self.source or None,
+            exact=self.exact == "true" if self.exact else None,
+            says=self.text or None,
+            after=after,
+            limit=_LISTED,
+            text=_BEGINNING,
+        )
+
+    @property
+    def are_set(self) -> bool:
+        return bool(self.text or self.source or self.exact or self.sort)
 
 
 @router.get("/jobs/{job_id}/samples")
@@ -51,74 +73,34 @@ def samples_page(
     job_id: str,
     session: SessionDep,
     principal: ReadDep,
-    show: Show = "selected",
+    filters: Annotated[Filters, Depends()],
     after: AfterNumber = None,
     index: Index | None = None,
 ) -> Response:
-    """A page of samples, in the selection's order or the pool's; and the one of `index`, to be read."""
+    """A page of samples, in the selection's order, the pool's or another; and the one of `index`, to be read."""
     heading = finished(session, principal.tenant_id, job_id)
-    store = request.app.state.store
-    listed, has_more = (_selected if show == "selected" else _all)(session, store, heading.finished, after)
+    sources = repository.result(session, job_id).summary.get("sources") or {}
+    find = browsing.of_selection if filters.show == "selected" else browsing.of_pool
+    found = find(session, request.app.state.store, heading.finished, filters.wanted(after))
+    query = asdict(filters)
+    here = f"/jobs/{job_id}/samples"
     one: dict[str, Any] = {"sample": None}
     if index is not None:
         one = _one(_explained(request, session, heading, index))
     return render(
-        request, "samples.html", **heading.values(), listed=listed, has_more=has_more, show=show, after=after, **one
+        request,
+        "samples.html",
+        **heading.values(),
+        **one,
+        found=found,
+        filters=filters,
+        sources=list(sources)[:_SOURCES],
+        is_first=after is None,
+        first=address(here, **query),
+        following=address(here, **query, after=str(found.last)) if found.has_more else None,
+        read=address(here, **query, after=None if after is None else str(after)),
+        other=address(here, **query | {"show": "all" if filters.show == "selected" else "selected"}),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A sample of the list; `number` is its place in it, `text` how it begins (None: the pool's rows are not there)."""
-
-    number: int
-    index: int
-    id: str
-    source: str | None
-    influence: float | None
-    exact: bool
-    rank: int | None
-    text: str | None
-
-
-def _selected(session: Session, store: ArtifactStore, job: FinishedJob, after: int | None) -> tuple[list[Listed], bool]:
-    rows, has_more = repository.selected_after(session, job.id, -1 if after is None else after, _LISTED)
-    session.commit()  # no transaction is open while the store is read
-    begin = _beginnings(store, job, [row.sample_index for row in rows])
-    listed = [
-        Listed(row.rank, row.sample_index, row.sample_id, row.source, row.influence, row.exact, row.rank, text)
-        for row, text in zip(rows, begin, strict=True)
-    ]
-    return listed, has_more
-
-
-def _all(session: Session, store: ArtifactStore, job: FinishedJob, after: int | None) -> tuple[list[Listed], bool]:
-    start, count = 0 if after is None else after + 1, job.pool.row_count
-    stop = min(start + _LISTED, count)
-    if start >= stop:
-        return [], False
-    found = repository.weights(session, job.id, start, stop)
-    ranks = repository.ranks(session, job.id, start, stop)
-    session.commit()  # no transaction is open while the store is read
-    ids, sources = storage.read_ids(store, job.pool.fingerprint, start, stop)
-    begin = _beginnings(store, job, range(start, stop))
-    columns = (range(start, stop), ids, sources, or_null(found.influence), found.exact.tolist(), begin)
-    listed = [
-        Listed(index, index, id, source, influence, exact, ranks.get(index), text)
-        for index, id, source, influence, exact, text in zip(*columns, strict=True)
-    ]
-    return listed, stop < count
-
-
-def _beginnings(store: ArtifactStore, job: FinishedJob, indices: Sequence[int]) -> Sequence[str | None]:
-    """How the samples begin: what is said first, or the text."""
-    if job.pool.deleted_at is not None:
-        return [None] * len(indices)
-    try:
-        samples = storage.read_samples(store, job.pool.fingerprint, indices)
-    except (FileNotFoundError, ArtifactDamaged):
-        return [None] * len(indices)
-    return [" ".join(marked_text.plain(asdict(sample))[0][:_BEGINNING].split()) for sample in samples]
 
 
 def _one(found: SampleOut) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from winnow.cli.datasets import (
 )
 from winnow.cli.groups import add_group
 from winnow.cli.records import TableColumns, print_records
+from winnow.cli.samples import explain, samples
 from winnow.client import Winnow
 from winnow.companions import ExportPreset, companion
 from winnow.handles import Job
@@ -54,7 +55,7 @@ Label = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (submit, status, events, results, explain, export, cancel, delete, retry):
+    for command in (submit, status, events, results, samples, explain, export, cancel, delete, retry):
         app.command()(command)
     group = {
         "ls": list_jobs,
@@ -63,6 +64,7 @@ def register(app: typer.Typer) -> None:
         "logs": events,
         "wait": wait_for,
         "results": results,
+        "samples": samples,
         "explain": explain,
         "export": export,
         "change": change,
@@ -280,23 +282,6 @@ def results(job_id: str) -> None:
             print_json(summary)
         else:
             render.results(out, summary, list(client.selected(job_id)))
-
-
-def explain(
-    job_id: str,
-    sample: Annotated[str, typer.Argument(help="The sample's position in the pool, from 0; or with --id its id")],
-    by_id: Annotated[bool, typer.Option("--id", help="SAMPLE is an id")] = False,
-    landmarks: Annotated[
-        int, typer.Option(min=0, max=100, help="How many of the nearest exact samples are listed")
-    ] = 5,
-    target: Annotated[int | None, typer.Option(min=0, help="Explain the influence on this target sample only")] = None,
-) -> None:
-    """Explain the influence of a sample."""
-    if not by_id and not sample.isdecimal():
-        raise typer.BadParameter(f"{sample} is no position; with --id it is an id")
-    with connected() as client:
-        found = client.sample(job_id, sample if by_id else int(sample), landmarks=landmarks, target=target)
-    print_json(found) if options.as_json else render.sample(out, found)
 
 
 def export(

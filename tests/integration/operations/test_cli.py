@@ -138,6 +138,16 @@ def test_a_sample_is_explained(home: Path, job: str) -> None:
     assert "0 to 39" in beyond.stderr
 
 
+def test_samples_are_listed_in_an_order_and_searched(home: Path, job: str) -> None:
+    rows = answer("samples", job, "--all", "--sort", "influence", "--limit", "40", home=home)
+    influence = [row["influence"] for row in rows]
+    assert (len(influence), influence) == (40, sorted(influence, reverse=True))
+    said = rows[7]["text"].split(": ", 1)[1][:40]
+    assert rows[7]["id"] in [row["id"] for row in answer("samples", job, "--all", "--text", said.upper(), home=home)]
+    listed = typed("samples", job, "--limit", "2", home=home).stdout.splitlines()
+    assert [len(line.split("\t")) for line in listed] == [6, 6]
+
+
 def test_rows_are_shown_as_the_model_sees_them(home: Path, job: str) -> None:
     pool = answer("status", job, home=home)["pool"]
     words = ("rows", pool, "--model", "tiny", "--limit", "2", "--max-length", "64")

@@ -50,7 +50,7 @@ class Up:
             text=True,
         )
         assert self.process.stdout is not None
-        assert "The API is at" in self.process.stdout.readline()
+        assert any("The API is at" in line for line in self.process.stdout)  # and reads no further
 
     @property
     def stack(self) -> Stack:

@@ -4,85 +4,24 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pytest
-from support.charts import HOSTILE, largest_charts
-from support.jobs import published, write_pool
-from support.web import Visitor, visitor
-from support.world import World, make_settings
+from support.charts import largest_charts
+from support.result_pages import LONG, K, N, Shown, shown_results
+from support.web import Visitor
+from support.world import make_settings
 
-from service.auth.principal import Scope
 from service.results.chart_schemas import MAX_TARGETS
 
-N, K = 40, 6
-LONG = 50_000
 PAGES = ("results", "targets", "map", "samples", "samples?index=2", "samples/2/text", "samples/2/rendered", "compare")
 PAGES = (*PAGES, "provenance", "provenance?check=true", "provenance.json", "export?format=csv")
-VERDICT = [
-    {"about": "choice", "level": "bad", "figure": 0.2, "meaning": f"Meaning {HOSTILE}", "advice": f"Advice {HOSTILE}"},
-    {"about": "rows", "level": "ok", "figure": None, "meaning": "Fine.", "advice": None},
-]
-STEP = {"measured": -0.01, "predicted": -0.012, "predicted_second_order": None}
-
-
-@dataclass(frozen=True)
-class Shown:
-    world: World
-    me: Visitor
-    job: str
-    other: str
-    foreign: str
-
-    def page(self, path: str) -> str:
-        answer = self.me.get(f"/jobs/{self.job}/{path}")
-        assert answer.status_code == 200, answer.text[-2000:]
-        return answer.text
-
-
-def publish(world: World, key: str, pool: Any, selected: list[int], **more: Any) -> str:
-    influence = np.linspace(-1, 1, N, dtype=np.float32)
-    influence[5] = np.nan
-    weight = np.zeros(N, np.float32)
-    weight[selected] = 1
-    summary = {
-        "verdict": VERDICT,
-        "sources": {HOSTILE: {"pool": N, "selected": len(selected), "weight": 1.0}},
-        "validation": {**dict.fromkeys(("selection", "random"), STEP), "held_out": None, "sentence": HOSTILE},
-        "sentences": [HOSTILE],
-    }
-    return published(
-        world.sessions,
-        key,
-        pool,
-        influence=influence,
-        weight=weight,
-        selected=np.array(selected),
-        sample_ids=[f"id {index}" for index in selected],
-        sources=[None] * len(selected),
-        summary=summary,
-        provenance={"request": {"model": HOSTILE}, "pool": {"id": "ds_1", "rows": N}, "budget": len(selected)},
-        **more,
-    )
 
 
 @pytest.fixture(scope="module")
 def shown(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     folder = tmp_path_factory.mktemp("pages")
-    texts = [f"{HOSTILE} {number}" for number in range(N)]
-    texts[3] = "long" * LONG
-    rows = [
-        (f"id {n}", HOSTILE, {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]})
-        for n, text in enumerate(texts)
-    ]
-    with World.made(make_settings(postgres_url, folder), scopes=Scope) as world:
-        pool = write_pool(world.store, folder / "pool", rows)
-        job = publish(world, world.key, pool, [39, 38, 37, 36, 35, 34], charts=largest_charts(N, budget=K))
-        other = publish(world, world.key, pool, [39, 38, 3], charts=None)
-        foreign = publish(world, world.other_key, pool, [1, 2, 3])
-        yield Shown(world, visitor(world), job, other, foreign)
+    with shown_results(make_settings(postgres_url, folder), folder) as shown:
+        yield shown
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -208,6 +147,23 @@ def test_samples_are_listed_by_rank_or_in_the_order_of_the_pool(shown: Shown) ->
     assert 'id="sample"' in last
     assert len(first) < 40_000, "long texts begin only"
     assert indices(shown.page("samples?show=all&after=39")) == []
+
+
+def test_samples_are_searched_filtered_and_put_in_another_order(shown: Shown) -> None:
+    def indices(query: str) -> list[int]:
+        page = shown.page(f"samples?{query}")
+        return [int(index) for index in re.findall(r"&amp;index=(\d+)#sample", page)]
+
+    assert indices("text=LONGLONG&show=all") == [3]
+    assert indices("text=LONGLONG") == []
+    assert indices("show=all&sort=influence&text=&source=&exact=")[:3] == [39, 38, 37]
+    assert indices("show=all&sort=influence.asc")[:6] == [0, 1, 2, 3, 4, 6]  # 5 has no influence
+    assert indices("show=all&source=of%20none") == []
+    following = re.search(r'href="([^"]*)" rel="next"', shown.page("samples?show=all&sort=influence"))
+    assert following is not None
+    query = following[1].replace("&amp;", "&").partition("?")[2]
+    assert indices(query) == [*range(19, 5, -1), *range(4, -1, -1), 5]
+    assert shown.me.get(f"/jobs/{shown.job}/samples?sort=rank").status_code == 422
 
 
 def test_a_sample_is_read_with_its_roles_and_a_long_one_in_part(shown: Shown) -> None:

@@ -1,5 +1,6 @@
 """Weights and selection in other orders, filtered and searched: pages put together are what the published arrays say."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from support.jobs import published, write_pool
 from support.results import N, Published
 
 from service.results import browsing
+from winnow.client import Winnow
 from winnow.merkle import CHUNK_SIZE
 
 
@@ -198,3 +200,13 @@ def test_the_tag_is_that_of_what_was_asked(world: Published) -> None:
         for params in ({}, {"order": "desc"}, {"sort": "weight"}, {"exact": "true"}, {"text": "1"}, {"include": "text"})
     }
     assert len(tags) == 6
+
+
+def test_the_client_asks_for_the_same(world: Published, url: str) -> None:
+    with Winnow(url, world.key) as client:
+        rows = list(islice(client.samples(world.job_id, sort="influence", exact=False, include="text"), 1_100))
+        inexact = np.flatnonzero(~world.exact)
+        assert [row.index for row in rows] == in_order(world, world.influence, True, inexact)[:1_100]
+        assert all(row.text is not None and row.text.startswith(f"user: ask {row.index}\n") for row in rows)
+        taken = list(client.job(world.job_id).results().selected(sort="weight", order="asc"))
+        assert [row.index for row in taken] == in_order(world, world.weight, False, world.selected)
