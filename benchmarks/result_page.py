@@ -53,6 +53,8 @@ PAGES = {
     "points of the map": "map",
     "all targets": "targets",
     "samples": "samples",
+    "samples by influence": "samples?show=all&sort=influence",
+    "a text that few samples say": "samples?show=all&text=777777",
     "one sample": "samples?index=500000",
     "comparison of two jobs": "compare?with=OTHER",
     "provenance": "provenance",

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from service.local.stack import login_address
@@ -45,16 +47,26 @@ def pages(stack: Stack) -> dict[str, str]:
     """By the name of the picture."""
     with Winnow(stack.url, stack.api_key) as client:
         job = next(job for job in client.jobs() if job["status"] == "succeeded")
-    chosen = f"pool={job['pool']}&target={job['target']}&model={job['model']['name']}&budget=60"
+        data = {"model": job["model"]["name"], "pool": job["pool"], "target": job["target"]}
+        other = client.create_job(**data, budget=30, name="Half the budget")  # to be compared; it computes little anew
+        client.wait(other["id"])
+        first = next(client.selected(job["id"]))
+    chosen = urlencode({**data, "budget": 60})
     return {
         "jobs": "/jobs",
         "new-job": f"/jobs/new?{chosen}",
         "job": f"/jobs/{job['id']}",
         "result": f"/jobs/{job['id']}/results",
+        "targets": f"/jobs/{job['id']}/targets",
         "samples": f"/jobs/{job['id']}/samples",
+        "sample": f"/jobs/{job['id']}/samples?index={first.index}",
+        "compare": f"/jobs/{job['id']}/compare?with={other['id']}",
         "provenance": f"/jobs/{job['id']}/provenance",
         "datasets": "/datasets",
         "rows": f"/datasets/{job['pool']}?model={job['model']['name']}",
+        "usage": "/usage",
+        "keys": "/keys",
+        "workers": "/workers",
     }
 
 
@@ -63,6 +75,8 @@ def take(page: Page, name: str, path: str, into: Path) -> None:
     page.wait_for_load_state("networkidle")
     while page.get_by_role("link", name="Look again").is_visible():  # a worker has yet to render the rows
         page.get_by_role("link", name="Look again").click()
+    if name == "sample":
+        page.locator("[data-from$=rendered] mark").first.wait_for()
     if name == "new-job":
         page.locator("#plan .figures").wait_for()
     width, height = page.evaluate("[innerWidth, document.documentElement.scrollHeight]")
@@ -79,18 +93,22 @@ def main() -> None:
     with demo() as stack, sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        shown = pages(stack)
         for look in LOOKS:
-            pictures(browser, stack, look)
+            pictures(browser, stack, shown, look)
         browser.close()
+    for picture in OUT.glob("*.png"):
+        with Image.open(picture) as image:  # a third of the bytes, and nothing that an eye sees
+            image.convert("RGB").quantize(128).save(picture, optimize=True)
 
 
-def pictures(browser: Browser, stack: Stack, look: str) -> None:
+def pictures(browser: Browser, stack: Stack, shown: dict[str, str], look: str) -> None:
     context = browser.new_context(base_url=stack.url, **LOOKS[look])
     page = context.new_page()
     page.goto(login_address(stack))
     page.screenshot(path=OUT / f"login-{look}.png")
     page.get_by_role("button", name="Log in").click()
-    for name, path in pages(stack).items():
+    for name, path in shown.items():
         take(page, name, path, OUT / f"{name}-{look}.png")
     context.close()
 

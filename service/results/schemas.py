@@ -36,8 +36,8 @@ class Finding(_Strict):
     advice: str | None = Field(description="What to do; null: nothing", examples=[None])
 
 
-class SelectionResult(Summary):
-    """The summary of a succeeded job."""
+class _Head(BaseModel):
+    """What stands first in the summary."""
 
     object: Literal["selection_result"] = "selection_result"
     job_id: str = Field(examples=[_JOB])
@@ -50,6 +50,10 @@ class SelectionResult(Summary):
         default=[],
         description="What to know before training on the selection, the worst first; empty in results of earlier versions",
     )
+
+
+class SelectionResult(Summary, _Head):
+    """The summary of a succeeded job."""
 
 
 class WeightOut(_Strict):

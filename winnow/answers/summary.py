@@ -8,6 +8,24 @@ from winnow.answers.jobs import ComparedCosts
 from winnow.answers.rows import Excluded, Nonfinite, RenderingNotes, Repeats, UnusableCounts
 
 
+class Finding(Answer):
+    """The object `Finding` of the API."""
+
+    about: Literal["choice", "fidelity", "step", "rows", "duplicates", "overlap", "repeats", "sources"] | str
+    """`choice`: how near the selection is to the one from exact gradients. `fidelity`: whether propagation knows more
+    than guessing. `step`: what a step on the selection does to the loss, beside one on random samples. `rows`: what
+    took no part, was cut or rendered otherwise. `duplicates`: selected samples that say the same. `overlap`: selected
+    samples that are of the target too. `repeats`: both, in results of earlier versions. `sources`: whether nearly all
+    are of one"""
+    level: Literal["ok", "look", "bad"] | str
+    """`look`: worth a look before training on it; `bad`: not to be trained on before it is understood"""
+    figure: float | None
+    """What the level was decided by; null: there is none"""
+    meaning: str
+    advice: str | None
+    """What to do; null: nothing"""
+
+
 class Histogram(Answer):
     """The object `Histogram` of the API."""
 
@@ -226,27 +244,22 @@ class StageSpent(Answer):
     """null: every unit was reused"""
 
 
-class Finding(Answer):
-    """The object `Finding` of the API."""
-
-    about: Literal["choice", "fidelity", "step", "rows", "duplicates", "overlap", "repeats", "sources"] | str
-    """`choice`: how near the selection is to the one from exact gradients. `fidelity`: whether propagation knows more
-    than guessing. `step`: what a step on the selection does to the loss, beside one on random samples. `rows`: what
-    took no part, was cut or rendered otherwise. `duplicates`: selected samples that say the same. `overlap`: selected
-    samples that are of the target too. `repeats`: both, in results of earlier versions. `sources`: whether nearly all
-    are of one"""
-    level: Literal["ok", "look", "bad"] | str
-    """`look`: worth a look before training on it; `bad`: not to be trained on before it is understood"""
-    figure: float | None
-    """What the level was decided by; null: there is none"""
-    meaning: str
-    advice: str | None
-    """What to do; null: nothing"""
-
-
 class SelectionResult(Answer):
     """The summary of a succeeded job."""
 
+    object: Literal["selection_result"] | str
+    job_id: str
+    name: str | None
+    """Of the job, now; null: it has none"""
+    labels: dict[str, str]
+    """Of the job, now"""
+    created_at: datetime
+    sample_count: int
+    """Number of samples in the pool, each with a weight"""
+    selected_count: int
+    """Number of selected samples"""
+    verdict: list[Finding]
+    """What to know before training on the selection, the worst first; empty in results of earlier versions"""
     sentences: list[str]
     """The main findings in words"""
     notes: list[str]
@@ -296,16 +309,3 @@ class SelectionResult(Answer):
     costs: ComparedCosts | None
     """What the job has cost beside other ways to choose, from its own counts of samples and tokens; null: the model's
     shape is unknown, or the job is of an earlier version"""
-    object: Literal["selection_result"] | str
-    job_id: str
-    name: str | None
-    """Of the job, now; null: it has none"""
-    labels: dict[str, str]
-    """Of the job, now"""
-    created_at: datetime
-    sample_count: int
-    """Number of samples in the pool, each with a weight"""
-    selected_count: int
-    """Number of selected samples"""
-    verdict: list[Finding]
-    """What to know before training on the selection, the worst first; empty in results of earlier versions"""
