@@ -183,6 +183,35 @@ class _ResultsCalls:
         return written
 
     @call
+    async def push(self, repository: str, *, public: bool = False) -> str:
+        """Pushes the selection with its content to a dataset repository of the Hugging Face Hub, with a card of its provenance,
+        fidelity and verdict; returns the address of the commit.
+
+        Args:
+            repository: owner/name. It is created, and private unless it is to be `public`.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub is not installed.
+            ValueError: the repository is there, and public.
+            OSError: the hub refuses; its token is that of `hf auth login` or HF_TOKEN.
+        """
+        from winnow import pushing
+
+        pushing.check()
+        commits: list[str] = []
+        with tempfile.TemporaryDirectory(prefix="winnow-") as name:
+            folder = Path(name)
+            (folder / pushing.DATA).parent.mkdir()
+            await _calls(self).export(self._client, self.job_id, folder / pushing.DATA)
+            provenance = await _calls(self).provenance(self._client, self.job_id)
+            pushing.describe(folder, cast(SelectionResult, self), provenance)
+            client: Connection = self._client
+            await client._off_loop(
+                lambda: commits.append(pushing.upload(folder, repository, self.job_id, public=public))
+            )
+        return commits[0]
+
+    @call
     async def to_arrow(
         self, *, selected_only: bool = True, include: Literal["messages"] | None = "messages"
     ) -> "pa.Table":

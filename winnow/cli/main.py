@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from winnow.cli import account, audit, datasets, importing, jobs, login
+from winnow.cli import account, audit, datasets, importing, jobs, login, pushing
 from winnow.cli.console import USAGE, AsJson, Home, Key, Url, fail, options
 from winnow.version import DISTRIBUTION, client_version
 
@@ -103,7 +103,7 @@ def _share_options(command: Any, shared: list[TyperOption]) -> None:
 
 
 app = typer.Typer(cls=Program, no_args_is_help=True)
-for module in (jobs, datasets, importing, audit, account, login):
+for module in (jobs, datasets, importing, pushing, audit, account, login):
     module.register(app)
 
 
