@@ -112,7 +112,7 @@ def test_rows_are_what_is_kept() -> None:
 
 
 def test_nothing_is_written_where_a_sample_is_refused() -> None:
-    samples = [(SAMPLES["plain"], 1.0), (SAMPLES["text"], 1.0)]
+    samples = [(SAMPLES["plain"], 1.0)] * 5_000 + [(SAMPLES["text"], 1.0)]  # the first fill more than one part
     with pytest.raises(Unprocessable) as refused:
         next(stream(lambda: samples, Preset.TRL, repeated=False))
     assert (refused.value.problem_code, refused.value.param) == ("preset_unsuitable", "preset")
