@@ -53,9 +53,6 @@ class _Pages(BaseModel):
     limit: int = Field(default=1000, ge=1, le=10_000, description="Maximum number of samples per page")
 
     def wanted(self, selected: bool | None = None) -> Wanted:
-        """Raises: Unprocessable: a page with texts would be too large."""
-        if self.include and self.limit > _MOST_WITH_TEXT:
-            raise Unprocessable(f"limit is at most {_MOST_WITH_TEXT} with include=text.", param="limit")
         sort = Sort(self.sort)
         return Wanted(
             sort=sort,
@@ -65,7 +62,7 @@ class _Pages(BaseModel):
             selected=selected,
             says=self.text,
             after=self.after,
-            limit=self.limit,
+            limit=min(self.limit, _MOST_WITH_TEXT) if self.include else self.limit,
             text=_TEXT if self.include else 0,
         )
 
