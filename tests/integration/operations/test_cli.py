@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -93,38 +92,6 @@ def test_status_jobs_and_results(home: Path, job: str) -> None:
     assert "The first 6 selected" in shown
     assert "row-" in shown
     assert job in typed("jobs", home=home, columns=80).stdout  # complete, to be copied
-
-
-def test_the_python_of_the_client_s_page_runs_as_it_is_printed(
-    home: Path,
-    files: tuple[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Against the running stack, with a smaller model and pool."""
-    (tmp_path / "examples").mkdir()
-    for source, name in zip(files, ("pool", "target"), strict=True):
-        shutil.copy(source, tmp_path / "examples" / f"{name}.jsonl")
-    (tmp_path / ".winnow").symlink_to(home)
-    monkeypatch.chdir(tmp_path)
-    for name in ("WINNOW_URL", "WINNOW_API_KEY", "WINNOW_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WINNOW_LOGINS", str(tmp_path / "none"))
-    page = (Path(__file__).parents[3] / "docs" / "client.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 5
-    small = {"smollm2-135m-instruct": "tiny", "budget=60": 'budget=6, landmarks={"count": 12}'}
-    names: dict[str, Any] = {}
-    for block in blocks:
-        for printed, used in small.items():
-            block = block.replace(printed, used)
-        exec(compile(block, "docs/client.md", "exec"), names)
-    assert len(names["frame"]) == 6
-    assert pq.read_table(tmp_path / "train.parquet")["messages"].null_count == 0
-    printed = capsys.readouterr()
-    assert "invalid_rows" in printed.out
-    assert printed.err == "", "progress is for terminals"
 
 
 def test_a_sample_is_explained(home: Path, job: str) -> None:
