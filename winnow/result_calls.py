@@ -71,7 +71,9 @@ class ResultCalls(Connection, Generic[R]):
         Args:
             sort: by default `index`, the order of the pool.
             order: None: `desc` for influence and weight, `asc` for the others.
-            source, exact, selected: only samples of this kind; None: any.
+            source: only samples of this source; None: of any, and so on for the next two.
+            exact: only those whose influence was computed, or only the others.
+            selected: only those that were selected, or only the others.
             text: only samples that say this, in letters of either case.
             include: "text" adds how each begins, the first 2,000 characters.
         """
