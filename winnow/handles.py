@@ -141,13 +141,13 @@ class _ResultsCalls:
         _client: Any
 
     @call
-    async def selected(self, **wanted: Any) -> AsyncGenerator[Selected]:
+    async def selected(self, /, **wanted: Any) -> AsyncGenerator[Selected]:
         """The selected samples, read page by page; what may be wanted is that of `selected` of the client."""
         async for entry in _calls(self).selected(self._client, self.job_id, **wanted):
             yield entry
 
     @call
-    async def samples(self, **wanted: Any) -> AsyncGenerator[Weight]:
+    async def samples(self, /, **wanted: Any) -> AsyncGenerator[Weight]:
         """Samples of the pool, read page by page; what may be wanted is that of `samples` of the client."""
         async for entry in _calls(self).samples(self._client, self.job_id, **wanted):
             yield entry

@@ -213,8 +213,8 @@ def _by_value(session: Session, store: ArtifactStore, job: FinishedJob, wanted: 
     rows = np.concatenate(
         [_rows(session, store, job, wanted, start, min(start + _VALUES_AT_ONCE, count)) for start in starts]
     )
-    values = rows[wanted.sort] * np.float32(-1 if wanted.descending else 1)
-    rows = rows[np.argsort(values, kind="stable")]  # NaN, no influence, comes last
+    sign = np.float32(-1 if wanted.descending else 1)
+    values = np.where(np.isnan(rows[wanted.sort]), np.inf, sign * rows[wanted.sort])  # no influence comes last
     if wanted.after is not None:
         place = np.flatnonzero(rows["index"] == wanted.after)
         if not place.size:
@@ -222,8 +222,13 @@ def _by_value(session: Session, store: ArtifactStore, job: FinishedJob, wanted: 
                 "after is none of the samples asked for; pass the last_id of the page before and ask for the same.",
                 param="after",
             )
-        rows = rows[place[0] + 1 :]
-    yield rows
+        last = values[place[0]]
+        follows = (values > last) | ((values == last) & (rows["index"] > wanted.after))
+        rows, values = rows[follows], values[follows]
+    if wanted.says is None and len(rows) > wanted.limit:  # only these need to be sorted
+        first = values <= np.partition(values, wanted.limit)[wanted.limit]
+        rows, values = rows[first], values[first]
+    yield rows[np.argsort(values, kind="stable")]
 
 
 def _rows(session: Session, store: ArtifactStore, job: FinishedJob, wanted: Wanted, start: int, stop: int) -> _Rows:

@@ -278,7 +278,7 @@ UNFOLDING: dict[str, Callable[[], bytes]] = {
     "a quote": lambda: packed(b'text\n"' + b"a" * 64 * MIB, "zstd"),
     "parquet": lambda: packed(parquet(pa.table({"text": ["a" * MIB] * 30})), "zstd"),
     "a dictionary": lambda: packed(
-        arrow(pa.table({"text": pa.array(["a" * 50_000] * 10_000).dictionary_encode()})), "gzip"
+        arrow(pa.table({"text": pa.repeat("a" * 50_000, 10_000).dictionary_encode()})), "gzip"
     ),
     "arrow": lambda: arrow(pa.table({"text": ["a" * MIB] * 64}), compression="zstd"),
     "a window": lambda: ZSTD_OF_A_GIBIBYTE,
