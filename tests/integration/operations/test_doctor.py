@@ -26,7 +26,6 @@ from service.health.checks import CheckResult
 from service.ledger import store_identity
 from service.ledger.workers import record_worker
 from service.local import doctor
-from service.local.stack import StackProcess
 from service.plan.stages import Stage
 from service.settings import ApiSettings
 from service.storage.artifacts import ArtifactStore
@@ -376,20 +375,6 @@ def test_the_command_prints_lines_or_json_and_exits_with_1_on_a_failure(clinic: 
     assert [each["name"] for each in found if each["level"] == "FAIL"] == ["models"]
     assert ill.exit_code == 1
     assert SECRET not in well.stdout + ill.stdout
-
-
-@pytest.mark.slow
-def test_it_looks_at_a_running_stack(tmp_path: Path) -> None:
-    runner = CliRunner()
-    none = runner.invoke(app, ["doctor", "--home", str(tmp_path / "home")])
-    assert (none.exit_code, "FAIL     settings: no stack is running from" in none.stdout) == (1, True)
-    process = StackProcess(tmp_path / "home", port=0, workers=1)
-    try:
-        process.wait_ready()
-        wait_until(lambda: "alive, version" in str(doctor.examine(tmp_path / "home")), 120, "its worker is there")
-        assert {f.level for f in doctor.examine(tmp_path / "home") if f.name != "disk"} == {"ok"}
-    finally:
-        process.stop()
 
 
 def test_webhook_messages_that_are_overdue(clinic: Clinic) -> None:
