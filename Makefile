@@ -42,7 +42,7 @@ DEMO = tests/integration/operations/test_demo.py
 test-all: $(INSTALLED)  ## all tests and the whole of `make chaos`, as CI runs them
 	@$(BIN)/python -m pytest $(DEMO)
 	@CHAOS=all $(PYTEST) -n 2 tests/chaos
-	@$(PYTEST) -n 2 --ignore $(DEMO) --ignore tests/chaos tests $(ARGS)
+	@$(PYTEST) -n 3 --ignore $(DEMO) --ignore tests/chaos tests $(ARGS)
 
 chaos: $(INSTALLED)  ## a job survives a kill at every crash point, and every other fault; up to half an hour
 	@CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/chaos $(ARGS)
