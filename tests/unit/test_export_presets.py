@@ -58,7 +58,7 @@ def test_openai_gives_each_call_an_id_and_each_answer_that_of_its_call() -> None
     assert found["tools"] == TOOLS
 
 
-@pytest.mark.parametrize("name", SAMPLES.keys() - REFUSED[Preset.OPENAI])
+@pytest.mark.parametrize("name", sorted(SAMPLES.keys() - REFUSED[Preset.OPENAI]))
 def test_openai_has_the_types_of_openai(name: str) -> None:
     found = line(Preset.OPENAI, name)
     assert found.keys() <= {"messages", "tools"}
