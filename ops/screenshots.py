@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from service.local import demo as demo_run
 from service.local.stack import login_address
 from winnow.client import Winnow
 from winnow.stack import DEFAULT_HOME, Stack, running_stack
@@ -46,7 +47,7 @@ def demo() -> Iterator[Stack]:
 def pages(stack: Stack) -> dict[str, str]:
     """By the name of the picture."""
     with Winnow(stack.url, stack.api_key) as client:
-        job = next(job for job in client.jobs() if job["status"] == "succeeded")
+        job = next(job for job in client.jobs(status="succeeded") if job["name"] == demo_run.REQUEST["name"])
         data = {"model": job["model"]["name"], "pool": job["pool"], "target": job["target"]}
         other = client.create_job(**data, budget=30, name="Half the budget")  # to be compared; it computes little anew
         client.wait(other["id"])
@@ -76,7 +77,7 @@ def take(page: Page, name: str, path: str, into: Path) -> None:
     while page.get_by_role("link", name="Look again").is_visible():  # a worker has yet to render the rows
         page.get_by_role("link", name="Look again").click()
     if name == "sample":
-        page.locator("[data-from$=rendered] mark").first.wait_for()
+        page.locator("[data-from$=rendered] mark").first.wait_for(timeout=300_000)  # by a worker
     if name == "new-job":
         page.locator("#plan .figures").wait_for()
     width, height = page.evaluate("[innerWidth, document.documentElement.scrollHeight]")

@@ -139,6 +139,8 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.add_middleware(Observe, metrics=metrics.http)
     app.add_middleware(EveryAnswer)
     traces.instrument(app, engine)
+    if traces.are_made:
+        app.state.reader.around = traces.statement
     errors.install(app)
     app.state.error_page = error_page
     idempotency.install(app)

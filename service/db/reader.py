@@ -2,7 +2,8 @@
 than the statement's own transaction."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, LiteralString, NamedTuple
 
 import orjson
@@ -39,6 +40,9 @@ class Reader:
         connections = reads.total + writes.total
         self._loop: asyncio.AbstractEventLoop | None = None
         self._away_until = 0.0
+        self.around: Callable[[str], AbstractContextManager[object]] = (
+            nullcontext  # each statement: a span, where they are made
+        )
         self._pool: AsyncConnectionPool[AsyncConnection[NamedTuple]] = AsyncConnectionPool(
             libpq_url(settings.url),
             kwargs={
@@ -86,7 +90,8 @@ class Reader:
         try:
             self._here()  # it may have turned out to be away meanwhile
             async with self._pool.connection() as connection:
-                return await (await connection.execute(statement, values)).fetchall()
+                with self.around(statement):
+                    return await (await connection.execute(statement, values)).fetchall()
         except (Error, PoolTimeout) as error:
             self._away_until = loop.time() + _AWAY_SECONDS
             raise Away from error

@@ -78,6 +78,17 @@ class Traces:
         EngineTracer(self._provider.get_tracer("winnow.sql"), engine, usage)  # type: ignore[no-untyped-call]
 
     @contextmanager
+    def statement(self, text: str) -> Iterator[None]:
+        """The span of a statement that does not go through the engine; only where spans are made."""
+        from opentelemetry.trace import SpanKind
+
+        assert self._provider is not None
+        attributes = {"db.system": "postgresql", "db.statement": text}
+        tracer, name = self._provider.get_tracer("winnow.sql"), text.split(maxsplit=1)[0]
+        with tracer.start_as_current_span(name, kind=SpanKind.CLIENT, attributes=attributes):
+            yield
+
+    @contextmanager
     def span(self, name: str, parent: str | None, attributes: Mapping[str, Any]) -> Iterator[Note]:
         """A span below `parent` (a traceparent), or a root where there is none. The function that it gives adds attributes; with
         `error.type` among them the span is one that failed."""

@@ -14,7 +14,10 @@ from service.plan.stages import Stage
 from service.storage.artifacts import KEY_PATTERN
 
 # Stages that use artifacts found in the store, of these kinds, before a result names them (`store.exists` in worker/).
-FINDS = {Stage.PREPARE: frozenset({"tokens", "orders"}), Stage.PROPAGATE: frozenset({"tokens"})}
+FINDS = {
+    Stage.PREPARE: frozenset({"tokens", "orders", "signatures", "duplicates", "overlaps", "exclusions"}),
+    Stage.PROPAGATE: frozenset({"tokens"}),
+}
 _STEM = re.compile(KEY_PATTERN)
 
 

@@ -108,13 +108,14 @@ def test_what_a_finished_job_refers_to_goes(kept: Kept) -> None:
     assert kept.keys() == set()
 
 
-INTERMEDIATE = {"tokens", "orders", "embeddings"}
+OF_PREPARE = {"tokens", "orders", "signatures", "duplicates", "overlaps", "exclusions"}
+INTERMEDIATE = {*OF_PREPARE, "embeddings"}
 
 
 @pytest.mark.parametrize(
     ("stage", "staying"),
     [
-        (Stage.PREPARE, {"tokens", "orders"}),
+        (Stage.PREPARE, OF_PREPARE),
         (Stage.PROPAGATE, {"tokens"}),
         (Stage.SELECT, set()),
     ],
@@ -147,6 +148,7 @@ def test_every_search_of_the_store_by_a_stage_is_known_to_the_collection() -> No
     assert {name for name, code in stages.items() if searches.search(code)} == {
         "stages/prepare.py",
         "stages/tokenise.py",  # of prepare
+        "stages/duplicates.py",  # of prepare
         "text/token_files.py",  # rows_artifact
         "artifact_cache.py",  # of the unit itself, which is in use
         "units.py",  # an estimate
