@@ -67,7 +67,7 @@ class Jobs:
         record = {"units": [{"artifact": "common"}, {"artifact": job_id}], "device": job_id, "versions": {"torch": "1"}}
         return {"weights_root": self._root or job_id, "record": record}
 
-    def export(self, job_id: str, path: Path) -> Path:
+    def export(self, job_id: str, path: Path, **_: object) -> Path:
         if job_id == self._missing:
             raise WinnowError(404, "not_found", f"No selection job {job_id!r}.")
         influence, weight = self._influences[job_id], self._weights[job_id]
