@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from service.storage.artifacts import ArtifactStore
 from worker.duplicates.repeats import Repeats
-from worker.text import token_files
 
 REASONS = ("duplicate", "overlap")
 """Why a row was left out; numbered from 1 on."""
@@ -51,6 +50,8 @@ def read(store: ArtifactStore, prepared: Mapping[str, Any]) -> Numbers | None:
 
 def taking_part(store: ArtifactStore, prepared: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
     """Which rows of the pool take part in the job, bool (n,): those that can be used and are not left out."""
+    from worker.text import token_files  # which loads torch; the supervisor reads exclusions without
+
     usable = token_files.read_counts(store, prepared["pool_tokens"]).usable
     numbers = read(store, prepared)
     return usable if numbers is None else usable & (numbers == 0)
