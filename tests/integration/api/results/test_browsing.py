@@ -83,8 +83,10 @@ def test_the_selection_in_any_order(world: Published, sort: str, order: str) -> 
 def test_of_equal_influence_none_is_left_out(world: Published, tmp_path: Path) -> None:
     """Every weight of this job is equal: a cursor that knew the value alone would skip or repeat."""
     pool = write_pool(world.store, tmp_path / "pool", [(f"{i}", None, {"text": f"t {i}"}) for i in range(30)])
-    job_id = published(world.sessions, world.key, pool)
-    for path in ("weights", "selected"):
+    chosen = {"sources": [None] * 30, "sample_ids": [f"{i}" for i in reversed(range(30))]}
+    equal = {name: np.ones(30, np.float32) for name in ("influence", "weight")}
+    job_id = published(world.sessions, world.key, pool, selected=np.arange(30)[::-1], **equal, **chosen)
+    for path, expected in (("weights", list(range(30))), ("selected", list(range(30))[::-1])):
         for sort in ("influence", "weight"):
             rows, after = [], {}
             while True:
@@ -93,7 +95,7 @@ def test_of_equal_influence_none_is_left_out(world: Published, tmp_path: Path) -
                 if not body["has_more"]:
                     break
                 after = {"after": body["last_id"]}
-            assert len(rows) == len(set(rows)) == len(world.fetch(path, job_id=job_id).json()["data"])
+            assert rows == expected, "of equal ones the first in the list's own order comes first"
 
 
 @pytest.mark.parametrize("path", ["weights", "selected"])
