@@ -29,7 +29,8 @@ _ANY_ITEM = re.compile(rf"\s*(?:{_LISTED.pattern})?\s*(?:,\s*(?:{_LISTED.pattern
 
 def _writers() -> str:
     """A hash of the code that writes results: another version may write other bytes."""
-    code = source_version(Path(__file__).parents[1], ("results", "datasets/storage.py", "datasets/search.py", "http/pagination.py"))
+    read = ("results", "datasets/storage.py", "datasets/search.py", "http/pagination.py")
+    code = source_version(Path(__file__).parents[1], read)
     digest = hashlib.sha256(code.encode())
     for package in ("pyarrow", "pydantic"):
         digest.update(importlib.metadata.version(package).encode())

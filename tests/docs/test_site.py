@@ -4,15 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from support.browser import chromium, tab
+from support.loopback import Quiet, answering
 
 from service.settings import ApiSettings
 
@@ -50,7 +48,7 @@ def test_no_page_loads_anything_of_another_host(site: Path) -> None:
 
 def test_a_browser_asks_no_other_host(site: Path) -> None:
     """Also for what scripts load: `tab` fails where it is asked for."""
-    with chromium() as browser, served(site) as url, tab(browser, url) as opened:
+    with chromium() as browser, answering(partial(_Files, directory=str(site))) as url, tab(browser, url) as opened:
         for path in ("/", "/reference/api/", "/reference/python/", "/results/"):
             opened.page.goto(path)
             opened.page.wait_for_load_state("networkidle")
@@ -71,14 +69,5 @@ def test_every_setting_and_every_call_has_its_place(site: Path) -> None:
     assert 'id="winnow.Winnow.upload_dataset"' in (site / "reference/python/index.html").read_text()
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+class _Files(Quiet, SimpleHTTPRequestHandler):
+    pass

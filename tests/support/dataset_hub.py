@@ -6,9 +6,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
+
+from support.loopback import Quiet, answering
 
 Files = Mapping[str, bytes]
 
@@ -33,28 +35,20 @@ class DatasetHub:
     @classmethod
     @contextmanager
     def running(cls) -> Iterator[Self]:
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 hub._answer(self)
 
             def do_HEAD(self) -> None:
                 hub._answer(self)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            server.daemon_threads = True
-            hub = cls(f"http://127.0.0.1:{server.server_port}")
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-            thread.start()
+        with answering(Handler) as url:
+            hub = cls(url)
             try:
                 yield hub
             finally:
                 for event in hub.held.values():
                     event.set()
-                server.shutdown()
-                thread.join()
 
     def put(self, id: str, files: Files, branch: str = "main") -> str:
         """A new commit at the head of the branch."""

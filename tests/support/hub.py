@@ -1,13 +1,14 @@
 """A hub of models on loopback, which speaks the little that the service asks."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Self
 from urllib.parse import unquote, urlsplit
+
+from support.loopback import Quiet, answering
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -25,7 +26,7 @@ class Hub:
     @classmethod
     @contextmanager
     def running(cls) -> Iterator[Self]:
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 status, headers, body = hub.answer(self.path)
                 self.send_response(status)
@@ -34,20 +35,13 @@ class Hub:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            hub = cls(f"http://127.0.0.1:{server.server_port}")
+        with answering(Handler) as url:
+            hub = cls(url)
             hub.models["org/model", "main"] = ["config.json", "model.safetensors"]
             hub.models["org/model", "refs/pr/1"] = ["config.json", "model-00001-of-00002.safetensors"]
             hub.models["org/adapter", "main"] = ["adapter_config.json", "adapter_model.safetensors"]
             hub.models["org/pickles", "main"] = ["config.json", "pytorch_model.bin"]
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-            thread.start()
             yield hub
-            server.shutdown()
-            thread.join()
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         if not path.startswith("/api/models/"):  # the library asks about itself too

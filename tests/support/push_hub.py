@@ -2,12 +2,13 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Self
+
+from support.loopback import Quiet, answering
 
 
 @dataclass
@@ -22,7 +23,7 @@ class PushHub:
     @classmethod
     @contextmanager
     def running(cls) -> Iterator[Self]:
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self._send(*hub._get(self.path))
 
@@ -39,18 +40,9 @@ class PushHub:
                 self.end_headers()
                 self.wfile.write(content)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            hub = cls(f"http://127.0.0.1:{server.server_port}")
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-            thread.start()
-            try:
-                yield hub
-            finally:
-                server.shutdown()
-                thread.join()
+        with answering(Handler) as url:
+            hub = cls(url)
+            yield hub
 
     def of(self, repository: str) -> dict[str, bytes]:
         return {path: content for (id, path), content in self.files.items() if id == repository}
