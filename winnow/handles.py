@@ -196,20 +196,75 @@ class _ResultsCalls:
             OSError: the hub refuses; its token is that of `hf auth login` or HF_TOKEN.
         """
         from winnow import pushing
+        from winnow.tracking import check
 
-        pushing.check()
+        check("huggingface_hub", "hub", "pushing to the hub")
         commits: list[str] = []
+        client: Connection = self._client
         with tempfile.TemporaryDirectory(prefix="winnow-") as name:
-            folder = Path(name)
-            (folder / pushing.DATA).parent.mkdir()
-            await _calls(self).export(self._client, self.job_id, folder / pushing.DATA)
-            provenance = await _calls(self).provenance(self._client, self.job_id)
-            pushing.describe(folder, cast(SelectionResult, self), provenance)
-            client: Connection = self._client
+            await self._publish(Path(name))
             await client._off_loop(
-                lambda: commits.append(pushing.upload(folder, repository, self.job_id, public=public))
+                lambda: commits.append(pushing.upload(Path(name), repository, self.job_id, public=public))
             )
         return commits[0]
+
+    async def _publish(self, folder: Path) -> Provenance:
+        """Writes what is published of a selection into the folder: samples, card, and the record that they are verified by."""
+        from winnow import pushing
+
+        (folder / pushing.DATA).parent.mkdir()
+        await _calls(self).export(self._client, self.job_id, folder / pushing.DATA)
+        provenance: Provenance = await _calls(self).provenance(self._client, self.job_id)
+        pushing.describe(folder, cast(SelectionResult, self), provenance)
+        return provenance
+
+    @call
+    async def log_to_wandb(self, run: Any = None) -> Any:
+        """Logs the selection with its content to a run of Weights & Biases, as an artifact of the type dataset that
+        holds what `push` publishes; returns the artifact, whose metadata are counts, fidelity, verdict and the Merkle root.
+
+        Args:
+            run: what `wandb.init` has returned; None: the run that is active.
+
+        Raises:
+            ModuleNotFoundError: wandb is not installed.
+            ValueError: no run is active.
+        """
+        from winnow import tracking
+
+        tracking.check("wandb", "wandb", "logging to Weights & Biases")
+        run = tracking.wandb_run(run)
+        artifacts: list[Any] = []
+        client: Connection = self._client
+        with tempfile.TemporaryDirectory(prefix="winnow-") as name:
+            provenance = await self._publish(Path(name))
+            results = cast(SelectionResult, self)
+            await client._off_loop(
+                lambda: artifacts.append(tracking.log_artifact(run, Path(name), results, provenance))
+            )
+        return artifacts[0]
+
+    @call
+    async def log_to_mlflow(self, context: str = "training") -> Any:
+        """Logs the selection as an input of the active run of MLflow, or of one that it starts: its columns, size, address and
+        digest, counts, fidelity and verdict, not its rows; returns the dataset of MLflow.
+
+        Args:
+            context: what the run uses it for.
+
+        Raises:
+            ModuleNotFoundError: mlflow or pandas is not installed.
+        """
+        from winnow import tracking
+
+        tracking.check("mlflow", "mlflow", "logging to MLflow")
+        tracking.check("pandas", "mlflow", "logging to MLflow")
+        table = await self._table(True, "messages")
+        provenance: Provenance = await _calls(self).provenance(self._client, self.job_id)
+        client: Connection = self._client
+        source = f"{client.url}/v1/selection-jobs/{self.job_id}/export?selected_only=true&include=messages"
+        # On this thread, to which the active run belongs.
+        return tracking.log_input(table, source, cast(SelectionResult, self), provenance, context)
 
     @call
     async def to_arrow(

@@ -4,7 +4,6 @@ Needs huggingface_hub, and the token that `hf auth login` or HF_TOKEN gives it.
 """
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 from winnow.answers import FidelityFound, Provenance, SelectionResult
@@ -53,17 +52,6 @@ Chosen from a pool of {samples:,} by {method}: those that lower the loss of {mod
 `winnow verify {data} --provenance provenance.json` checks the file against the record of the job. The samples have
 the licence of the pool that they are from.
 """
-
-
-def check() -> None:
-    """That huggingface_hub is installed.
-
-    Raises:
-        ModuleNotFoundError: it is not.
-    """
-    if find_spec("huggingface_hub") is None:
-        message = f"pushing to the hub needs huggingface_hub: pip install '{DISTRIBUTION}[hub]'"
-        raise ModuleNotFoundError(message, name="huggingface_hub")
 
 
 def describe(folder: Path, results: SelectionResult, provenance: Provenance) -> None:

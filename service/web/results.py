@@ -14,6 +14,7 @@ from service.results import repository
 from service.results import router as results_api
 from service.results.chart_schemas import Charts
 from service.results.formats import Format
+from service.results.presets import Preset
 from service.web import pictures
 from service.web.admission import logged_in
 from service.web.formats import number, percent
@@ -40,6 +41,16 @@ _DOWNLOADS = (
     ("All weights, Parquet", {"format": "parquet"}),
     ("All weights, CSV", {"format": "csv"}),
 )
+_FOR_TRAINING = {
+    Preset.TRL: "TRL",
+    Preset.TRL_MESSAGES: "TRL, whole conversations",
+    Preset.OPENAI: "OpenAI",
+    Preset.AXOLOTL: "axolotl",
+    Preset.LLAMAFACTORY: "LLaMA-Factory, ShareGPT",
+    Preset.LLAMAFACTORY_ALPACA: "LLaMA-Factory, Alpaca",
+    Preset.LLAMAFACTORY_V1: "LLaMA-Factory, version 1",
+    Preset.ROWS: "Rows as they are kept",
+}
 
 
 @router.get("/jobs/{job_id}/results")
@@ -65,6 +76,7 @@ def result_page(
         most_targets=_MOST_TARGETS,
         sentences=summary.get("sentences") or [],
         downloads=[(label, urlencode(query)) for label, query in _DOWNLOADS],
+        for_training=[(label, urlencode({"preset": preset})) for preset, label in _FOR_TRAINING.items()],
         **drawn,
     )
 
@@ -170,6 +182,7 @@ def export(
     format: Format = Format.PARQUET,
     selected_only: bool = False,
     include: Literal["messages"] | None = None,
+    preset: Preset | None = None,
 ) -> Response:
     """The download of the API, for who is logged in."""
-    return results_api.export(job_id, request, session, principal, format, selected_only, include)
+    return results_api.export(job_id, request, session, principal, format, selected_only, include, preset=preset)

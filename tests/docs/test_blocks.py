@@ -18,14 +18,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.doc_blocks import PAGES, ROOT, Block, blocks
-from support.tiny import pool_rows, write_jsonl
+from support.doc_blocks import MODEL, PAGES, Block, blocks
+from support.tiny import write_jsonl
 
-from service.local.stack import StackProcess
 from winnow import Job, Winnow
 
 LANGUAGES = {"sh", "python", "json", "text"}
-MODEL = "smollm2-135m-instruct"
 SECRET = "whsec_" + "c2VjcmV0" * 4
 
 
@@ -34,23 +32,6 @@ def test_every_block_has_a_language_and_most_are_run() -> None:
     assert [f"{block.page}:{block.line}" for block in found if block.language not in LANGUAGES] == []
     commands = [block for block in found if block.language in ("sh", "python")]
     assert sum(block.runs for block in commands) > 0.7 * len(commands)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[Path]:
-    """A checkout's examples, half of the pool, and a stack that runs from its .winnow."""
-    folder = tmp_path_factory.mktemp("checkout")
-    (folder / "examples").mkdir()
-    shutil.copy(ROOT / "examples" / "target.jsonl", folder / "examples")
-    rows = [row for row in pool_rows(300) if len(row["messages"]) == 2]  # what every preset of an export can hold
-    write_jsonl(folder / "examples" / "pool.jsonl", rows)
-    shutil.copytree(tiny_llama, folder / ".winnow" / "models" / MODEL)
-    process = StackProcess(folder / ".winnow", port=0, workers=1)
-    try:
-        process.wait_ready()
-        yield folder
-    finally:
-        process.stop()
 
 
 @pytest.fixture(scope="module")

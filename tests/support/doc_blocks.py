@@ -8,6 +8,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
+MODEL = "smollm2-135m-instruct"  # that of the demo, as the documents name it
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 _NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*")
 

@@ -1,11 +1,15 @@
-"""The presets of an export, read by the tools that they are for; what is not installed here is skipped."""
+"""The presets of an export, read by the tools that they are for; the configurations in examples/, by the tools' validators."""
 
 import json
 import logging
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from datasets import load_dataset
 from support.preset_samples import SAMPLES, TOOLS
 from support.tiny import make_tokenizer, save_model
@@ -15,12 +19,21 @@ from service.results.presets.conversations import Unsuitable
 from service.results.presets.stream import stream
 from winnow.companions import companion
 
-_OTHERS = "not a dependency: it pins its own versions of transformers and datasets; run in an environment of its own"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture
+def llamafactory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be imported, with other versions of libraries than it asks for, and without the one for sound, which it loads."""
+    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
+    sound = ModuleType("torchaudio")
+    sound.__spec__ = ModuleSpec("torchaudio", None)
+    monkeypatch.setitem(sys.modules, "torchaudio", sound)
 
 
 def suitable(preset: Preset) -> list[str]:
@@ -96,8 +109,6 @@ def learnt_text(tokenizer: Any, labels: list[int]) -> str:
 
 
 def test_axolotl_reads_the_file_by_its_entry(tmp_path: Path) -> None:
-    pytest.importorskip("axolotl", reason=_OTHERS)
-    import yaml
     from axolotl.prompt_strategies.chat_template import load
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.schemas.datasets import SFTDataset
@@ -118,11 +129,11 @@ def test_axolotl_reads_the_file_by_its_entry(tmp_path: Path) -> None:
     assert strategy._get_tools(by_name["calls"]) == TOOLS
 
 
+@pytest.mark.usefixtures("llamafactory")
 @pytest.mark.parametrize("preset", [Preset.LLAMAFACTORY, Preset.LLAMAFACTORY_ALPACA])
 def test_llama_factory_reads_the_file_by_its_entry(
     preset: Preset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("llamafactory", reason=_OTHERS)
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.parser import get_dataset_list
     from llamafactory.data.template import TEMPLATES
@@ -151,8 +162,8 @@ def test_llama_factory_reads_the_file_by_its_entry(
         assert all(part in "".join(texts) for part in ("tide", "Brest", "04:12", "At 04:12."))
 
 
+@pytest.mark.usefixtures("llamafactory")
 def test_version_1_of_llama_factory_reads_the_file(tmp_path: Path) -> None:
-    pytest.importorskip("llamafactory", reason=_OTHERS)
     from llamafactory.v1.core.data_engine import DataEngine
 
     names = [name for name in suitable(Preset.LLAMAFACTORY_V1) if name not in ("reasoning", "calls", "parallel")]
@@ -162,6 +173,34 @@ def test_version_1_of_llama_factory_reads_the_file(tmp_path: Path) -> None:
         assert len(engine) > len(names)
     else:
         assert [message["loss_weight"] for message in rows["mixed"]["messages"]] == [0, 1, 0, 0, 0, 1]
+
+
+def test_axolotl_accepts_the_configuration_of_the_examples() -> None:
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    config = yaml.safe_load((EXAMPLES / "axolotl.yaml").read_text())
+    beside = companion("axolotl", Path("train.jsonl"))
+    assert beside is not None
+    assert config["datasets"] == yaml.safe_load(beside.content)["datasets"]
+    accepted = validate_config(DictDefault(config))
+    assert (accepted.num_epochs, accepted.excess_length_strategy) == (1, "raise")
+    with pytest.raises(ValueError, match="roles_to_train"):
+        validate_config(DictDefault({**config, "datasets": [{**config["datasets"][0], "roles_to_train": 1}]}))
+
+
+@pytest.mark.filterwarnings("default")  # its own
+@pytest.mark.usefixtures("llamafactory")
+def test_llama_factory_accepts_the_configuration_of_the_examples(tmp_path: Path) -> None:
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.hparams import get_train_args
+
+    config = yaml.safe_load((EXAMPLES / "llamafactory.yaml").read_text())
+    _, data, training, finetuning, _ = get_train_args({**config, "output_dir": str(tmp_path)})
+    assert (data.dataset, finetuning.stage, training.num_train_epochs) == (["train"], "sft", 1)
+    assert config["template"] in TEMPLATES
+    with pytest.raises(ValueError, match="learning_speed"):
+        get_train_args({**config, "output_dir": str(tmp_path), "learning_speed": 1})
 
 
 def test_an_entry_joins_those_that_are_there(tmp_path: Path) -> None:

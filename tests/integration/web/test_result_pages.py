@@ -12,6 +12,7 @@ from support.web import Visitor
 from support.world import make_settings
 
 from service.results.chart_schemas import MAX_TARGETS
+from service.results.presets import Preset
 
 PAGES = ("results", "targets", "map", "samples", "samples?index=2", "samples/2/text", "samples/2/rendered", "compare")
 PAGES = (*PAGES, "provenance", "provenance?check=true", "provenance.json", "export?format=csv")
@@ -110,6 +111,15 @@ def test_a_download_is_that_of_the_api(shown: Shown) -> None:
     assert page.headers["content-disposition"] == api.headers["content-disposition"]
     with_texts = shown.me.get(f"/jobs/{shown.job}/export?format=jsonl&include=messages")
     assert json.loads(with_texts.text.splitlines()[0])["messages"][0]["role"] == "user"
+
+
+def test_the_page_offers_every_preset(shown: Shown) -> None:
+    for preset in Preset:
+        assert f"/jobs/{shown.job}/export?preset={preset}" in shown.page("results")
+    api = shown.world.client.get(f"/v1/selection-jobs/{shown.job}/export?preset=trl")
+    page = shown.me.get(f"/jobs/{shown.job}/export?preset=trl")
+    assert (page.status_code, page.content) == (200, api.content)
+    assert json.loads(page.text.splitlines()[0]).keys() == {"prompt", "completion"}
 
 
 def test_two_jobs_beside_each_other(shown: Shown) -> None:
