@@ -77,9 +77,9 @@ def require_live(session: Session, principal: Principal) -> None:
     """For what goes on after the key was looked at: a stream, a download, an upload, a wait.
 
     Raises:
-        Unauthorized: the key has been revoked, or has expired, since.
+        Unauthorized: the key has been revoked, or has expired, since; or the browser has logged out.
     """
-    if not repository.is_live(session, principal.key_id):
+    if not repository.is_live(session, principal):
         raise unauthorized("The API key is not valid.")
 
 

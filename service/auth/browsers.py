@@ -6,6 +6,7 @@ the key's revocation or expiry, and at the latest after its own time. The caller
 
 import hmac
 import secrets
+from dataclasses import replace
 from datetime import timedelta
 
 from sqlalchemy.orm import Session
@@ -57,11 +58,12 @@ def identify(session: Session, token: str, secret_key: str) -> Principal:
     Raises:
         Unauthorized: the session is unknown or has ended, or its key is not valid any more.
     """
-    row = repository.key_of_browser(session, key_digest(secret_key, token))
+    digest = key_digest(secret_key, token)
+    row = repository.key_of_browser(session, digest)
     if row is None:
         raise unauthorized("This session has ended.")
     commit_use(session, row)
-    return principal_of(row)
+    return replace(principal_of(row), browser=digest)
 
 
 def end(session: Session, token: str, secret_key: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Final
 from sqlalchemy import Boolean, ColumnElement, delete, func, literal_column, or_, select, update
 from sqlalchemy.orm import Session
 
+from service.auth.principal import Principal
 from service.auth.tables import ApiKey, BrowserSession, LoginLink
 
 USE_INTERVAL = timedelta(minutes=1)  # how exactly the last use of a key is known
@@ -32,8 +33,11 @@ def live_key(session: Session, prefix: str) -> ApiKey | None:
     return session.scalar(select(ApiKey).where(ApiKey.prefix == prefix, lives()))
 
 
-def is_live(session: Session, key_id: str) -> bool:
-    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, lives())) is not None
+def is_live(session: Session, principal: Principal) -> bool:
+    """Whether the key is valid, and the browser, if it was one, still logged in."""
+    if principal.browser is not None:
+        return key_of_browser(session, principal.browser) is not None
+    return session.scalar(select(ApiKey.id).where(ApiKey.id == principal.key_id, lives())) is not None
 
 
 def record_use(session: Session, key_id: str) -> None:

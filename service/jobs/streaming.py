@@ -64,7 +64,7 @@ async def until_ended(request: Request, principal: Principal, job_id: str, secon
 
 class EventStream(StreamingResponse):
     """The events of a job that follow `after`, each as it happens, and the end after the last that there will be, or when the
-    key is not valid any more: its client comes again, and is told."""
+    key is not valid any more or the browser has logged out: its client comes again, and is told."""
 
     media_type = "text/event-stream"
 
@@ -105,7 +105,7 @@ class EventStream(StreamingResponse):
         sessions: Sessions = self._request.app.state.sessions
         try:
             with sessions() as session:
-                if not is_live(session, self._principal.key_id):
+                if not is_live(session, self._principal):
                     return True, []
                 # In this order: the event of a job's end is there as soon as its status is.
                 job = ledger.find_job(session, self._principal.tenant_id, self._job_id)

@@ -169,6 +169,17 @@ def made_up(n: int, k: int, sources: int, seed: int = 3) -> PoolSamples:
     )
 
 
+def test_a_source_has_the_share_of_its_own_weights() -> None:
+    samples = made_up(500, 60, 4)
+    found = {each.source: each for each in pool_charts.sources(samples)}
+    assert len({each.weight_share for each in found.values()}) == 5, "four sources and the rest, all different"
+    for place, name in enumerate(samples.names):
+        own = [i for i in range(500) if samples.source[i] == place]
+        expected = sum(float(samples.weight[i]) for i in own) / float(samples.weight.sum())
+        assert found[name].weight_share == pytest.approx(expected, abs=1e-4)
+        assert found[name].selected == len(set(own) & set(samples.selected.tolist()))
+
+
 def test_a_budget_is_cut_from_the_jobs_own_order() -> None:
     samples = made_up(5_000, 400, 12)
     for selection in ("round_robin", "top_k", "weighted"):

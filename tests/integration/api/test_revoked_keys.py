@@ -1,5 +1,6 @@
 """What goes on for long ends soon after its key was revoked or has expired: streams of events, waits, downloads, uploads."""
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -80,6 +81,29 @@ def test_a_stream_of_events_ends(
         for _ in parts:  # to its end
             pass
     assert httpx.get(f"{url}{JOBS}/{running}/events", headers=headers).status_code == 401
+
+
+def test_a_stream_to_a_page_ends_with_the_logout_and_no_other(
+    world: Published, url: str, running: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_KEEPALIVE_SECONDS", 0.1)
+    browsers = [httpx.Client(base_url=url, headers={"accept": "text/html"}) for _ in range(2)]
+    with browsers[0] as leaving, browsers[1] as staying:
+        for browser in browsers:
+            assert browser.post("/login", data={"key": key}).status_code == 303
+        token = re.search(r'name="form_token" value="(\w+)"', leaving.get("/jobs").text)
+        assert token is not None
+        events = {"accept": "text/event-stream"}
+        with (
+            leaving.stream("GET", f"/jobs/{running}/events", headers=events) as ended,
+            staying.stream("GET", f"/jobs/{running}/events", headers=events) as open_still,
+        ):
+            parts, others = ended.iter_text(), open_still.iter_text()
+            assert any("ping" in part for part in parts)
+            assert leaving.post("/logout", data={"form_token": token[1]}).status_code == 303
+            for _ in parts:  # to its end
+                pass
+            assert [next(others) for _ in range(5)], "the other browser reads on"
 
 
 def test_a_wait_is_not_answered(world: Published, url: str, running: str, key: str, end: Callable[[], None]) -> None:
