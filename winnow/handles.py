@@ -183,6 +183,12 @@ class _ResultsCalls:
         return written
 
     @call
+    async def copy_rows(self, source: str | Path, path: str | Path) -> Path:
+        """Copies the selected rows out of the file that was uploaded, as `copy_rows` of the client."""
+        written: Path = await _calls(self).copy_rows(self._client, self.job_id, source, path)
+        return written
+
+    @call
     async def push(self, repository: str, *, public: bool = False) -> str:
         """Pushes the selection with its content to a dataset repository of the Hugging Face Hub, with a card of its provenance,
         fidelity and verdict; returns the address of the commit.

@@ -6,8 +6,19 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from winnow.answers import Provenance, ResultCharts, Sample, Selected, SelectionResult, Weight
+from winnow import original_rows
+from winnow.answers import (
+    Dataset,
+    Provenance,
+    ResultCharts,
+    Sample,
+    Selected,
+    SelectionJob,
+    SelectionResult,
+    Weight,
+)
 from winnow.companions import ExportPreset, companion
+from winnow.dataset_calls import SkippedRow
 from winnow.transport import Connection
 from winnow.twins import call
 
@@ -166,6 +177,36 @@ class ResultCalls(Connection, Generic[R]):
             part.replace(path)
             if told is not None:
                 told.path.write_text(told.content)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    @call
+    async def copy_rows(self, job_id: str, source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+        """Copies the selected rows out of `source`, the file that was uploaded as the pool: as they stand there, with all their
+        columns, in their order. The file at `path` appears only once it is complete.
+
+        Args:
+            source: of JSON lines, CSV, TSV or Parquet.
+            path: of the same kind.
+
+        Raises:
+            ValueError: `source` is not the file that the pool was made of, or of another kind; or `path` is.
+            NotFound: the pool was deleted.
+        """
+        source, path = Path(source), Path(path)
+        job = await self._one(SelectionJob, "GET", f"/selection-jobs/{job_id}")
+        pool = await self._one(Dataset, "GET", f"/datasets/{job.pool}")
+        await self._off_loop(lambda: original_rows.check(source, path, pool.detected))
+        selected = {each.index async for each in self._pages(Selected, f"/selection-jobs/{job_id}/selected")}
+        skipped: set[int] = set()
+        if pool.skipped:
+            async with self._stream(f"/datasets/{pool.id}/skipped", {}) as response:
+                skipped = {self._read(SkippedRow, line).number async for line in self._lines(response)}
+        part = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+        try:
+            await self._off_loop(lambda: original_rows.copy(source, part, pool, selected=selected, skipped=skipped))
+            part.replace(path)
         finally:
             part.unlink(missing_ok=True)
         return path

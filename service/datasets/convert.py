@@ -1,5 +1,6 @@
 """Converts an upload to canonical files: checks every row, tells of each bad one, and keeps all rows, the good ones or none."""
 
+import hashlib
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -53,8 +54,12 @@ def convert(
         Unprocessable: the file cannot be read (`invalid_file`), or rows cannot be used (`invalid_rows`): all of them, or any
             that are not to be skipped.
     """
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # an IO[bytes] that can
+    file.seek(0)
     upload = open_upload(file, name, options.wanted, limits, text=options.form is Form.TEXT)
-    return convert_rows(upload, options, limits, folder, on_bad_row, report)
+    content = convert_rows(upload, options, limits, folder, on_bad_row, report)
+    return replace(content, detected={**(content.detected or {}), "sha256": sha256})
 
 
 def convert_rows(

@@ -93,6 +93,10 @@ class Detected(BaseModel):
     )
     more_left_alone: int = Field(description="Further ones, counted up to 10,000")
     notes: list[Note]
+    sha256: str | None = Field(
+        default=None,
+        description="Of the file as it was uploaded; null: it was imported, or uploaded to a version that did not keep it",
+    )
 
 
 class SkippedRow(BaseModel):

@@ -223,7 +223,12 @@ def context_of(
     context = StageContext(
         store=store,
         job=JobInputs(model=model, pool="p", target="t", budget=1, parameters=parameters),
-        prepared={"model_fingerprint": cache.folder(model).fingerprint, "dtype": dtype, "is_adapter": is_adapter},
+        prepared={
+            "model_fingerprint": cache.folder(model).fingerprint,
+            "dtype": dtype,
+            "is_adapter": is_adapter,
+            "pool_tokens": "tokens",
+        },
         models=cache,
         settings=WorkerSettings(),
         token_budget=256,

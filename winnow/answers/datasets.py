@@ -38,6 +38,8 @@ class Detected(Answer):
     more_left_alone: int
     """Further ones, counted up to 10,000"""
     notes: list[Note]
+    sha256: str | None
+    """Of the file as it was uploaded; null: it was imported, or uploaded to a version that did not keep it"""
 
 
 Form: TypeAlias = (

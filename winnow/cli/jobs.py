@@ -304,8 +304,23 @@ def export(
     repeat: Annotated[
         bool, typer.Option("--repeat", help="With --preset, each line as often as the sample's rounded weight")
     ] = False,
+    rows_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Copy the rows out of the file that was uploaded, as they stand there, in their order"
+        ),
+    ] = None,
 ) -> None:
     """Download the selection with its content, ready to train on."""
+    if rows_of is not None:
+        if not selected_only or not messages or not escape_formulas or preset is not None or repeat:
+            raise typer.BadParameter(
+                "copies the selection as it stands in the file; omit the other options", param_hint="--rows-of"
+            )
+        with connected() as client:
+            client.copy_rows(job_id, rows_of, path)
+        show({"path": str(path)}, f"Wrote {path}")
+        return
     with connected() as client:
         client.export(
             job_id,
