@@ -12,6 +12,7 @@ from service.audit.router import router as audit
 from service.auth.authentication import admitted
 from service.auth.callers import Callers
 from service.auth.rate_limit import Rates
+from service.auth.uses import Uses
 from service.background.dispatcher import Dispatcher
 from service.background.job_starter import JobStarter
 from service.background.sweeper import Sweeper
@@ -130,7 +131,7 @@ def create_app(settings: ApiSettings | None = None) -> FastAPI:
     app.state.notifications = JobNotifications(settings.database)
     app.state.metrics = metrics
     app.state.rate = Rates(peers)
-    app.state.shares, app.state.callers = shares, Callers()
+    app.state.shares, app.state.callers, app.state.uses = shares, Callers(), Uses()
     body = settings.requests
     budget = BodyBudget(body.max_body_bytes, body.grace_seconds, body.bytes_per_second)
     app.add_middleware(GuardBodies, admit=admit, budget=budget)

@@ -175,10 +175,10 @@ async def _read(request: Request, asked: "Asked") -> Principal | None:
 
 
 def _is_noted(request: Request, asked: "Asked", row: Any) -> bool:
-    """Whether the key is the one of the row of `LIVE_KEY`, and its use need not be recorded."""
+    """Whether the key is the one of the row of `LIVE_KEY`, and its use need not be recorded by this request."""
     settings: ApiSettings = request.app.state.settings
     digest = key_digest(settings.secret_key.get_secret_value(), asked.key)
-    return hmac.compare_digest(digest, row.digest) and row.is_noted
+    return hmac.compare_digest(digest, row.digest) and (row.is_noted or not request.app.state.uses.is_mine(row.key_id))
 
 
 @dataclass(frozen=True, slots=True)
