@@ -46,6 +46,7 @@ PACING_SECONDS = 5  # of `Poster`
 WARM_UP = {"Poller": 10.0, "Waiter": 12.0, "Poster": 8.0}
 HOLDS_SECONDS = 1.0  # a rate of submissions is sustained if p99 is below this
 ENDING = 500  # at most this many jobs end during a scenario
+RATES = "fixed rates"
 FULL = 0.9  # of a core, about the most that a Python process can use
 
 
@@ -186,17 +187,18 @@ def compare(world: World, *, small: bool) -> Json:
     return api_cpu.measure(world, ROOT, postgres_of(world), body, requests=40 if small else 2_000)
 
 
-def at_rates(world: World, *, small: bool) -> Json:
-    """Polls and submissions at fixed rates, to two processes."""
-    with serving(world, ROOT, 2) as (url, _):
-        posts = api_cpu.submissions(world, upload(url, world.keys[0]))
-        calls = {"poll": (api_cpu.polls(world), 1000, 200), "submission": (posts, 100, 202)}
-        found = {}
-        for call, (request, rate, expected) in calls.items():
-            rate, seconds = (rate // 10, 1.0) if small else (rate, 20.0)
-            found[call] = api_rates.at_rate(url, request, rate, seconds, expected)
-            console.print(call, found[call])
-        return found
+def at_rates(world: World, *, small: bool, turns: int) -> dict[str, list[Json]]:
+    """Polls and submissions at fixed rates, to two processes, which are started anew for each turn."""
+    found: dict[str, list[Json]] = {"poll": [], "submission": []}
+    for _ in range(turns):
+        with serving(world, ROOT, 2) as (url, _):
+            posts = api_cpu.submissions(world, upload(url, world.keys[0]))
+            calls = {"poll": (api_cpu.polls(world), 1000, 200), "submission": (posts, 100, 202)}
+            for call, (request, rate, expected) in calls.items():
+                rate, seconds = (rate // 10, 1.0) if small else (rate, 20.0)
+                found[call].append(api_rates.at_rate(url, request, rate, seconds, expected))
+                console.print(call, found[call][-1])
+    return found
 
 
 def waits(world: World, *, small: bool) -> Json:
@@ -218,9 +220,10 @@ def report_cpu(found: Json) -> str:
     return table(head, rows)
 
 
-def report_rates(found: Json) -> str:
+def report_rates(found: Mapping[str, list[Json]]) -> str:
     head = ["two processes, at a fixed rate", "a second", "answered a second", "p50, ms", "p99", "max", "errors"]
-    return table(head, [[call, *of_call.values()] for call, of_call in found.items()])
+    head += ["busy, of the machine", "ms of a fixed loop, before and after"]
+    return table(head, [[call, *turn.values()] for call, turns in found.items() for turn in turns])
 
 
 def report_waits(found: Json) -> str:
@@ -257,8 +260,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--before", type=Path, help="another checkout, measured before this one in each scenario")
-    parser.add_argument("--only", nargs="+", help="scenarios by name; without it, all, and submissions")
-    parser.add_argument("--pairs", type=int, default=1, help="how often each scenario is run on both, in turns")
+    parser.add_argument("--only", nargs="+", help=f"scenarios by name, or `{RATES}`; without it, all, and submissions")
+    parser.add_argument("--pairs", type=int, default=1, help="how often each is run, in turns")
     parser.add_argument("--name", default="api", help="of the files of results")
     parser.add_argument("--small", action="store_true", help="half a minute, to check that it runs")
     parser.add_argument("--seed", type=int, default=0)
@@ -272,7 +275,8 @@ def main() -> None:
         with make_worlds(folder, jobs, min(jobs // 4, 6_000), ProcessGroup(folder), codes) as worlds:
             found = measure(worlds, codes, options)
             compared = {} if options.only else compare(worlds["now"], small=options.small)
-            rates = {} if options.only else at_rates(worlds["now"], small=options.small)
+            only = options.only or [RATES]
+            rates = at_rates(worlds["now"], small=options.small, turns=options.pairs) if RATES in only else {}
             waited = {} if options.only else waits(worlds["now"], small=options.small)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import psutil
 import uvloop
 
 Json = dict[str, Any]
@@ -21,8 +23,20 @@ WARM_UP_SECONDS = 3.0
 
 def at_rate(url: str, request: Request, rate: int, seconds: float, expected: int = 200) -> Json:
     """Sends `rate` requests a second, after a warm-up as fast. Percentiles are milliseconds from when a request was due to the
-    last byte of its answer."""
-    return uvloop.run(_at_rate(url, request, rate, seconds, expected))
+    last byte of its answer. How fast the machine was, which other guests of a shared host change from minute to minute, tells a
+    loop of always the same length that is timed before and after."""
+    before = _loop_milliseconds()
+    psutil.cpu_percent()
+    found = uvloop.run(_at_rate(url, request, rate, seconds, expected))
+    busy = round(psutil.cpu_percent() / 100, 2)
+    return {**found, "machine_busy": busy, "loop_ms": [before, _loop_milliseconds()]}
+
+
+def _loop_milliseconds() -> int:
+    begin, total = time.perf_counter(), 0
+    for number in range(2_000_000):
+        total += number
+    return round(1000 * (time.perf_counter() - begin))
 
 
 async def _at_rate(url: str, request: Request, rate: int, seconds: float, expected: int) -> Json:
