@@ -149,8 +149,8 @@ def _step(summary: Found) -> Iterator[Finding]:
         about="step",
         level=level,
         figure=ours - random,
-        meaning=f"One step on the selection changed the mean loss {where} by {ours:+.2e}, one on as many random samples by"
-        f" {random:+.2e}.",
+        meaning=f"One step on the selection changed the mean loss {where} by {ours:+.3g}, one on as many random samples by"
+        f" {random:+.3g}.",
         advice=None
         if level == "ok"
         else "See whether the pool holds anything like the target, and whether the learning rate is the one that you train with.",
