@@ -29,6 +29,7 @@ _NO_ESTIMATE = {
     "importing": "a dataset of it is being imported",
     "no_worker": "no worker that is alive can do it",
     "no_rate": "how long the work before it takes is not known yet",
+    "long_queue": "the queue is too long for an estimate",
 }
 
 

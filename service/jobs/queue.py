@@ -24,6 +24,7 @@ class NoEstimate(StrEnum):
     IMPORTING = "importing"
     NO_WORKER = "no_worker"
     NO_RATE = "no_rate"
+    LONG_QUEUE = "long_queue"
 
 
 class QueuePlace(BaseModel):
@@ -42,7 +43,7 @@ class QueuePlace(BaseModel):
     starts_at: datetime | None = Field(description="When its first unit may start, estimated; null: not known")
     no_estimate: NoEstimate | None = Field(
         description="Why `starts_at` is null: the job is not queued; a dataset of it is being imported; no live worker can do it;"
-        " how long something before it takes is not known yet"
+        " how long something before it takes is not known yet; more than 10,000 jobs have not ended"
     )
     as_of: datetime
 
@@ -79,16 +80,19 @@ def seconds_until_start(figures: Figures) -> float | None:
     return max(known) if len(known) == len(seconds) else None
 
 
-_FIGURES = text("""
+_LIVE = """
     WITH me AS (
-        SELECT id, tenant_id, model FROM selection_jobs WHERE id = :job
+        SELECT id, tenant_id, created_at, model FROM selection_jobs WHERE id = :job
     ), live AS (
         SELECT worker_id, NOT EXISTS (
             SELECT FROM jsonb_array_elements(lacks) lack
             WHERE coalesce(lack -> 'model' = me.model, true) AND coalesce(lack ->> 'job_id' = me.id, true)
         ) AS is_able FROM workers CROSS JOIN me
         WHERE stopped_at IS NULL AND seen_at > clock_timestamp() - make_interval(secs => :lease_seconds)
-    ), running AS (
+    )
+"""
+_FIGURES = text(f"""
+    {_LIVE}, running AS (
         SELECT j.tenant_id, u.worker_id, u.artifact_key, CASE
             WHEN u.progress_done > 0 THEN
                 extract(epoch FROM clock_timestamp() - u.started_at) / u.progress_done * (u.progress_total - u.progress_done)
@@ -149,8 +153,27 @@ _FIGURES = text("""
 """)
 
 
+_MOST_OPEN = 10_000
+"""Jobs that have not ended, of which an estimate is made: it reads them all."""
+_IS_LONG = text("""
+    SELECT count(*) > :most FROM (
+        SELECT FROM selection_jobs WHERE status IN ('queued', 'running') LIMIT :most + 1
+    ) AS open
+""")
+_IN_LONG_QUEUE = text(f"""
+    {_LIVE}
+    SELECT clock_timestamp() AS now, (SELECT count(*) FROM live WHERE is_able) AS workers, (
+        SELECT count(*) FROM selection_jobs j JOIN me USING (tenant_id)
+        WHERE j.status = 'queued' AND NOT j.awaits_datasets AND (j.created_at, j.id) < (me.created_at, me.id)
+    ) AS own_jobs_before
+""")
+
+
 def place(session: Session, settings: LedgerSettings, job: SelectionJob) -> QueuePlace:
     """The place of the job, and when it may start."""
+    is_waiting = job.status == JobStatus.QUEUED and not job.awaits_datasets
+    if is_waiting and session.scalar(_IS_LONG, {"most": _MOST_OPEN}):
+        return _in_long_queue(session, settings, job)
     found = session.execute(
         _FIGURES, {"job": job.id, "lease_seconds": settings.lease_seconds, "turn_seconds": settings.turn_seconds}
     ).one()
@@ -164,6 +187,20 @@ def place(session: Session, settings: LedgerSettings, job: SelectionJob) -> Queu
         workers=found.workers,
         starts_at=None if seconds is None else found.now + timedelta(seconds=seconds),
         no_estimate=None if seconds is not None else _reason(job, found),
+        as_of=found.now,
+    )
+
+
+def _in_long_queue(session: Session, settings: LedgerSettings, job: SelectionJob) -> QueuePlace:
+    found = session.execute(_IN_LONG_QUEUE, {"job": job.id, "lease_seconds": settings.lease_seconds}).one()
+    return QueuePlace(
+        job_id=job.id,
+        status=job.status,
+        own_jobs_before=found.own_jobs_before,
+        jobs_before=None,
+        workers=found.workers,
+        starts_at=None,
+        no_estimate=NoEstimate.LONG_QUEUE,
         as_of=found.now,
     )
 

@@ -235,7 +235,7 @@ class SelectionPlan(Answer):
     """Of the most recent worker"""
 
 
-NoEstimate: TypeAlias = Literal["not_queued", "importing", "no_worker", "no_rate"] | str
+NoEstimate: TypeAlias = Literal["not_queued", "importing", "no_worker", "no_rate", "long_queue"] | str
 
 
 class QueuePlace(Answer):
@@ -255,7 +255,7 @@ class QueuePlace(Answer):
     """When its first unit may start, estimated; null: not known"""
     no_estimate: NoEstimate | None
     """Why `starts_at` is null: the job is not queued; a dataset of it is being imported; no live worker can do it; how
-    long something before it takes is not known yet"""
+    long something before it takes is not known yet; more than 10,000 jobs have not ended"""
     as_of: datetime
 
 

@@ -8,6 +8,7 @@ from sqlalchemy import text
 from support.ledger_world import LEASE, LedgerWorld, new_owner, unit
 
 from service import ledger
+from service.jobs import queue
 from service.jobs.queue import NoEstimate, QueuePlace, place
 from service.ledger.tables import SelectionJob
 from service.ledger.workers import record_worker
@@ -139,6 +140,23 @@ def test_nothing_is_estimated_from_what_is_not_known(world: LedgerWorld, two: tu
     found = seen(world, other)
     assert (found.own_jobs_before, found.no_estimate) == (None, NoEstimate.IMPORTING)
     assert seconds_until(seen(world, job_id)) == pytest.approx(100), "what waits for an import is not in the queue"
+
+
+def test_of_a_long_queue_only_the_own_jobs_are_counted(
+    world: LedgerWorld, two: tuple[Owner, Owner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An estimate reads every job that has not ended."""
+    alive(world, "w")
+    jobs = [waiting(world, two[number]) for number in (0, 1, 0, 0)]
+    known = seen(world, jobs[-1])
+    monkeypatch.setattr(queue, "_MOST_OPEN", 4)
+    assert seen(world, jobs[-1]).no_estimate is None, "as many as that are still estimated"
+    monkeypatch.setattr(queue, "_MOST_OPEN", 3)
+    found = seen(world, jobs[-1])
+    assert (found.starts_at, found.jobs_before, found.no_estimate) == (None, None, NoEstimate.LONG_QUEUE)
+    assert (found.own_jobs_before, found.workers) == (known.own_jobs_before, known.workers) == (2, 1)
+    world.finish(claim_next(world))
+    assert seen(world, jobs[0]).no_estimate == NoEstimate.NOT_QUEUED
 
 
 def test_a_job_waits_for_the_artifact_that_another_unit_makes(world: LedgerWorld, two: tuple[Owner, Owner]) -> None:
