@@ -1,6 +1,7 @@
 """Datasets over HTTP on a real PostgreSQL: upload, pages, tenants kept apart, deletion and what it leaves."""
 
 import gzip
+import hashlib
 import io
 import json
 import threading
@@ -115,6 +116,7 @@ def test_an_upload_becomes_a_dataset(api: "World") -> None:
             "left_alone": [],
             "more_left_alone": 0,
             "notes": [],
+            "sha256": hashlib.sha256(ROWS).hexdigest(),
         },
         "skipped": 0,
         "created_at": "",
