@@ -38,7 +38,7 @@ def test_a_part_is_one_at_least(total: int, fraction: float, each: int) -> None:
 
 def test_everything_that_is_shared_has_a_name_of_its_own() -> None:
     names = [share.name for share in Shares(ShareSettings(), connections=2)]
-    assert len(names) == len(set(names)) == 8
+    assert len(names) == len(set(names)) == 9
 
 
 def test_who_waits_is_served_in_turn_and_no_tenant_behind_anothers_queue() -> None:

@@ -96,7 +96,7 @@ class TestWarmup:
         assert warm.done[Stage.WARMUP][0].result["loss_last"] < warm.done[Stage.WARMUP][0].result["loss_first"]
 
     def test_its_samples_are_drawn_by_the_seed(self, warm: Ran) -> None:
-        context: Any = SimpleNamespace(store=warm.compute.store)
+        context: Any = SimpleNamespace(store=warm.compute.store, prepared=warm.prepared)
         one, again, other = (
             _drawn(context, warm.prepared["pool_tokens"], 24, seed).input_ids.tolist() for seed in (0, 0, 1)
         )
