@@ -1,8 +1,6 @@
 """What a person installs: the client and the command line, whose requirements and imports hold nothing of server and worker."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -160,39 +158,3 @@ def test_the_client_loads_neither_server_nor_worker_nor_what_only_some_use() -> 
     program = f"import sys, winnow; print(*sorted({unwanted!r} & {{name.partition('.')[0] for name in sys.modules}}))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.split() == []
-
-
-@pytest.mark.slow
-def test_the_wheel_alone_is_a_client_and_a_command_line(tmp_path: Path) -> None:
-    """Built from the sources under version control, and installed into a fresh environment."""
-    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT, check=True)
-    for name in listed.stdout.rstrip("\0").split("\0"):
-        if name.startswith(("winnow/", "service/", "worker/", "migrations/")) or "/" not in name:
-            (tmp_path / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "sources" / name)
-
-    def run(*words: str | Path) -> str:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "WINNOW"))}
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    quiet = ("-q", "--disable-pip-version-check")
-    run(sys.executable, "-m", "pip", "wheel", *quiet, "--no-deps", "-w", tmp_path / "wheels", tmp_path / "sources")
-    run(sys.executable, "-m", "venv", tmp_path / "fresh")
-    (wheel,) = (tmp_path / "wheels").iterdir()
-    python = tmp_path / "fresh" / "bin" / "python"
-    run(python, "-m", "pip", "install", *quiet, "-c", ROOT / "constraints.txt", wheel)
-    installed = {
-        each["name"]
-        for each in json.loads(run(python, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"))
-    }
-    assert {"winnow-select", "httpx", "pydantic"} <= installed
-    assert not {canonicalize_name(name) for name in installed} & (TORCH | SERVER | {"pandas", "polars"})
-    run(python, "-c", "from winnow import AsyncWinnow, Winnow; import winnow.answers")
-    help = run(tmp_path / "fresh" / "bin" / "winnow", "--help")
-    assert all(name in help for name in ("submit", "jobs", "datasets", "login"))
-    where = run(
-        python, "-c", "import winnow, pathlib; print(pathlib.Path(winnow.__file__).with_name('py.typed').is_file())"
-    )
-    assert where == "True\n"
