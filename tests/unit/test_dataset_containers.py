@@ -397,5 +397,4 @@ def test_what_is_not_taken_is_refused_with_what_to_do(read: Read, data: bytes, p
 
 def test_a_log_line_before_the_rows_is_a_bad_line(read: Read) -> None:
     rows, upload = read(b'wrote 1 row\n{"text": "a"}\n')
-    assert (upload.container, rows[1]) == ("jsonl", (2, {"text": "a"}))
-    assert "is not JSON" in rows[0][1]
+    assert (upload.container, rows[1], "is not JSON" in rows[0][1]) == ("jsonl", (2, {"text": "a"}), True)
