@@ -42,14 +42,20 @@ def lines(rows: Dataset) -> Dataset:
             messages = [
                 {key: value for key, value in message.items() if value is not None} for message in row["messages"]
             ]
-            for i, message in enumerate(messages):
-                if message["role"] == "assistant" and message.pop("counts", True):
-                    yield {
-                        "prompt": messages[:i],
-                        "completion": [message],
-                        "tools": row.get("tools"),
-                        "weight": row.get("weight", 1.0),
-                    }
+            learnt = [
+                i
+                for i, message in enumerate(messages)
+                if message["role"] == "assistant" and message.pop("counts", True)
+            ]
+            if not learnt or learnt[0] == 0:
+                raise SystemExit(f"{row['id']!r} has no reply that counts, or nothing before it: leave the sample out")
+            for i in learnt:
+                yield {
+                    "prompt": messages[:i],
+                    "completion": [messages[i]],
+                    "tools": row.get("tools"),
+                    "weight": row.get("weight", 1.0),
+                }
 
     return Dataset.from_list(list(replies()))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from winnow import html
 from winnow.answers import Event, Provenance, ResultCharts, Sample, Selected, SelectionJob, SelectionResult, Weight
+from winnow.optional import require
 from winnow.transport import Connection, Handle
 from winnow.twins import Blocking, NonBlocking, call
 
@@ -202,9 +203,8 @@ class _ResultsCalls:
             OSError: the hub refuses; its token is that of `hf auth login` or HF_TOKEN.
         """
         from winnow import pushing
-        from winnow.tracking import check
 
-        check("huggingface_hub", "hub", "pushing to the hub")
+        require("huggingface_hub", "hub", "pushing to the hub")
         commits: list[str] = []
         client: Connection = self._client
         with tempfile.TemporaryDirectory(prefix="winnow-") as name:
@@ -238,7 +238,7 @@ class _ResultsCalls:
         """
         from winnow import tracking
 
-        tracking.check("wandb", "wandb", "logging to Weights & Biases")
+        require("wandb", "wandb", "logging to Weights & Biases")
         run = tracking.wandb_run(run)
         artifacts: list[Any] = []
         client: Connection = self._client
@@ -263,8 +263,8 @@ class _ResultsCalls:
         """
         from winnow import tracking
 
-        tracking.check("mlflow", "mlflow", "logging to MLflow")
-        tracking.check("pandas", "mlflow", "logging to MLflow")
+        require("mlflow", "mlflow", "logging to MLflow")
+        require("pandas", "mlflow", "logging to MLflow")
         table = await self._table(True, "messages")
         provenance: Provenance = await _calls(self).provenance(self._client, self.job_id)
         client: Connection = self._client

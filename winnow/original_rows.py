@@ -34,8 +34,11 @@ def check(source: Path, path: Path, detected: "Detected | None") -> None:
             f"{source}: rows are copied out of JSON lines, CSV, TSV and Parquet, not {detected.container};"
             " use the preset `rows`, or convert the file and upload it"
         )
-    if f".{detected.container}" not in path.suffixes[-2:]:
-        raise ValueError(f"{path}: the rows stay what they are, {detected.container}; end it in .{detected.container}")
+    endings = [f".{detected.container}", *([f".{detected.container}.gz"] if detected.container in _LINES else [])]
+    if not path.name.endswith(tuple(endings)):
+        raise ValueError(f"{path}: the rows stay what they are, {detected.container}; end it in {' or '.join(endings)}")
+    if path.exists() and path.samefile(source):
+        raise ValueError(f"{path}: it is the file that the rows are copied out of; name another one")
     with source.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != detected.sha256:
             raise ValueError(f"{source}: the pool was made of another file: its sha256 is {detected.sha256}")

@@ -1,26 +1,14 @@
 """A selection in the log of a training run: an artifact of Weights & Biases, or an input of MLflow."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.answers import Provenance, SelectionResult
-from winnow.version import DISTRIBUTION
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _DIGEST_LENGTH = 36  # the most that MLflow keeps
-
-
-def check(library: str, extra: str, purpose: str) -> None:
-    """That an optional library is installed.
-
-    Raises:
-        ModuleNotFoundError: it is not.
-    """
-    if find_spec(library) is None:
-        raise ModuleNotFoundError(f"{purpose} needs {library}: pip install '{DISTRIBUTION}[{extra}]'", name=library)
 
 
 def wandb_run(run: Any) -> Any:

@@ -54,12 +54,18 @@ def convert(
         Unprocessable: the file cannot be read (`invalid_file`), or rows cannot be used (`invalid_rows`): all of them, or any
             that are not to be skipped.
     """
-    file.seek(0)
-    sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # an IO[bytes] that can
-    file.seek(0)
+    sha256 = sha256_of(file).hex()
     upload = open_upload(file, name, options.wanted, limits, text=options.form is Form.TEXT)
     content = convert_rows(upload, options, limits, folder, on_bad_row, report)
     return replace(content, detected={**(content.detected or {}), "sha256": sha256})
+
+
+def sha256_of(file: IO[bytes]) -> bytes:
+    """Of all that is in the file, which is at its beginning afterwards."""
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # every file here has `readinto`
+    file.seek(0)
+    return digest
 
 
 def convert_rows(

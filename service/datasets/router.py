@@ -22,7 +22,7 @@ from service.auth.principal import Principal
 from service.auth.quotas import QuotaExceeded
 from service.datasets import hub, imports, repository, service, waiting
 from service.datasets.bad_rows import OnBadRow
-from service.datasets.convert import convert
+from service.datasets.convert import convert, sha256_of
 from service.datasets.import_schemas import ImportRequest
 from service.datasets.receiving import received
 from service.datasets.rows.forms import Form
@@ -235,9 +235,7 @@ def _keep_body(
 ) -> Response:
     digest = b""
     if idempotency_key is not None:
-        file.seek(0)
-        content_sha256 = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # an IO[bytes] that can
-        digest = request_digest(request, content_sha256)
+        digest = request_digest(request, sha256_of(file))
     idempotent = IdempotentRequest(request.app.state.encryptor, principal, idempotency_key, digest)
     with request.app.state.sessions() as session:
         idempotent.replay(session)

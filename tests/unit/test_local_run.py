@@ -306,14 +306,8 @@ class TestCommand:
         printed = json.loads(capsys.readouterr().out)
         assert printed["budget"] == 6
         assert -1 <= printed["fidelity"]["mean_spearman"] <= 1
-        assert {each["about"] for each in printed["verdict"]} >= {
-            "choice",
-            "fidelity",
-            "step",
-            "rows",
-            "duplicates",
-            "overlap",
-        }
+        said = {each["about"] for each in printed["verdict"]}
+        assert said >= {"choice", "fidelity", "step", "rows", "duplicates", "overlap"}
 
     def test_a_pool_that_holds_the_target_three_times_is_told_apart(
         self, select: Callable[..., None], target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -37,6 +37,18 @@ def test_a_text_is_refused_by_its_id() -> None:
         lines(Dataset.from_list([{"id": "essay", "text": "All of it counts.", "weight": 1.0}]))
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "assistant", "content": "Hello."}, *turns("say 1", "yes")],
+        [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "yes", "counts": False}],
+    ],
+)
+def test_what_has_no_line_is_refused_by_its_id(messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(SystemExit, match="'odd'"):
+        lines(Dataset.from_list([{"id": "odd", "messages": messages, "weight": 1.0}]))
+
+
 def test_the_file_of_an_export_is_read(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).to_parquet(tmp_path / "train.parquet")
     assert lines(selection(str(tmp_path / "train.parquet")))["weight"] == [1, 2, 2, 3]

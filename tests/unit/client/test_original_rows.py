@@ -114,6 +114,11 @@ def test_what_is_copied_is_what_was_selected(name: str, tmp_path: Path) -> None:
     ("changed", "to", "why"),
     [
         ({}, "out.csv", "end it in .jsonl"),
+        ({}, "out.jsonl.zst", "end it in .jsonl"),
+        ({}, "out.jsonl.csv", "end it in .jsonl"),
+        ({}, "pool.jsonl", "copied out of"),
+        ({}, "content/../pool.jsonl", "copied out of"),
+        ({"container": "parquet"}, "out.parquet.gz", "end it in .parquet"),
         ({"container": "json"}, "out.json", "not json"),
         ({"sha256": None}, "out.jsonl", "upload the file"),
         ({"sha256": "0" * 64}, "out.jsonl", "another file"),

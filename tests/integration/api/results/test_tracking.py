@@ -93,6 +93,6 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     world: Published, url: str, library: str, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr("winnow.tracking.find_spec", lambda name: None if name == library else find_spec(name))
+    monkeypatch.setattr("winnow.optional.find_spec", lambda name: None if name == library else find_spec(name))
     with Winnow(url, world.key) as winnow, pytest.raises(ModuleNotFoundError, match=rf"\[{library}\]"):
         getattr(winnow.results(world.job_id), call)()
