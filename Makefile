@@ -16,7 +16,7 @@ help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(INSTALLED): pyproject.toml constraints.txt constraints-torch.txt
-	@echo "Installing into $(VENV) (a minute or two, once)"
+	@echo "Installing into $(VENV) (a few minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Winnow needs Python 3.11 or later; set PYTHON=")'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_CONSTRAINTS) -e '.[dev]'
